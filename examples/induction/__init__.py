@@ -1,0 +1,1 @@
+"""The induction experiment of the paper's Figure 1a."""

@@ -1,0 +1,163 @@
+"""Configurations of the experiment: Megatron flags in TOML, one table per model.
+
+[run]            max_processes: how many ranks may run at a time; cpu: train on the CPU even
+                 where there is a GPU (default false)
+[common]         Megatron flags of every model, written without the dashes
+[models.NAME]    nproc, and the flags of this model (they win over [common])
+[[claims]]       model, and either at_least + by_step or never_above
+"""
+
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+CONFIG_DIR = Path(__file__).parent / "configs"
+
+Flags = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of the experiment: its name, number of processes and Megatron flags."""
+
+    name: str
+    nproc: int
+    flags: Flags
+
+    @property
+    def parallelism(self) -> str:
+        """For the table: "TP 2, SP" or "TP 1"."""
+        sequence_parallel = ", SP" if self.flags.get("sequence-parallel") else ""
+        return f"TP {self.flags.get('tensor-model-parallel-size', 1)}{sequence_parallel}"
+
+    def argv(self) -> list[str]:
+        """The flags as a command line: true is a bare flag, false is left out, lists spread."""
+        words = []
+        for name, value in self.flags.items():
+            if value is False:
+                continue
+            words.append(f"--{name}")
+            if value is not True:
+                words += [str(v) for v in (value if isinstance(value, list) else [value])]
+        return words
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the accuracy of one model must show."""
+
+    model: str
+    at_least: float | None = None
+    by_step: int | None = None
+    never_above: float | None = None
+
+    def __str__(self) -> str:
+        if self.never_above is not None:
+            return f"{self.model}: never above {self.never_above}"
+        return f"{self.model}: at least {self.at_least} by step {self.by_step}"
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole experiment; `raw` is the TOML text's content, for the record."""
+
+    name: str
+    max_processes: int
+    cpu: bool
+    models: tuple[Model, ...]
+    claims: tuple[Claim, ...]
+    raw: dict
+
+    @property
+    def steps(self) -> int:
+        """Training iterations of each model."""
+        return self.models[0].flags["train-iters"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens the data is drawn from."""
+        return self.models[0].flags["vocab-size"]
+
+
+def resolve(name: str) -> Path:
+    """The file behind --config: a name in configs/, or a path.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    path = CONFIG_DIR / f"{name}.toml"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob("*.toml")))
+        raise ValueError(f"--config {name}: neither one of {known} nor a file")
+    return path
+
+
+def load(name: str, steps: int | None = None) -> Config:
+    """Reads and checks a configuration.
+
+    Args:
+        name: see `resolve`.
+        steps: replaces train-iters if given.
+
+    Raises:
+        ValueError: naming the file and the field that is missing, unknown or wrong.
+    """
+    path = resolve(name)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    if steps is not None:
+        if steps < 1:
+            raise ValueError(f"--steps must be at least 1, got {steps}")
+        raw.setdefault("common", {})["train-iters"] = steps
+    try:
+        return _parse(path.stem, raw)
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
+def _parse(name: str, raw: dict) -> Config:
+    unknown = set(raw) - {"run", "common", "models", "claims"}
+    if unknown:
+        raise ValueError(f"unknown sections: {', '.join(sorted(unknown))}")
+    if not raw.get("models"):
+        raise ValueError("models: at least one [models.NAME] is needed")
+    common = raw.get("common", {})
+    models = tuple(_model(key, common | table) for key, table in raw["models"].items())
+    for field in ("train-iters", "vocab-size"):
+        values = {model.flags.get(field) for model in models}
+        if len(values) != 1 or not isinstance(values.copy().pop(), int):
+            raise ValueError(f"{field} must be one integer, the same for all models")
+    run = {"max_processes": 1, "cpu": False} | raw.get("run", {})
+    if set(run) != {"max_processes", "cpu"} or not isinstance(run["cpu"], bool):
+        raise ValueError("run: takes max_processes (a number) and cpu (true or false)")
+    max_processes = run["max_processes"]
+    largest = max(model.nproc for model in models)
+    if not isinstance(max_processes, int) or max_processes < largest:
+        raise ValueError(f"run.max_processes must be at least the largest nproc, {largest}")
+    claims = tuple(
+        _claim(table, {model.name for model in models}) for table in raw.get("claims", [])
+    )
+    return Config(name, max_processes, run["cpu"], models, claims, raw)
+
+
+def _model(name: str, table: Flags) -> Model:
+    if not re.fullmatch(r"[\w.-]+", name):  # it names a log file
+        raise ValueError(f"models.{name}: use letters, digits, '.', '_' and '-' in the name")
+    flags = dict(table)
+    nproc = flags.pop("nproc", 1)
+    if not isinstance(nproc, int) or nproc < 1:
+        raise ValueError(f"models.{name}.nproc must be a positive integer, got {nproc!r}")
+    return Model(name, nproc, flags)
+
+
+def _claim(table: dict, models: set[str]) -> Claim:
+    if table.get("model") not in models:
+        raise ValueError(f"claims: model {table.get('model')!r} is not in [models]")
+    if set(table) not in ({"model", "at_least", "by_step"}, {"model", "never_above"}):
+        raise ValueError(f"claims: {table['model']} needs at_least and by_step, or never_above")
+    return Claim(**table)

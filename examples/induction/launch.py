@@ -1,0 +1,174 @@
+"""Runs the models under torch's launcher, as many side by side as the configuration allows."""
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from examples.induction.config import Config, Model
+from examples.induction.logs import Evaluation, TrainingLog
+
+ROOT = Path(__file__).resolve().parents[2]
+_TAIL_LINES = 30
+_STOP_SECONDS = 15.0
+
+Progress = Callable[[str, Evaluation, float], None]
+"""Called with the model's name, a new validation point and the seconds since its launch."""
+
+
+class RunError(RuntimeError):
+    """A training run failed; the message carries its last lines and the log's path."""
+
+
+@dataclass
+class Result:
+    """One finished training run."""
+
+    model: Model
+    log: TrainingLog
+    seconds: float
+
+
+@dataclass
+class _Child:
+    """A running launcher and the thread that reads it."""
+
+    model: Model
+    process: subprocess.Popen
+    started: float
+    path: Path
+    log: TrainingLog = field(default_factory=TrainingLog)
+    tail: deque = field(default_factory=lambda: deque(maxlen=_TAIL_LINES))
+
+    def failure(self, reason: str) -> RunError:
+        last = "\n".join(f"    {line}" for line in self.tail)
+        return RunError(f"{self.model.name}: {reason}\n{last}\n  full log: {self.path}")
+
+
+def command(model: Model) -> list[str]:
+    """The launcher's command line for one model."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", str(model.nproc)]
+    entry = ["-m", "kvshift_megatron.pretrain", "--task-module", "examples.induction.task"]
+    return launcher + entry + model.argv()
+
+
+def _environment(cpu: bool) -> dict[str, str]:
+    defaults = {
+        "OMP_NUM_THREADS": "1",  # one busy core a rank
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron insists on it with sequence parallelism
+        "PYTHONUNBUFFERED": "1",  # progress must not wait in a pipe
+    }
+    return defaults | os.environ | ({"KVSHIFT_CPU": "1"} if cpu else {})
+
+
+def _read(child: _Child, events: queue.Queue) -> None:
+    """Copies the child's output to its log file and reports what it says; ends with the pipe."""
+    problem = None
+    with open(child.path, "w", encoding="utf-8") as file:
+        for line in child.process.stdout:
+            file.write(line)
+            file.flush()
+            child.tail.append(line.rstrip())
+            try:
+                evaluation = child.log.feed(line)
+            except ValueError as error:
+                problem = problem or str(error)
+                events.put((child, "problem", problem))
+                continue
+            if evaluation is not None:
+                events.put((child, "evaluation", evaluation))
+    events.put((child, "end", None))
+
+
+def _start(model: Model, cpu: bool, output: Path, events: queue.Queue) -> _Child:
+    process = subprocess.Popen(
+        command(model),
+        cwd=ROOT,  # makes `examples` and `kvshift_megatron` importable
+        env=_environment(cpu),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # Ctrl-C reaches this program alone, which then stops the group
+    )
+    child = _Child(model, process, time.monotonic(), output / f"{model.name}.log")
+    threading.Thread(target=_read, args=(child, events), daemon=True).start()
+    return child
+
+
+def _workers(pid: int) -> list[int]:
+    """Direct children of a process (Linux); torch's launcher gives each its own session."""
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:  # gone already, or no /proc
+        return []
+    return [int(word) for word in text.split()]
+
+
+def stop(children: list[_Child]) -> None:
+    """Ends the launchers, which end their workers; kills what is left after a while."""
+    children = [child for child in children if child.process.poll() is None]
+    workers = {child.process.pid: _workers(child.process.pid) for child in children}
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.process.pid, signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_SECONDS
+    for child in children:
+        try:
+            child.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            for group in (child.process.pid, *workers[child.process.pid]):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)
+            child.process.wait()
+
+
+def run_all(config: Config, output: Path, progress: Progress) -> list[Result]:
+    """Trains every model in the configuration's order; later ones start as processes free up.
+
+    Args:
+        config: the experiment.
+        output: existing directory for the logs, <model>.log each.
+        progress: called in this thread for each new validation point.
+
+    Returns:
+        One result per model, in the configuration's order.
+
+    Raises:
+        RunError: a run failed. All runs have been stopped, as on any other exception.
+    """
+    waiting, running, results = deque(config.models), [], {}
+    events: queue.Queue = queue.Queue()
+    try:
+        while waiting or running:
+            busy = sum(child.model.nproc for child in running)
+            while waiting and busy + waiting[0].nproc <= config.max_processes:
+                busy += waiting[0].nproc
+                running.append(_start(waiting.popleft(), config.cpu, output, events))
+            child, kind, value = events.get()
+            seconds = time.monotonic() - child.started
+            if kind == "evaluation":
+                progress(child.model.name, value, seconds)
+            elif kind == "problem":
+                raise child.failure(value)
+            else:
+                code = child.process.wait()
+                if code != 0:
+                    raise child.failure(f"training ended with exit code {code}")
+                if not child.log.evaluations:
+                    raise child.failure("training ended without a validation")
+                running.remove(child)
+                results[child.model.name] = Result(child.model, child.log, seconds)
+    finally:
+        stop(running)
+    return [results[model.name] for model in config.models]

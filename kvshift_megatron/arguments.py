@@ -1,0 +1,86 @@
+"""The `--kv-shift-*` command-line flags, and Megatron's parsed arguments where they are set."""
+
+import argparse
+import sys
+from argparse import Namespace
+from typing import get_args
+
+from kvshift_megatron.config import Init, KVShiftConfig, Variant
+
+
+def add_kv_shift_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the `--kv-shift-*` group to Megatron's parser (an `extra_args_provider`).
+
+    Values are checked by KVShiftConfig, so that a flag and a field fail with the same words.
+    """
+    group = parser.add_argument_group("KV-shifting attention")
+    group.add_argument(
+        "--no-kv-shift",
+        action="store_true",
+        help="Train the vanilla twin: the same model without KV shifting.",
+    )
+    group.add_argument(
+        "--kv-shift-variant",
+        default=None,
+        metavar="|".join(get_args(Variant)),
+        help="What a tap's parameter means. Default: free.",
+    )
+    group.add_argument(
+        "--kv-shift-window",
+        type=int,
+        default=None,
+        metavar="TOKENS",
+        help="Taps per key or value: 2, 3 or 4. Default: 2.",
+    )
+    group.add_argument(
+        "--kv-shift-init",
+        default=None,
+        metavar="|".join(get_args(Init)),
+        help="uniform: the paper's random taps. identity: taps (1, 0), which is vanilla attention. "
+        "Default: uniform.",
+    )
+    group.add_argument(
+        "--no-kv-shift-keys", action="store_true", help="Leave the keys as they are."
+    )
+    group.add_argument(
+        "--no-kv-shift-values", action="store_true", help="Leave the values as they are."
+    )
+    group.add_argument(
+        "--kv-shift-seed",
+        type=int,
+        default=None,
+        help="Seed of the initial taps. Default: --seed.",
+    )
+    return parser
+
+
+def kv_shift_config_from_args(args: Namespace) -> KVShiftConfig | None:
+    """The configuration that the flags ask for; None for `--no-kv-shift`.
+
+    Raises:
+        ValueError: a flag out of range, or taps asked for together with `--no-kv-shift`.
+    """
+    given = {
+        "variant": args.kv_shift_variant,
+        "window": args.kv_shift_window,
+        "init": args.kv_shift_init,
+        "seed": args.kv_shift_seed,
+        "shift_keys": False if args.no_kv_shift_keys else None,
+        "shift_values": False if args.no_kv_shift_values else None,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if not args.no_kv_shift:
+        return KVShiftConfig(**given)
+    if given:
+        raise ValueError(
+            f"--no-kv-shift trains without taps, but {', '.join(given)} of KV shifting is set too: "
+            "drop one of the two"
+        )
+    return None
+
+
+def megatron_args() -> Namespace | None:
+    """Megatron's parsed arguments; None outside its training scripts, or before they are set."""
+    # Not imported: megatron.training is heavy, and this package also works without it.
+    global_vars = sys.modules.get("megatron.training.global_vars")
+    return getattr(global_vars, "_GLOBAL_ARGS", None)

@@ -1,0 +1,167 @@
+"""KVShiftSelfAttention: Megatron-Core's self-attention with shifted keys and values."""
+
+import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+from torch import Tensor
+
+from kvshift_megatron.config import KVShiftConfig
+from kvshift_megatron.ops import kv_shift as kv_shift_op
+from kvshift_megatron.taps import initial_values, resolve_seed, tap_names, taps_from_parameters
+from kvshift_megatron.validation import check_transformer_config, refuse_call
+
+
+class KVShiftSelfAttention(SelfAttention):
+    """Self-attention whose keys and values are mixed with those of the previous tokens.
+
+    The shift comes after the QKV projection and k_layernorm and before the rotary embedding
+    (arXiv 2411.19574, Eq. 4-6 and Appendix F).
+
+    Args:
+        config, submodules, layer_number, **kwargs: as SelfAttention's.
+        kv_shift: the taps; see KVShiftConfig.
+
+    Raises:
+        ValueError: the configuration asks for something that KV shifting cannot honour yet; the
+            message names the setting and what to do instead.
+
+    Parallelism: taps are 1-D parameters, one element a query group.
+        num_query_groups >= TP: [num_query_groups / TP] each, sharded with the query groups.
+        num_query_groups < TP: [num_query_groups] each, replicated. TP / num_query_groups ranks
+        share one group, each with some of its query heads only, so the gradient is summed over the
+        tensor-parallel group (one all-reduce of a few scalars a layer).
+        Sequence parallelism needs nothing: linear_qkv gathers the sequence first.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules,
+        layer_number: int,
+        *args,
+        kv_shift: KVShiftConfig = KVShiftConfig(),
+        **kwargs,
+    ):
+        check_transformer_config(config)
+        super().__init__(config, submodules, layer_number, *args, **kwargs)
+        self.kv_shift = kv_shift
+        self._tap_names = tap_names(kv_shift)
+        self._taps_are_sharded = config.num_query_groups >= self.world_size
+        tp_rank = self.pg_collection.tp.rank()
+        if self._taps_are_sharded:
+            per_rank = self.num_query_groups_per_partition
+            self._stored_groups = slice(tp_rank * per_rank, (tp_rank + 1) * per_rank)
+        else:
+            self._stored_groups = slice(0, config.num_query_groups)
+            self._own_group = tp_rank // (self.world_size // config.num_query_groups)
+        self._register_taps()
+
+    def _register_taps(self) -> None:
+        # None leaves the choice to a surrounding `torch.device`, as Megatron's own layers do.
+        device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
+        if self.config.init_model_with_meta_device:
+            device = "meta"
+        shape = (self._stored_groups.stop - self._stored_groups.start,)
+        for names in self._tap_names.values():
+            for name in names:
+                tap = torch.nn.Parameter(
+                    torch.empty(shape, device=device, dtype=self.config.params_dtype)
+                )
+                if self._taps_are_sharded:
+                    set_tensor_model_parallel_attributes(tap, True, 0, 1)
+                self.register_parameter(name, tap)
+        # Not left to perform_initialization: a tap that nothing set is noise, not a slow start.
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """(Re)draw the taps in place; called again where a meta-device model gets its storage."""
+        values = initial_values(
+            self.kv_shift,
+            resolve_seed(self.kv_shift),
+            self.layer_number,
+            self.config.num_query_groups,
+        )
+        for name, value in values.items():
+            tap = getattr(self, name)
+            if not tap.is_meta:
+                tap.copy_(value[self._stored_groups])
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs):
+        """As SelfAttention.forward; what the shift does not support yet is refused."""
+        refuse_call(**kwargs)
+        return super().forward(hidden_states, attention_mask, **kwargs)
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, key_value_states: Tensor | None = None, *args, **kwargs
+    ):
+        """As SelfAttention's, with key and value [s, b, ng, hn] shifted."""
+        output = super().get_query_key_value_tensors(
+            hidden_states, key_value_states, *args, **kwargs
+        )
+        if len(output) not in (3, 4):
+            raise ValueError(
+                "fused_single_qkv_rope leaves query, key and value unsplit, so that KV shifting "
+                "cannot reach them: turn it off (drop --fused-single-qkv-rope)"
+            )
+        query, key, value, *gate = output
+        taps = self.taps()
+        key, value = kv_shift_op(key, value, taps.get("alpha"), taps.get("beta"))
+        return (query, key, value, *gate)
+
+    def taps(self) -> dict[str, Tensor]:
+        """The taps this rank applies: {"alpha": fp32 [window, ng], "beta": ...}, differentiable."""
+        flat = torch.stack(
+            [getattr(self, name).float() for names in self._tap_names.values() for name in names]
+        )
+        if not self._taps_are_sharded:
+            # One reduction for all taps; in fp32 whatever the parameters' dtype.
+            flat = copy_to_tensor_model_parallel_region(flat, group=self.pg_collection.tp)
+            flat = flat[:, self._own_group : self._own_group + 1]
+        parts = flat.split([len(names) for names in self._tap_names.values()])
+        return {
+            kind: taps_from_parameters(self.kv_shift, part)
+            for kind, part in zip(self._tap_names, parts)
+        }
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict | None = None,
+    ):
+        """Taps as global [num_query_groups] tensors under the same key at every TP size.
+
+        Megatron's default would declare a module's own parameters replicated over TP, and so save
+        one rank's query groups for all.
+        """
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        own_parameters = {}
+        self._save_to_state_dict(own_parameters, "", keep_vars=True)
+        taps = [name for names in self._tap_names.values() for name in names]
+        sharded = make_sharded_tensors_for_checkpoint(
+            own_parameters,
+            prefix,
+            tensor_parallel_layers_axis_map=dict.fromkeys(taps, 0)
+            if self._taps_are_sharded
+            else {},
+            sharded_offsets=sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        for name, module in self.named_children():
+            sharded.update(
+                sharded_state_dict_default(
+                    module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
+                )
+            )
+        return sharded

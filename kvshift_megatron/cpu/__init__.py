@@ -1,0 +1,107 @@
+"""A CPU device layer: unmodified Megatron-Core and Megatron-LM scripts over gloo, without a GPU.
+
+``python -m kvshift_megatron.cpu [--nproc-per-node N] SCRIPT ARGS...`` runs a script on it.
+In a program: ``enable()``, before Megatron is imported where possible. Importing this package
+changes nothing and does not import torch.
+
+Covered: the training loop with tensor, pipeline and data parallelism, the distributed optimizer,
+activation recompute, dropout and torch_dist checkpoints. Not covered: FSDP, CUDA graphs,
+offloading, FP8 and FP4 (``flags`` refuses these by name), and the inference engines.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from kvshift_megatron.cpu.flags import GPUOnlyFlagError, check_flags, fill_flags
+
+__all__ = [
+    "GPUOnlyFlagError",
+    "check_flags",
+    "cpu_device_layer",
+    "disable",
+    "enable",
+    "fill_flags",
+    "is_enabled",
+]
+
+_applied = None  # substitutions.Applied while the layer is on
+_environment: dict[str, str | None] = {}  # what the variables we set held before
+
+
+def enable(reason: str | None = None, *, force: bool = False) -> bool:
+    """Turns the layer on in this process. Calling it again changes nothing.
+
+    Args:
+        reason: Why, for the one line that rank 0 prints; worked out when not given.
+        force: Use the CPU even though a GPU is present, as ``KVSHIFT_CPU=1`` does.
+
+    Returns:
+        Whether the layer is on. False means that a GPU is present and nothing was changed.
+    """
+    global _applied
+    if _applied is not None:
+        return True
+    import torch
+
+    asked = force or os.environ.get("KVSHIFT_CPU") == "1"
+    if asked:
+        # Before anything counts the GPUs: CUDA reads this once.
+        _set_environment("CUDA_VISIBLE_DEVICES", "")
+    elif torch.cuda.is_available():
+        return False
+    if "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ:
+        # With tensor or context parallelism Megatron asserts this below compute capability 10,
+        # and a CPU's is answered as 0.
+        _set_environment("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+    from kvshift_megatron.cpu.substitutions import Applied
+
+    _applied = Applied()
+    _applied.apply()
+    if os.environ.get("RANK", "0") == "0":
+        why = reason or ("asked for" if asked else "no GPU is present")
+        print(
+            f"kvshift_megatron: CPU device layer on ({why}): gloo, {len(_applied)} substitutions",
+            flush=True,
+        )
+    return True
+
+
+def disable() -> None:
+    """Restores every original. Without effect when the layer is off."""
+    global _applied
+    if _applied is None:
+        return
+    _applied.undo()
+    _applied = None
+    for name, before in _environment.items():
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+    _environment.clear()
+
+
+def _set_environment(name: str, value: str) -> None:
+    _environment[name] = os.environ.get(name)
+    os.environ[name] = value
+
+
+def is_enabled() -> bool:
+    """Whether the layer is on in this process."""
+    return _applied is not None
+
+
+@contextlib.contextmanager
+def cpu_device_layer(*, force: bool = False) -> Iterator[bool]:
+    """Turns the layer on for a block, for tests. Yields what ``enable`` answered.
+
+    A layer that was on before the block stays on after it.
+    """
+    was_enabled = is_enabled()
+    try:
+        yield enable(force=force)
+    finally:
+        if not was_enabled:
+            disable()

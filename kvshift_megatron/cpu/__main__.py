@@ -1,0 +1,116 @@
+"""Runs an unmodified Megatron script on CPUs.
+
+    python -m kvshift_megatron.cpu [--nproc-per-node N] SCRIPT ARGS...
+    torchrun --nproc-per-node N -m kvshift_megatron.cpu SCRIPT ARGS...
+
+The first form calls torch's own launcher (``torch.distributed.run --standalone``) in this process,
+which nothing is patched in; a signal it gets ends every rank, and its exit code is that of the
+rank that failed first. The second is what each worker runs: the layer goes on, on a machine with
+GPUs too as this command names the CPU, and the script runs as ``__main__``.
+"""
+
+import os
+import runpy
+import sys
+
+from kvshift_megatron import cpu
+
+_USAGE = "usage: python -m kvshift_megatron.cpu [--nproc-per-node N] SCRIPT ARGS..."
+
+
+def _fail(sentence: str) -> int:
+    # Every rank would say the same; the exit code is every rank's.
+    if os.environ.get("RANK", "0") == "0":
+        print(f"kvshift_megatron.cpu: {sentence}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _parse(argv: list[str]) -> tuple[int, str | None, list[str]]:
+    """Splits the command line into (processes, script, the script's arguments).
+
+    By hand: what follows SCRIPT belongs to it, also where it looks like one of our options.
+    """
+    processes = "1"
+    rest = list(argv)
+    while rest and rest[0].startswith("-"):
+        option, equals, value = rest.pop(0).partition("=")
+        if option in ("-h", "--help"):
+            return 0, None, []
+        if option not in ("--nproc-per-node", "--nproc_per_node"):
+            raise ValueError(f"{option} is not an option of this launcher. {_USAGE}")
+        processes = value if equals else (rest.pop(0) if rest else "")
+    if not processes.isdigit() or int(processes) < 1:
+        raise ValueError(f"--nproc-per-node must be a whole number of at least 1: {processes!r}")
+    return int(processes), (rest[0] if rest else None), rest[1:]
+
+
+def _run_worker(script: str, arguments: list[str]) -> None:
+    """Runs the script in this process as ``python SCRIPT ARGS...`` would."""
+    directory = os.path.dirname(os.path.abspath(script))
+    if sys.flags.safe_path:
+        sys.path.insert(0, directory)
+    else:
+        sys.path[0] = directory  # it held the working directory, which is not the script's
+    sys.argv = [script, *arguments]
+    cpu.enable(force=True)
+    succeeded = False
+    try:
+        runpy.run_path(script, run_name="__main__")
+        succeeded = True
+    except SystemExit as stop:  # Megatron ends this way at --exit-interval
+        succeeded = not stop.code
+        raise
+    finally:
+        if succeeded:  # after a failure the launcher should hear of it without delay
+            _leave_process_group()
+        cpu.disable()
+
+
+def _leave_process_group() -> None:
+    """Leaves the process group if the script did not, so that gloo ends without a warning."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _launch(processes: int, script: str, arguments: list[str]) -> int:
+    """Runs the ranks with torch's launcher and answers the exit code."""
+    # The launcher would set 1 for each of several ranks.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // processes)))
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    options = ["--standalone", "--nproc-per-node", str(processes), "-m", "kvshift_megatron.cpu"]
+    try:
+        torchrun([*options, script, *arguments])
+    except ChildFailedError as error:
+        print(error, file=sys.stderr, flush=True)
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    try:
+        processes, script, arguments = _parse(argv)
+        if script is None:
+            print(_USAGE, file=sys.stdout if processes == 0 else sys.stderr)
+            return 0 if processes == 0 else _fail("SCRIPT is missing.")
+        if not os.path.isfile(script):
+            return _fail(f"SCRIPT {script} does not exist.")
+        cpu.check_flags(arguments)
+    except ValueError as error:
+        return _fail(str(error))
+    if "LOCAL_RANK" in os.environ and "RANK" in os.environ:
+        _run_worker(script, arguments)
+        return 0
+    return _launch(processes, script, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,189 @@
+"""What stands in for CUDA streams, events, generators and queries on a CPU.
+
+CPU work is done when the call returns, so ordering is already what a stream would arrange:
+waiting is nothing to do and an event is over when it is recorded.
+"""
+
+import contextlib
+import functools
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+class Event:
+    """``torch.cuda.Event``: a point in host time."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._seconds: float | None = None
+
+    def record(self, stream: Any = None) -> None:
+        self._seconds = time.perf_counter()
+
+    def wait(self, stream: Any = None) -> None:
+        """Returns at once: what was recorded is done."""
+
+    def synchronize(self) -> None:
+        """Returns at once: what was recorded is done."""
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end_event: "Event") -> float:
+        """Milliseconds from this event to ``end_event``."""
+        if self._seconds is None or end_event._seconds is None:
+            raise RuntimeError("Both events must be recorded before calculating elapsed time.")
+        return (end_event._seconds - self._seconds) * 1e3
+
+
+class Stream:
+    """``torch.cuda.Stream``: the one queue a CPU has, always empty."""
+
+    device = CPU
+    device_index = 0
+    stream_id = 0
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, priority: int = 0, **kwargs: Any) -> None:
+        self.priority = priority
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return (0, 0)
+
+    def wait_stream(self, stream: Any) -> None:
+        """Returns at once: the other stream's work is done."""
+
+    def wait_event(self, event: Any) -> None:
+        """Returns at once: the recorded work is done."""
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = Event() if event is None else event
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        """Returns at once: nothing is queued."""
+
+    def query(self) -> bool:
+        return True
+
+
+CURRENT_STREAM = Stream()
+
+
+def current_stream(device: Any = None) -> Stream:
+    return CURRENT_STREAM
+
+
+def stream_context(stream: Any) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext(stream)
+
+
+class DeviceContext(contextlib.nullcontext):
+    """``torch.cuda.device``: a context that selects a device."""
+
+    def __init__(self, device: Any = None) -> None:
+        super().__init__(device)
+
+
+class _Generators(tuple):
+    """``torch.cuda.default_generators``: every index is the CPU's generator."""
+
+    def __getitem__(self, index: Any) -> torch.Generator:
+        return torch.default_generator
+
+
+DEFAULT_GENERATORS = _Generators((torch.default_generator,))
+
+
+def current_device() -> torch.device:
+    return CPU
+
+
+def get_rng_state(device: Any = "cuda") -> torch.Tensor:
+    return torch.default_generator.get_state()
+
+
+def set_rng_state(new_state: torch.Tensor, device: Any = "cuda") -> None:
+    torch.default_generator.set_state(new_state)
+
+
+def manual_seed(seed: int) -> None:
+    # Not torch.manual_seed, which itself seeds CUDA and would come back here.
+    torch.default_generator.manual_seed(int(seed))
+
+
+def initial_seed() -> int:
+    return torch.default_generator.initial_seed()
+
+
+def own_random_numbers(original: Callable) -> Callable:
+    """Wraps ``DataLoader.__iter__``, which draws a seed from the CPU generator.
+
+    On a GPU that leaves dropout alone. Here both share a generator, and without this a resumed
+    run would drop other elements than the run it continues: its loader is built after the
+    checkpoint has set the random state.
+    """
+    host = torch.Generator()
+
+    @functools.wraps(original)
+    def iterate(self: Any) -> Any:
+        device_state = torch.default_generator.get_state()
+        torch.default_generator.set_state(host.get_state())
+        try:
+            return original(self)
+        finally:
+            host.set_state(torch.default_generator.get_state())
+            torch.default_generator.set_state(device_state)
+
+    return iterate
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """There is nothing to do on a CPU."""
+
+
+def zero(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def no(*args: Any, **kwargs: Any) -> bool:
+    return False
+
+
+def call_now(function: Any, **kwargs: Any) -> None:
+    """``torch.cuda._lazy_call``: CUDA will never start, so the queue would never be run."""
+    function()
+
+
+def memory_stats(device: Any = None) -> defaultdict:
+    return defaultdict(int)
+
+
+def mem_get_info(device: Any = None) -> tuple[int, int]:
+    return (0, 0)
+
+
+def get_device_capability(device: Any = None) -> tuple[int, int]:
+    return (0, 0)
+
+
+def get_device_name(device: Any = None) -> str:
+    return "cpu"
+
+
+def get_device_properties(device: Any = None) -> SimpleNamespace:
+    return SimpleNamespace(
+        name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=0, warp_size=0
+    )
+
+
+def same_tensor(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return tensor

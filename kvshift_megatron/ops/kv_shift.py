@@ -1,0 +1,62 @@
+"""kv_shift: checks the arguments and shifts keys and values."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvshift_megatron.ops.reference import shift_ref
+
+Taps = Tensor | Sequence[Tensor]
+
+
+def kv_shift(
+    key: Tensor, value: Tensor, alpha: Taps | None, beta: Taps | None
+) -> tuple[Tensor, Tensor]:
+    """Shift keys with alpha and values with beta.
+
+    K^_i = alpha_1 K_i + alpha_2 K_{i-1} + ..., V^_i = beta_1 V_i + beta_2 V_{i-1} + ...
+    (arXiv 2411.19574, Eq. 5), zero before the first token.
+
+    Args:
+        key: [s, b, ng, hn] (sbhd) or [t, ng, hn] (thd, one document).
+        value: the same layout; its head size may differ from the key's.
+        alpha: [window, ng], or ``window`` tensors [ng], current token first, on any floating
+            dtype. None leaves the keys as they are.
+        beta: likewise for the values.
+
+    Returns:
+        (key, value): new tensors of the inputs' shapes and dtypes, computed in fp32 (float64 for
+        float64 inputs); an input whose taps are None is returned as it came.
+
+    Raises:
+        ValueError: shapes that do not fit each other; the message names the argument.
+
+    Parallelism: local to the rank; taps are those of this rank's query groups.
+    """
+    _check("key", key, "alpha", alpha)
+    _check("value", value, "beta", beta)
+    return (
+        key if alpha is None else shift_ref(key, alpha),
+        value if beta is None else shift_ref(value, beta),
+    )
+
+
+def _check(x_name: str, x: Tensor, taps_name: str, taps: Taps | None) -> None:
+    if x.dim() not in (3, 4):
+        raise ValueError(
+            f"{x_name} must be [s, b, ng, hn] or [t, ng, hn], not of shape {list(x.shape)}"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"{x_name} must be of a floating dtype, not {x.dtype}")
+    if taps is None:
+        return
+    if len(taps) < 2:
+        raise ValueError(f"{taps_name} has {len(taps)} tap(s): a shift needs at least 2")
+    groups = x.shape[-2]
+    for j, tap in enumerate(taps, start=1):
+        if tap.shape != torch.Size([groups]):
+            raise ValueError(
+                f"{taps_name}_{j} must be of shape [{groups}] (one scalar per query group of "
+                f"{x_name}), not {list(tap.shape)}"
+            )

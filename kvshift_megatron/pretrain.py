@@ -1,0 +1,117 @@
+"""Pretrain a KV-shifting GPT with Megatron's own training loop.
+
+    torchrun --nproc-per-node 8 -m kvshift_megatron.pretrain <Megatron's flags> [--kv-shift-* flags]
+
+All of Megatron's flags are Megatron's; this adds the `--kv-shift-*` group, `--no-kv-shift` for the
+vanilla twin, and `--task-module` for other data and validation metrics. The same command runs on a
+machine without a GPU. Needs megatron-core 0.19; on 0.17 and 0.18 use the layer specs in a script of
+your own.
+"""
+
+import argparse
+import sys
+import time
+from argparse import Namespace
+from functools import partial
+
+from kvshift_megatron import cpu
+from kvshift_megatron.arguments import add_kv_shift_args, kv_shift_config_from_args
+
+
+def main() -> None:
+    """Run `megatron.training.pretrain` on this process's command line.
+
+    A user's mistake ends every rank with one sentence on standard error and exit code 1, before
+    anything is built.
+    """
+    program_start = time.time()
+    try:
+        # Also adds the flags that a CPU needs, when Megatron parses the command line.
+        cpu.enable()
+        args = _parse_and_check()
+    except ValueError as error:
+        sys.exit(f"kvshift_megatron: {error}")
+
+    import torch
+    from megatron.core.enums import ModelType
+    from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from kvshift_megatron.training_step import TrainingStep
+    from kvshift_megatron.training_task import load_task
+
+    set_startup_timestamps(program_start=program_start, main_entry=time.time())
+    task = load_task(args.task_module)
+    # Megatron builds the data on some ranks only where the provider says that it can tell which.
+    task.datasets_provider.is_distributed = True
+    pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    pretrain(
+        pretrain_cfg_container_from_args(args, _model_config(args)),
+        task.datasets_provider,
+        ModelType.encoder_or_decoder,
+        TrainingStep(task),
+        store=store,
+    )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _parse_and_check() -> Namespace:
+    """Megatron's arguments, refused in this package's words first, then validated in Megatron's."""
+    try:
+        from megatron.training.arguments import parse_and_validate_args, parse_args
+    except ImportError as error:
+        raise ValueError(
+            "this entry point needs megatron-core 0.19 (use kvshift_megatron.layer_specs in your "
+            f"own script on older releases): {error}"
+        ) from error
+    from kvshift_megatron.training_task import load_task
+    from kvshift_megatron.validation import check_args, check_transformer_config
+
+    def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        add_kv_shift_args(parser).add_argument(
+            "--task-module",
+            default=None,
+            metavar="MODULE",
+            help="Importable module with datasets and validation metrics of its own, as "
+            "kvshift_megatron.training_task describes. Default: Megatron's GPT datasets.",
+        )
+        # The task's own flags have to be known before the command line can be parsed.
+        known, _ = parser.parse_known_args()
+        return load_task(known.task_module).add_args(parser)
+
+    args = parse_args(add_args)
+    if args.yaml_cfg is not None:
+        raise ValueError(
+            "yaml_cfg replaces the flags of KV shifting too: use flags, not --yaml-cfg"
+        )
+    if args.spec is not None:
+        raise ValueError(
+            "spec: this entry point chooses the layer itself: drop --spec, or apply "
+            "kvshift_megatron.layer_specs.with_kv_shift to it in a script of your own"
+        )
+    check_args(args)
+    if kv_shift_config_from_args(args) is not None:
+        groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+        check_transformer_config(Namespace(**{**vars(args), "num_query_groups": groups}))
+    return parse_and_validate_args(add_args)
+
+
+def _model_config(args: Namespace):
+    """Megatron's GPTModelConfig with the layer spec that was asked for."""
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from kvshift_megatron.layer_specs import kv_shift_layer_spec, vanilla_layer_spec
+    from kvshift_megatron.model_check import report_after_build
+
+    config = gpt_config_from_args(args)
+    kv_shift = kv_shift_config_from_args(args)
+    report_after_build(config, kv_shift)
+    config.transformer_layer_spec = (
+        vanilla_layer_spec if kv_shift is None else partial(kv_shift_layer_spec, kv_shift=kv_shift)
+    )
+    return config
+
+
+if __name__ == "__main__":
+    main()

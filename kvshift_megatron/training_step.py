@@ -1,0 +1,150 @@
+"""One forward step for Megatron's loop: the batch, the model, the loss and the metrics."""
+
+from functools import partial
+
+import torch
+from megatron.core import mpu
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import (
+    get_attr_wrapped_model,
+    get_batch_on_this_tp_rank,
+    unwrap_model,
+)
+from megatron.training import get_args, get_timers
+from megatron.training.utils import is_first_or_last_pipeline_stage
+from torch import Tensor
+
+from kvshift_megatron.training_task import Task
+
+# A loss this many times the largest seen so far is reported by --check-for-spiky-loss.
+_SPIKE = 10
+
+Batch = dict[str, Tensor | None]
+
+
+class TrainingStep:
+    """Megatron's `forward_step_func` for a task.
+
+    Args:
+        task: names the further entries of a batch and the validation metrics.
+    """
+
+    def __init__(self, task: Task):
+        self.task = task
+
+    def __call__(self, data_iterator, model):
+        """Returns (losses [b, s] or hidden states for the next stage, the loss function)."""
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        args = get_args()
+        micro_batch_size = args.micro_batch_size if model.training else args.eval_micro_batch_size
+        batch = self._get_batch(data_iterator, vp_stage, micro_batch_size)
+        timers("batch-generator").stop()
+
+        inputs = (batch.get("tokens"), batch.get("position_ids"), batch.get("attention_mask"))
+        labels, loss_mask = batch.get("labels"), batch.get("loss_mask")
+        wants_metrics = self.task.validation_metrics is not None and not model.training
+        if wants_metrics and mpu.is_pipeline_last_stage(
+            ignore_virtual=vp_stage is None, vp_stage=vp_stage
+        ):
+            # The logits are wanted as well as the loss, so the model stops short of the loss.
+            logits = model(*inputs)
+            metrics = self.task.validation_metrics(logits, batch)
+            gpt = unwrap_model(model)
+            output = gpt.compute_language_model_loss(labels, logits.transpose(0, 1).contiguous())
+        else:
+            metrics = {}
+            output = model(*inputs, labels=labels, loss_mask=loss_mask)
+        return output, partial(masked_loss, loss_mask, metrics)
+
+    def _get_batch(self, data_iterator, vp_stage: int | None, micro_batch_size: int) -> Batch:
+        """The micro-batch on every tensor-parallel rank; empty on a middle pipeline stage."""
+        if not is_first_or_last_pipeline_stage(vp_stage):
+            return {}
+        args = get_args()
+        tp_rank = mpu.get_tensor_model_parallel_rank()
+        group = mpu.get_tensor_model_parallel_group()
+        source = mpu.get_tensor_model_parallel_src_rank()
+        sample: Batch = {}
+        if tp_rank == 0:
+            sample = {
+                key: value.cuda(non_blocking=True) if isinstance(value, Tensor) else value
+                for key, value in next(data_iterator).items()
+            }
+            sample.setdefault("attention_mask", None)
+            if args.create_attention_mask_in_dataloader and sample["attention_mask"] is None:
+                # The other ranks would wait for a broadcast that never comes.
+                raise ValueError(
+                    "create_attention_mask_in_dataloader is on, but the samples hold no "
+                    "attention_mask: add --no-create-attention-mask-in-dataloader"
+                )
+        batch = get_batch_on_this_tp_rank(
+            sample,
+            has_cu_seqlens=False,
+            is_hybrid_cp=False,
+            create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+            broadcast_src_rank=source,
+            broadcast_group=group,
+            cp_size=args.context_parallel_size,
+            tp_rank=tp_rank,
+            micro_batch_size=micro_batch_size,
+            seq_length=args.seq_length,
+            mtp_on_this_rank=False,
+            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+            is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+            is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+        )
+        for key in self.task.batch_keys:
+            entry = sample.get(key)
+            if entry is None:
+                entry = torch.empty(
+                    (micro_batch_size, args.seq_length),
+                    dtype=torch.float32,
+                    device=torch.cuda.current_device(),
+                )
+            torch.distributed.broadcast(entry, source, group=group)
+            batch[key] = entry
+        return batch
+
+
+def masked_loss(
+    loss_mask: Tensor, metrics: dict[str, Tensor], losses: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the unmasked token losses.
+
+    Args:
+        loss_mask: [b, s], 1.0 where a token counts.
+        metrics: name -> [2], a sum and a count over this micro-batch.
+        losses: [b, s], cross entropy in nats.
+
+    Returns:
+        (sum, number of tokens, what Megatron reduces over micro-batches and ranks and logs).
+    """
+    args = get_args()
+    loss_mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * loss_mask)
+    num_tokens = loss_mask.sum().detach().to(torch.int)
+    _check_loss(loss, args)
+    report = {"lm loss": torch.stack((loss.detach(), num_tokens.to(loss.dtype)))}
+    return loss, num_tokens, {**report, **metrics}
+
+
+def _check_loss(loss: Tensor, args) -> None:
+    """Megatron's own checks for a loss that is not a number, infinite, or suddenly huge."""
+    state_machine = get_rerun_state_machine()
+    checks = []
+    if args.check_for_nan_in_loss_and_grad:
+        checks.append((torch.isnan, "found NaN in local forward loss calculation", True))
+        checks.append((torch.isinf, "found Inf in local forward loss calculation", True))
+    if args.check_for_spiky_loss:
+        spiky = partial(state_machine.is_unexpectedly_large, threshold=_SPIKE, context="loss")
+        checks.append((spiky, "Spiky loss", False))
+    for rejection_func, message, fatal in checks:
+        state_machine.validate_result(
+            result=loss,
+            rejection_func=rejection_func,
+            message=message,
+            tolerance=0.0,
+            fatal=fatal,
+        )

@@ -1,0 +1,104 @@
+"""The same weights at every layout, and one whole tensor back from any layout.
+
+Written without the package's checkpoint code, which it helps to check: a parameter's whole tensor
+is drawn from its name, and its slice follows from Megatron's partition attributes alone.
+"""
+
+import re
+import zlib
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+
+def canonical_name(name: str, chunk: torch.nn.Module) -> str:
+    """A parameter's name with the global layer number instead of the stage's own."""
+    name = name.replace("module.", "")
+    match = re.match(r"(decoder\.layers\.)(\d+)(\..*)", name)
+    if match is None:
+        return name
+    module = chunk
+    while hasattr(module, "module"):
+        module = module.module
+    number = module.decoder.layers[int(match.group(2))].layer_number
+    return f"{match.group(1)}{number - 1}{match.group(3)}"
+
+
+def fill(chunk: torch.nn.Module) -> None:
+    """Overwrite every parameter of a model chunk with its slice of the canonical tensor."""
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    with torch.no_grad():
+        for name, param in chunk.named_parameters():
+            shape, dim = list(param.shape), _partition_dim(param)
+            if dim is not None:
+                shape[dim] *= tp
+            whole = _draw(canonical_name(name, chunk), shape)
+            if dim is not None:
+                whole = _parts(name, whole, tp, dim)[rank]
+            param.copy_(whole)
+
+
+def _draw(name: str, shape: list[int]) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    noise = torch.randn(shape, generator=generator)
+    if "norm" in name:
+        return 1.0 + 0.1 * noise
+    if re.search(r"(alpha|beta)_", name):
+        return 0.4 + 0.5 * noise
+    return 0.1 * noise
+
+
+def _partition_dim(param) -> int | None:
+    return param.partition_dim if getattr(param, "tensor_model_parallel", False) else None
+
+
+def _parts(name: str, whole: Tensor, tp: int, dim: int) -> list[Tensor]:
+    """The ranks' slices. A gated fc1 holds [gate; up], each sharded by itself."""
+    if "linear_fc1" in name:
+        gate, up = whole.chunk(2, dim)
+        return [torch.cat(p, dim) for p in zip(gate.chunk(tp, dim), up.chunk(tp, dim))]
+    return list(whole.chunk(tp, dim))
+
+
+def _join(name: str, parts: list[Tensor], dim: int) -> Tensor:
+    if "linear_fc1" in name:
+        gates, ups = zip(*(part.chunk(2, dim) for part in parts))
+        return torch.cat([*gates, *ups], dim)
+    return torch.cat(parts, dim)
+
+
+def gather(chunks: list[torch.nn.Module], tensor_of) -> dict[str, Tensor]:
+    """Whole tensors by canonical name, on every rank.
+
+    Args:
+        chunks: this rank's model chunks.
+        tensor_of: param -> tensor of the param's shape (its value or its gradient).
+
+    Raises:
+        AssertionError: tensor-parallel ranks hold different values of a replicated parameter.
+    """
+    group = parallel_state.get_tensor_model_parallel_group()
+    result, differing = {}, []
+    for chunk in chunks:
+        for name, param in chunk.named_parameters():
+            local = tensor_of(param).detach().float().contiguous()
+            parts = [torch.empty_like(local) for _ in range(group.size())]
+            torch.distributed.all_gather(parts, local, group=group)
+            dim = _partition_dim(param)
+            if dim is None:
+                if any(not torch.equal(part, parts[0]) for part in parts):
+                    differing.append(name)
+                whole = parts[0]
+            else:
+                whole = _join(name, parts, dim)
+            result[canonical_name(name, chunk)] = whole
+    stages = [None] * parallel_state.get_pipeline_model_parallel_world_size()
+    torch.distributed.all_gather_object(
+        stages, (result, differing), group=parallel_state.get_pipeline_model_parallel_group()
+    )
+    # Checked after the last collective, so that no rank is left waiting in one.
+    differing = [name for _, names in stages for name in names]
+    assert not differing, f"replicated, but differs between tensor-parallel ranks: {differing}"
+    return {name: tensor for stage, _ in stages for name, tensor in stage.items()}

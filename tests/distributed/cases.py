@@ -1,0 +1,145 @@
+"""What is compared: models, and the layouts each of them runs at."""
+
+from dataclasses import dataclass, field, replace
+
+from kvshift_megatron import KVShiftConfig
+
+
+@dataclass(frozen=True)
+class Model:
+    """A tiny GPT; `transformer` overrides TransformerConfig fields."""
+
+    name: str
+    num_query_groups: int = 4
+    kv_shift: KVShiftConfig | None = KVShiftConfig()
+    transformer: dict = field(default_factory=dict)
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model at one layout. Data parallelism takes what the other axes leave of the world."""
+
+    model: Model
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    sp: bool = False
+    distributed_optimizer: bool = False
+    overlap: bool = False
+    transformer: dict = field(default_factory=dict)
+    planted_error: str | None = None
+    # bf16 only: a single process sums in another order (parts of a product, micro-batch size).
+    reordering: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        parts = [self.model.name, f"tp{self.tp}"]
+        parts += ["sp"] if self.sp else []
+        parts += [f"pp{self.pp}"] if self.pp > 1 else []
+        parts += [f"vpp{self.vpp}"] if self.vpp else []
+        parts += ["distopt"] if self.distributed_optimizer else []
+        parts += ["overlap"] if self.overlap else []
+        parts += [f"{key}={value}" for key, value in self.transformer.items()]
+        parts += [f"planted:{self.planted_error}"] if self.planted_error else []
+        parts += [f"reordered:{self.reordering[0]}-{self.reordering[1]}"] if self.reordering else []
+        return "-".join(parts)
+
+
+GQA = Model("gqa4")
+GQA2 = Model("gqa2", num_query_groups=2)
+MQA = Model("mqa", num_query_groups=1)
+MHA = Model("mha", num_query_groups=8)
+QK_NORM = Model("qk-layernorm", num_query_groups=2, transformer={"qk_layernorm": True})
+GATED = Model("output-gate", num_query_groups=2, transformer={"attention_output_gate": True})
+WINDOW_3 = Model("window3", num_query_groups=2, kv_shift=KVShiftConfig(window=3))
+GATE = Model("gate-variant", num_query_groups=2, kv_shift=KVShiftConfig(variant="gate"))
+KEYS_ONLY = Model(
+    "clamp-keys-only",
+    num_query_groups=2,
+    kv_shift=KVShiftConfig(variant="clamp", window=4, shift_values=False, init="identity"),
+)
+VANILLA = Model("vanilla", kv_shift=None)
+BF16 = Model("bf16-gqa2", num_query_groups=2, bf16=True)
+
+FULL_RECOMPUTE = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+SELECTIVE_RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+
+REFERENCES = {
+    model.name: Case(model)
+    for model in (
+        GQA, GQA2, MQA, MHA, QK_NORM, GATED, WINDOW_3, GATE, KEYS_ONLY, VANILLA, BF16,
+    )
+}  # fmt: skip
+
+_TWO = [
+    *(Case(model, tp=2) for model in (GQA, GQA2, MQA, MHA, GATED, GATE, KEYS_ONLY, VANILLA)),
+    *(Case(model, tp=2, sp=True) for model in (GQA, MQA, QK_NORM, GATED, WINDOW_3)),
+    Case(GQA, pp=2),
+    Case(GQA, pp=2, vpp=2),
+    Case(GQA, pp=2, vpp=2, overlap=True, distributed_optimizer=True),
+    Case(GQA),
+    Case(GQA, distributed_optimizer=True),
+    Case(GQA, distributed_optimizer=True, overlap=True),
+    Case(MQA, overlap=True),
+    Case(GQA2, tp=2, sp=True, transformer=FULL_RECOMPUTE),
+    Case(MQA, tp=2, sp=True, transformer=FULL_RECOMPUTE),
+    Case(GQA2, tp=2, transformer=SELECTIVE_RECOMPUTE),
+]
+_FOUR = [
+    *(Case(model, tp=4) for model in (GQA, GQA2, MQA, MHA, GATED, WINDOW_3, GATE, KEYS_ONLY)),
+    *(Case(model, tp=4, sp=True) for model in (GQA, GQA2, MQA, QK_NORM)),
+    Case(GQA, tp=2, pp=2),
+    Case(MQA, tp=2, pp=2, vpp=2, sp=True),
+    Case(GQA, tp=2, distributed_optimizer=True),
+    Case(MQA, tp=2, sp=True, distributed_optimizer=True, overlap=True),
+    Case(GQA, pp=2, distributed_optimizer=True),
+    Case(GQA2, tp=4, sp=True, transformer=FULL_RECOMPUTE),
+]
+_PLANTED = {
+    2: [
+        Case(GQA, tp=2, planted_error="taps_swapped"),
+        Case(GQA, tp=2, planted_error="shift_by_two"),
+        Case(GQA, tp=2, planted_error="rope_before_shift"),
+        Case(GQA, tp=2, planted_error="shard_permuted"),
+        Case(MQA, tp=2, planted_error="shared_groups_not_summed"),
+        Case(BF16, tp=2, planted_error="taps_swapped"),
+    ],
+    4: [
+        Case(GQA2, tp=4, planted_error="shard_permuted"),
+        Case(GQA2, tp=4, sp=True, planted_error="shared_groups_not_summed"),
+    ],
+}
+_REORDERINGS = [(parts, micro_batch) for parts in (1, 2, 4, 8) for micro_batch in (1, 2, 4)]
+_BF16 = {
+    1: [Case(BF16, reordering=reordering) for reordering in _REORDERINGS],
+    2: [
+        Case(BF16, tp=2),
+        Case(BF16, tp=2, sp=True),
+        Case(BF16, pp=2),
+        Case(BF16, distributed_optimizer=True),
+    ],
+    4: [Case(BF16, tp=4), Case(BF16, tp=4, sp=True), Case(BF16, tp=2, pp=2, sp=True)],
+}
+
+# World size -> the cases that one launch runs, in order.
+LAYOUTS = {1: list(REFERENCES.values()), 2: _TWO, 4: _FOUR}
+LAYOUTS[1] += [
+    replace(REFERENCES["gqa2"], transformer=FULL_RECOMPUTE),
+    replace(REFERENCES["gqa2"], transformer=SELECTIVE_RECOMPUTE),
+]
+PLANTED = _PLANTED
+BF16_LAYOUTS = _BF16
+
+
+def cases(world_size: int) -> list[Case]:
+    """Everything that the launch of this world size runs."""
+    return [
+        *LAYOUTS[world_size],
+        *PLANTED.get(world_size, []),
+        *BF16_LAYOUTS[world_size],
+    ]

@@ -1,0 +1,259 @@
+"""Trains a case for a few steps with Megatron-Core's own schedules, DDP and optimizer."""
+
+import contextlib
+import functools
+from unittest import mock
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import linear
+
+from kvshift_megatron.layer_specs import kv_shift_layer_spec, vanilla_layer_spec
+from tests.distributed import canonical
+from tests.distributed.cases import Case
+from tests.distributed.plants import planted
+
+STEPS = 5
+SEQ_LENGTH = 16
+VOCAB_SIZE = 64
+GLOBAL_BATCH = 8
+MICRO_BATCH = 2
+
+
+def run(case: Case) -> dict:
+    """Train `case` in its layout; returns what comparisons need, as CPU tensors and floats.
+
+    Returns:
+        {"losses": [STEPS], "grad_norms": [STEPS], "params": {name: whole tensor after the last
+        step}, "grads": {name: whole gradient of the first step} (absent where the distributed
+        optimizer leaves each rank a shard of it), "weight_decay": {name: multiplier}}
+    """
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    with planted(case.planted_error), reordered_sums(case.reordering):
+        return _train(case)
+
+
+def transformer_config(case: Case) -> TransformerConfig:
+    dtype = torch.bfloat16 if case.model.bf16 else torch.float32
+    fields = dict(
+        num_layers=4,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=8,
+        num_query_groups=case.model.num_query_groups,
+        kv_channels=8,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        transformer_impl="local",
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        tensor_model_parallel_size=case.tp,
+        pipeline_model_parallel_size=case.pp,
+        virtual_pipeline_model_parallel_size=case.vpp,
+        sequence_parallel=case.sp,
+        # What Megatron's arguments set for an interleaved schedule: without it, two stages would
+        # have two messages under way to each other in one batch, and could take one for the other.
+        overlap_p2p_comm=case.vpp is not None,
+        batch_p2p_comm=case.vpp is None,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=case.model.bf16,
+    )
+    return TransformerConfig(**{**fields, **case.model.transformer, **case.transformer})
+
+
+def build(case: Case) -> list[torch.nn.Module]:
+    """The case's model chunks with canonical weights, not yet wrapped."""
+    config = transformer_config(case)
+    chunks = []
+    for stage in range(case.vpp or 1):
+        vp_stage = stage if case.vpp else None
+        if case.model.kv_shift is None:
+            spec = vanilla_layer_spec(config, vp_stage)
+        else:
+            spec = kv_shift_layer_spec(config, vp_stage, kv_shift=case.model.kv_shift)
+        first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=VOCAB_SIZE,
+            max_sequence_length=SEQ_LENGTH,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+            rotary_base=100_000,
+            vp_stage=vp_stage,
+        )
+        model.model_type = ModelType.encoder_or_decoder
+        for param in model.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
+        chunks.append(model)
+    return chunks
+
+
+def _train(case: Case) -> dict:
+    chunks = build(case)
+    config = chunks[0].config
+    for chunk in chunks:
+        canonical.fill(chunk)
+    if case.model.bf16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=case.model.bf16,
+        overlap_grad_reduce=case.overlap,
+        overlap_param_gather=case.overlap and case.distributed_optimizer,
+        use_distributed_optimizer=case.distributed_optimizer,
+        # Small enough that a model of this size fills several buckets.
+        bucket_size=8192 if case.overlap else None,
+    )
+    chunks = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=1e-3,
+            min_lr=1e-3,
+            weight_decay=0.1,
+            clip_grad=1.0,
+            bf16=case.model.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=case.distributed_optimizer,
+            overlap_param_gather=ddp_config.overlap_param_gather,
+        ),
+        chunks,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if case.overlap:
+        config.no_sync_func = [chunk.no_sync for chunk in chunks]
+        config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+        if ddp_config.overlap_param_gather:
+            config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
+        if len(chunks) == 1:
+            config.no_sync_func, config.grad_sync_func = config.no_sync_func[0], None
+            config.param_sync_func = None
+
+    result = {"losses": [], "grad_norms": []}
+    for step in range(STEPS):
+        result["losses"].append(_forward_backward(case, chunks, optimizer, step))
+        if step == 0 and not case.distributed_optimizer:
+            result["grads"] = canonical.gather(chunks, lambda param: param.main_grad)
+        success, grad_norm, _ = optimizer.step()
+        assert success
+        result["grad_norms"].append(float(grad_norm))
+    if ddp_config.overlap_param_gather:
+        for chunk in chunks:
+            chunk.disable_forward_pre_hook(param_sync=True)
+    result["params"] = canonical.gather(chunks, lambda param: param)
+    result["weight_decay"] = _weight_decay(chunks, optimizer)
+    return result
+
+
+def _forward_backward(case: Case, chunks, optimizer, step: int) -> float:
+    """One step's gradients, left in main_grad; returns the mean loss over the global batch."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    dp_group = parallel_state.get_data_parallel_group()
+    micro_batch = case.reordering[1] if case.reordering else MICRO_BATCH
+    samples = _samples(step).chunk(dp_group.size())[dp_group.rank()]
+    num_microbatches = len(samples) // micro_batch
+    losses = get_forward_backward_func()(
+        forward_step_func=_forward_step,
+        data_iterator=[iter(samples.split(micro_batch)) for _ in chunks],
+        model=chunks,
+        num_microbatches=num_microbatches,
+        seq_length=SEQ_LENGTH,
+        micro_batch_size=micro_batch,
+        forward_only=False,
+    )
+    # Only the last stage knows the loss: the others add zero.
+    total = torch.tensor([sum(float(x["loss"]) for x in losses) if losses else 0.0]).double()
+    torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+    torch.distributed.all_reduce(total, group=dp_group)
+    return float(total) / (num_microbatches * dp_group.size())
+
+
+def _samples(step: int) -> torch.Tensor:
+    """int64 [GLOBAL_BATCH, SEQ_LENGTH + 1]."""
+    generator = torch.Generator().manual_seed(100 + step)
+    return torch.randint(0, VOCAB_SIZE, (GLOBAL_BATCH, SEQ_LENGTH + 1), generator=generator)
+
+
+def _forward_step(data_iterator, model):
+    samples = next(data_iterator)
+    tokens, labels = samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+    positions = torch.arange(SEQ_LENGTH).expand_as(tokens)
+    output = model(tokens, positions, None, labels=labels)
+
+    def loss_func(losses):
+        loss = losses.float().mean()
+        # The schedule divides `loss` in place by the number of micro-batches.
+        return loss, {"loss": loss.detach().clone()}
+
+    return output, loss_func
+
+
+def _weight_decay(chunks, optimizer) -> dict[str, float]:
+    """Canonical name -> weight-decay multiplier, of the parameters that the optimizer holds."""
+    names = {
+        id(param): canonical.canonical_name(name, chunk)
+        for chunk in chunks
+        for name, param in chunk.named_parameters()
+    }
+    return {
+        names[id(param)]: group["wd_mult"]
+        for group in optimizer.param_groups
+        for param in group["params"]
+        if id(param) in names
+    }
+
+
+@contextlib.contextmanager
+def reordered_sums(reordering: tuple[int, int] | None):
+    """Sum in `chunks` rounded parts what tensor parallelism sums over that many ranks.
+
+    These are the outputs of row-parallel layers, and in the backward pass the input gradients of
+    column-parallel ones.
+    """
+    if reordering is None:
+        yield
+        return
+    chunks = reordering[0]
+
+    def row_parallel(self, input_):
+        parts = zip(input_.chunk(chunks, -1), self.weight.chunk(chunks, 1))
+        return functools.reduce(torch.add, [linear(x, w) for x, w in parts]), None
+
+    def column_parallel(self, input_, weight=None, **kwargs):
+        weight = self.weight if weight is None else weight
+        return torch.cat([linear(input_, w) for w in weight.chunk(chunks, 0)], -1), None
+
+    with (
+        mock.patch.object(RowParallelLinear, "forward", row_parallel),
+        mock.patch.object(ColumnParallelLinear, "forward", column_parallel),
+    ):
+        yield

@@ -1,0 +1,47 @@
+"""Starting ranks with torch's own launcher, bounded in time and leaving no process behind."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def torchrun(
+    nproc: int, arguments: list[str], timeout: float, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run `torchrun --standalone --nproc-per-node NPROC ARGUMENTS` from the project's root.
+
+    Args:
+        nproc: ranks.
+        arguments: what follows torchrun's own flags: a script or `-m module`, and its arguments.
+        timeout: seconds; past that every process of the launch is killed and TimeoutExpired raised.
+        environment: added to this process's.
+
+    Returns:
+        The finished launch; stdout and stderr of all ranks together in `stdout`.
+    """
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(nproc), *arguments),
+    ]
+    # A session of its own: one signal reaches the launcher and every rank.
+    process = subprocess.Popen(
+        command,
+        cwd=PROJECT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return subprocess.CompletedProcess(command, process.returncode, output)

@@ -1,0 +1,87 @@
+"""Errors planted on purpose, to show that the comparisons would notice them."""
+
+import contextlib
+from unittest import mock
+
+import torch
+
+from kvshift_megatron import attention
+from kvshift_megatron.attention import KVShiftSelfAttention
+from kvshift_megatron.local import SDPACoreAttention
+from kvshift_megatron.ops import shift_ref
+
+
+def planted(error: str | None) -> contextlib.AbstractContextManager:
+    """The context in which the named error is in force."""
+    return _PLANTS[error]() if error else contextlib.nullcontext()
+
+
+def _patch_taps(change):
+    original = KVShiftSelfAttention.taps
+
+    def taps(self):
+        return {kind: change(self, value) for kind, value in original(self).items()}
+
+    return mock.patch.object(KVShiftSelfAttention, "taps", taps)
+
+
+def _taps_swapped():
+    return _patch_taps(lambda self, taps: taps.flip(0))
+
+
+def _shard_permuted():
+    """Rank 1 applies its groups' taps in reverse; with one group a rank, another rank's taps."""
+
+    def change(self, taps):
+        if self.pg_collection.tp.rank() != 1:
+            return taps
+        return taps.flip(1) if taps.shape[1] > 1 else taps.flip(0)
+
+    return _patch_taps(change)
+
+
+def _shift_by_two():
+    def shift(x, taps):
+        return shift_ref(x, torch.stack([taps[0], torch.zeros_like(taps[1]), taps[1]]))
+
+    return mock.patch.object(
+        attention, "kv_shift_op", lambda k, v, a, b: (shift(k, a), shift(v, b))
+    )
+
+
+@contextlib.contextmanager
+def _rope_before_shift():
+    """The shift moves behind the rotation, into the core attention."""
+    forward = SDPACoreAttention.forward
+    taps = {}
+
+    def keep(self, hidden_states, *args, **kwargs):
+        taps.update(self.taps())
+        return super(KVShiftSelfAttention, self).get_query_key_value_tensors(
+            hidden_states, *args, **kwargs
+        )
+
+    def shift_late(self, query, key, value, *args, **kwargs):
+        key, value = shift_ref(key, taps["alpha"]), shift_ref(value, taps["beta"])
+        return forward(self, query, key, value, *args, **kwargs)
+
+    with (
+        mock.patch.object(KVShiftSelfAttention, "get_query_key_value_tensors", keep),
+        mock.patch.object(SDPACoreAttention, "forward", shift_late),
+    ):
+        yield
+
+
+def _shared_groups_not_summed():
+    return mock.patch.object(
+        attention, "copy_to_tensor_model_parallel_region", lambda x, group=None: x
+    )
+
+
+_PLANTS = {
+    "taps_swapped": _taps_swapped,
+    "shard_permuted": _shard_permuted,
+    "shift_by_two": _shift_by_two,
+    "rope_before_shift": _rope_before_shift,
+    "shared_groups_not_summed": _shared_groups_not_summed,
+}

@@ -1,0 +1,92 @@
+"""Facts about a parallel model that are not a comparison of two runs."""
+
+from collections.abc import Callable
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+from kvshift_megatron.model_check import _Report, describe, gather_layers
+from kvshift_megatron.taps import initial_values
+from tests.distributed import canonical
+from tests.distributed.cases import GQA, GQA2, MQA, VANILLA, WINDOW_3, Case
+from tests.distributed.engine import build
+
+# World size -> the models whose initial taps, checkpoint entries and report are looked at.
+LAYOUTS = {
+    1: [Case(GQA2)],
+    2: [Case(GQA2, tp=2), Case(MQA, tp=2), Case(GQA, pp=2), Case(GQA, pp=2, vpp=2)],
+    4: [Case(GQA, tp=4), Case(GQA2, tp=4), Case(MQA, tp=2, pp=2), Case(WINDOW_3, tp=4)],
+}
+
+
+def properties(world_size: int) -> list[tuple[str, Case, Callable]]:
+    """(name, layout, job of that layout's model chunks) for one world size."""
+    found = []
+    for case in LAYOUTS[world_size]:
+        found.append((f"initial-taps-{case.name}", case, _initial_taps))
+        found.append((f"sharded-state-dict-{case.name}", case, _sharded))
+        found.append((f"report-{case.name}", case, _report))
+    if world_size == 2:
+        vanilla = Case(VANILLA, pp=2)
+        found.append(("report-vanilla", vanilla, _report))
+        found.append(("report-refuses-vanilla", vanilla, _refusal))
+    return found
+
+
+def run(case: Case, job: Callable):
+    """Build the case's model in its layout and ask `job` about it."""
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    # What differs between pipeline stages and replicas in Megatron must not reach the taps.
+    torch.manual_seed(torch.distributed.get_rank())
+    return job(case, build(case))
+
+
+def _initial_taps(case: Case, chunks) -> dict[str, torch.Tensor]:
+    """Every tap as built, whole, by canonical name."""
+    params = canonical.gather(chunks, lambda param: param)
+    return {name: value for name, value in params.items() if ".alpha_" in name or ".beta_" in name}
+
+
+def expected_initial_taps(case: Case, seed: int = 1234) -> dict[str, torch.Tensor]:
+    """The same from the definition alone; 1234 is Megatron's default seed."""
+    groups = case.model.num_query_groups
+    return {
+        f"decoder.layers.{layer - 1}.self_attention.{name}": value.float()
+        for layer in range(1, 5)
+        for name, value in initial_values(case.model.kv_shift, seed, layer, groups).items()
+    }
+
+
+def _sharded(case: Case, chunks) -> list[dict]:
+    """Every rank's ShardedTensors of taps, gathered."""
+    entries = []
+    for chunk in chunks:
+        metadata = {
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)
+        }
+        for tensor in chunk.sharded_state_dict(metadata=metadata).values():
+            if ".alpha_" in tensor.key or ".beta_" in tensor.key:
+                entries.append(
+                    {
+                        "key": tensor.key,
+                        "global_shape": tuple(tensor.global_shape),
+                        "global_offset": tuple(tensor.global_offset),
+                        "local_shape": tuple(tensor.local_shape),
+                        "replica_id": tensor.replica_id,
+                    }
+                )
+    gathered = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, entries)
+    return [entry for part in gathered for entry in part]
+
+
+def _report(case: Case, chunks) -> str:
+    return describe(gather_layers(chunks))
+
+
+def _refusal(case: Case, chunks) -> str:
+    try:
+        _Report(GQA.kv_shift)(chunks)
+    except ValueError as error:
+        return str(error)
+    return "not refused"

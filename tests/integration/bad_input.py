@@ -1,0 +1,64 @@
+"""Command lines that must be refused: name -> (flags, what the message has to hold)."""
+
+from tests.integration.tiny_gpt import flags
+
+BAD_INPUT = {
+    "query groups and TP": (
+        flags(num_attention_heads=12, hidden_size=96, num_query_groups=3,
+              tensor_model_parallel_size=2),
+        ["num_query_groups=3", "tensor_model_parallel_size=2", "one must divide the other"],
+    ),
+    "MLA": (
+        flags(multi_latent_attention=True),
+        ["multi_latent_attention", "drop --multi-latent-attention"],
+    ),
+    "reset_attention_mask": (
+        flags(reset_attention_mask=True),
+        ["reset_attention_mask", "drop --reset-attention-mask"],
+    ),
+    "window 1": (flags(kv_shift_window=1), ["window=1", "2, 3 or 4"]),
+    "window 5": (flags(kv_shift_window=5), ["window=5", "2, 3 or 4"]),
+    "unknown variant": (
+        flags(kv_shift_variant="fancy"),
+        ["variant='fancy'", "free, gate, clamp"],
+    ),
+    "unknown init": (flags(kv_shift_init="zeros"), ["init='zeros'", "uniform, identity"]),
+    "gate with identity": (
+        flags(kv_shift_variant="gate", kv_shift_init="identity"),
+        ["init='identity'", "use variant='free'"],
+    ),
+    "nothing shifted": (
+        flags(no_kv_shift_keys=True, no_kv_shift_values=True),
+        ["shift_keys and shift_values are both off"],
+    ),
+    "taps for the twin": (
+        flags(no_kv_shift=True, kv_shift_window=3),
+        ["--no-kv-shift", "window", "drop one of the two"],
+    ),
+    "context parallelism": (
+        flags(context_parallel_size=2),
+        ["context_parallel_size=2", "set --context-parallel-size 1"],
+    ),
+    "packed documents": (
+        flags(sft=True),
+        ["sft", "packed sequences are not supported", "drop --sft"],
+    ),
+    "inter-document masking": (
+        flags(dataloader_inter_document_masking=True),
+        ["dataloader_inter_document_masking", "drop --dataloader-inter-document-masking"],
+    ),
+    "MTP": (flags(mtp_num_layers=1), ["mtp_num_layers", "drop --mtp-num-layers"]),
+    "spec": (
+        flags(spec="kvshift_megatron.layer_specs kv_shift_layer_spec"),
+        ["spec", "drop --spec"],
+    ),
+    "fp8 on a CPU": (flags(fp8_format="hybrid"), ["--fp8-format"]),
+    "Transformer Engine on a CPU": (
+        flags(transformer_impl="transformer_engine"),
+        ["--transformer-impl", "local"],
+    ),
+    "task module": (
+        flags(task_module="no.such.module"),
+        ["task_module='no.such.module'", "importable"],
+    ),
+}  # fmt: skip

@@ -1,0 +1,38 @@
+"""Runs kvshift_megatron.pretrain and stores every micro-batch's loss to the bit.
+
+torchrun ... record_losses.py OUTPUT.json <flags of kvshift_megatron.pretrain>
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from kvshift_megatron import pretrain
+
+
+def main() -> None:
+    output = Path(sys.argv.pop(1))
+    losses = []
+
+    def recording(loss_mask, metrics, token_losses):
+        result = original(loss_mask, metrics, token_losses)
+        losses.append(float(result[0].detach()).hex())
+        return result
+
+    from kvshift_megatron import cpu
+
+    cpu.enable()
+    from kvshift_megatron import training_step
+
+    original, training_step.masked_loss = training_step.masked_loss, recording
+    try:
+        pretrain.main()
+    finally:
+        # Megatron ends a run by --exit-interval with sys.exit.
+        if os.environ["RANK"] == "0":
+            output.write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main()

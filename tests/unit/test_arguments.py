@@ -1,0 +1,94 @@
+"""The `--kv-shift-*` flags."""
+
+import argparse
+import sys
+from argparse import Namespace
+from types import ModuleType
+
+import pytest
+
+from kvshift_megatron import KVShiftConfig
+from kvshift_megatron.arguments import add_kv_shift_args, kv_shift_config_from_args, megatron_args
+
+
+def parse(*words):
+    parser = add_kv_shift_args(argparse.ArgumentParser(exit_on_error=False))
+    return kv_shift_config_from_args(parser.parse_args(words))
+
+
+@pytest.mark.parametrize(
+    ("words", "config"),
+    [
+        ([], KVShiftConfig()),
+        (["--kv-shift-variant", "gate"], KVShiftConfig(variant="gate")),
+        (["--kv-shift-variant", "clamp"], KVShiftConfig(variant="clamp")),
+        (["--kv-shift-window", "4"], KVShiftConfig(window=4)),
+        (["--kv-shift-init", "identity"], KVShiftConfig(init="identity")),
+        (["--no-kv-shift-keys"], KVShiftConfig(shift_keys=False)),
+        (["--no-kv-shift-values"], KVShiftConfig(shift_values=False)),
+        (["--kv-shift-seed", "7"], KVShiftConfig(seed=7)),
+        (["--kv-shift-seed", "0"], KVShiftConfig(seed=0)),
+        (["--no-kv-shift"], None),
+        (
+            [
+                "--kv-shift-variant=clamp",
+                "--kv-shift-window=3",
+                "--kv-shift-init=identity",
+                "--no-kv-shift-values",
+                "--kv-shift-seed=3",
+            ],
+            KVShiftConfig("clamp", 3, True, False, "identity", 3),
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_flags_become_fields(words, config):
+    assert parse(*words) == config
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--kv-shift-variant", "free"], "variant"),
+        (["--kv-shift-window", "2"], "window"),
+        (["--kv-shift-init", "uniform"], "init"),
+        (["--kv-shift-seed", "0"], "seed"),
+        (["--no-kv-shift-keys"], "shift_keys"),
+        (["--no-kv-shift-values"], "shift_values"),
+    ],
+)
+def test_taps_without_kv_shifting_are_refused(words, named):
+    with pytest.raises(ValueError, match=rf"--no-kv-shift .*\b{named}\b"):
+        parse("--no-kv-shift", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--kv-shift-variant", "Free"], "variant='Free'"),
+        (["--kv-shift-window", "7"], "window=7"),
+        (["--kv-shift-init", "ones"], "init='ones'"),
+        (["--kv-shift-seed", "-1"], "seed=-1"),
+        (["--no-kv-shift-keys", "--no-kv-shift-values"], "shift_keys and shift_values"),
+    ],
+)
+def test_a_flag_fails_with_the_fields_words(words, named):
+    with pytest.raises(ValueError, match=named):
+        parse(*words)
+
+
+def test_the_parser_is_returned_and_has_one_group_of_ours():
+    parser = argparse.ArgumentParser()
+    assert add_kv_shift_args(parser) is parser
+    assert "KV-shifting attention" in parser.format_help()
+
+
+def test_megatrons_arguments_are_found_without_importing_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "megatron.training.global_vars", raising=False)
+    assert megatron_args() is None
+    assert "megatron.training.global_vars" not in sys.modules
+    module = ModuleType("megatron.training.global_vars")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert megatron_args() is None
+    module._GLOBAL_ARGS = Namespace(seed=3)
+    assert megatron_args() is module._GLOBAL_ARGS
