@@ -8,7 +8,30 @@ from argparse import Namespace
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-_PACKED = "packed sequences are not supported by KV shifting yet, as a key or value would cross a"
+_ONE_DOCUMENT = "so that keys and values would cross document boundaries"
+
+# Setting -> what is wrong with it and what to do; refused wherever it is on.
+_REFUSED_IN_CONFIG = {
+    "multi_latent_attention": "has no per-head keys and values to shift: drop "
+    "--multi-latent-attention, or train without KV shifting",
+    "fused_single_qkv_rope": "rotates query and key before they are split, and the shift must come "
+    "before the rotation: drop --fused-single-qkv-rope",
+    "flash_decode": "keeps no raw last key and value, which KV shifting needs: drop --flash-decode",
+    "experimental_attention_variant": "contains no self-attention to shift: drop "
+    "--experimental-attention-variant",
+}
+_REFUSED_ARGS = {
+    "reset_attention_mask": "hides document boundaries in a mask that the shift does not see, "
+    f"{_ONE_DOCUMENT}: drop --reset-attention-mask",
+    "sft": f"packs documents, and packed sequences are not supported yet, {_ONE_DOCUMENT}: train "
+    "on unpacked samples (drop --sft)",
+    "dataloader_inter_document_masking": "packs documents, and packed sequences are not supported "
+    f"yet, {_ONE_DOCUMENT}: drop --dataloader-inter-document-masking",
+    "mtp_num_layers": "makes Megatron build multi-token-prediction layers from specs of its own, "
+    "which would silently be vanilla: drop --mtp-num-layers",
+    "hybrid_context_parallel": "changes the context-parallel group from batch to batch, which KV "
+    "shifting does not follow: drop --hybrid-context-parallel",
+}
 
 
 def check_transformer_config(config: TransformerConfig | Namespace) -> None:
@@ -27,32 +50,13 @@ def check_transformer_config(config: TransformerConfig | Namespace) -> None:
             "other, so that each rank holds whole query groups or a group whole ranks; change "
             "--num-query-groups or --tensor-model-parallel-size"
         )
-    if _on(config, "multi_latent_attention"):
-        raise ValueError(
-            "multi_latent_attention has no per-head keys and values to shift: drop "
-            "--multi-latent-attention, or train without KV shifting"
-        )
-    if _on(config, "fused_single_qkv_rope"):
-        raise ValueError(
-            "fused_single_qkv_rope rotates query and key before they are split, and the shift must "
-            "come before the rotation: drop --fused-single-qkv-rope"
-        )
     if config.context_parallel_size > 1:
         raise ValueError(
             f"context_parallel_size={config.context_parallel_size}: the token before a chunk lives "
             "on another rank, and KV shifting does not exchange it yet; set "
             "--context-parallel-size 1 (tensor and sequence parallelism shard long sequences too)"
         )
-    if _on(config, "flash_decode"):
-        raise ValueError(
-            "flash_decode keeps no raw last key and value, which KV shifting needs: drop "
-            "--flash-decode"
-        )
-    if _on(config, "experimental_attention_variant"):
-        raise ValueError(
-            f"experimental_attention_variant={config.experimental_attention_variant!r} contains no "
-            "self-attention to shift: drop --experimental-attention-variant"
-        )
+    _refuse(config, _REFUSED_IN_CONFIG)
 
 
 def check_args(args: Namespace) -> None:
@@ -63,43 +67,26 @@ def check_args(args: Namespace) -> None:
     Args:
         args: Megatron's arguments; flags that a release lacks count as off.
     """
-    if _on(args, "reset_attention_mask"):
-        raise ValueError(
-            "reset_attention_mask hides document boundaries in a mask that the shift does not see, "
-            "so keys and values would leak across documents: drop --reset-attention-mask"
-        )
-    if _on(args, "sft"):
-        raise ValueError(
-            f"sft packs documents: {_PACKED} document boundary; train on unpacked samples "
-            "(drop --sft)"
-        )
-    if _on(args, "dataloader_inter_document_masking"):
-        raise ValueError(
-            f"dataloader_inter_document_masking packs documents: {_PACKED} document boundary; drop "
-            "--dataloader-inter-document-masking"
-        )
-    if _on(args, "mtp_num_layers"):
-        raise ValueError(
-            "mtp_num_layers: Megatron builds its multi-token-prediction layers from specs of its "
-            "own, so that they would silently be vanilla: drop --mtp-num-layers"
-        )
-    if _on(args, "hybrid_context_parallel"):
-        raise ValueError(
-            "hybrid_context_parallel changes the context-parallel group from batch to batch, which "
-            "KV shifting does not follow: drop --hybrid-context-parallel"
-        )
+    _refuse(args, _REFUSED_ARGS)
+
+
+def _refuse(settings: TransformerConfig | Namespace, refusals: dict[str, str]) -> None:
+    for name, sentence in refusals.items():
+        value = getattr(settings, name, None)
+        if value:
+            shown = name if value is True else f"{name}={value!r}"
+            raise ValueError(f"{shown} {sentence}")
 
 
 def refuse_call(packed_seq_params=None, inference_context=None, inference_params=None, **_) -> None:
     """Raise ValueError for a forward call that KV shifting cannot honour yet."""
     if packed_seq_params is not None:
-        raise ValueError(f"packed_seq_params: {_PACKED} document boundary; pass unpacked samples")
+        raise ValueError(
+            "packed_seq_params: packed sequences are not supported by KV shifting yet, "
+            f"{_ONE_DOCUMENT}; pass unpacked samples"
+        )
     if inference_context is not None or inference_params is not None:
         raise ValueError(
             "inference_context: Megatron's KV cache holds no raw last key and value, which KV "
             "shifting needs for the next token; score whole sequences without a context instead"
         )
-
-
-def _on(settings: TransformerConfig | Namespace, name: str) -> bool:
-    return bool(getattr(settings, name, None))
