@@ -14,8 +14,8 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
+from kvshift_megatron.boundaries import physical_cu_seqlens, shift_across_boundaries
 from kvshift_megatron.config import KVShiftConfig
-from kvshift_megatron.ops import kv_shift as kv_shift_op
 from kvshift_megatron.taps import initial_values, resolve_seed, tap_names, taps_from_parameters
 from kvshift_megatron.validation import check_transformer_config, refuse_call
 
@@ -40,6 +40,8 @@ class KVShiftSelfAttention(SelfAttention):
         share one group, each with some of its query heads only, so the gradient is summed over the
         tensor-parallel group (one all-reduce of a few scalars a layer).
         Sequence parallelism needs nothing: linear_qkv gathers the sequence first.
+        Context parallelism: see boundaries.py; the taps' gradients are reduced with all others
+        over the data- and context-parallel group.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class KVShiftSelfAttention(SelfAttention):
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         self.kv_shift = kv_shift
         self._tap_names = tap_names(kv_shift)
+        self._cu_seqlens = None
         self._taps_are_sharded = config.num_query_groups >= self.world_size
         tp_rank = self.pg_collection.tp.rank()
         if self._taps_are_sharded:
@@ -99,7 +102,12 @@ class KVShiftSelfAttention(SelfAttention):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs):
         """As SelfAttention.forward; what the shift does not support yet is refused."""
         refuse_call(**kwargs)
-        return super().forward(hidden_states, attention_mask, **kwargs)
+        # The hook below is called without it. Only for the call: recompute enters here again.
+        self._cu_seqlens = physical_cu_seqlens(kwargs.get("packed_seq_params"))
+        try:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        finally:
+            self._cu_seqlens = None
 
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: Tensor | None = None, *args, **kwargs
@@ -115,7 +123,14 @@ class KVShiftSelfAttention(SelfAttention):
             )
         query, key, value, *gate = output
         taps = self.taps()
-        key, value = kv_shift_op(key, value, taps.get("alpha"), taps.get("beta"))
+        key, value = shift_across_boundaries(
+            key,
+            value,
+            taps.get("alpha"),
+            taps.get("beta"),
+            self._cu_seqlens,
+            self.pg_collection.cp,
+        )
         return (query, key, value, *gate)
 
     def taps(self) -> dict[str, Tensor]:

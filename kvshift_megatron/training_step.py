@@ -4,13 +4,17 @@ from functools import partial
 
 import torch
 from megatron.core import mpu
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
     get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
     unwrap_model,
 )
 from megatron.training import get_args, get_timers
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
@@ -20,6 +24,15 @@ from kvshift_megatron.training_task import Task
 _SPIKE = 10
 
 Batch = dict[str, Tensor | None]
+
+# Entries that a dataset may leave out.
+_OPTIONAL_KEYS = (
+    "attention_mask",
+    "cu_seqlens",
+    "cu_seqlens_padded",
+    "max_seqlen",
+    "local_cp_size",
+)
 
 
 class TrainingStep:
@@ -44,35 +57,39 @@ class TrainingStep:
 
         inputs = (batch.get("tokens"), batch.get("position_ids"), batch.get("attention_mask"))
         labels, loss_mask = batch.get("labels"), batch.get("loss_mask")
+        packed = _packed_seq_params(batch, args.seq_length)
         wants_metrics = self.task.validation_metrics is not None and not model.training
         if wants_metrics and mpu.is_pipeline_last_stage(
             ignore_virtual=vp_stage is None, vp_stage=vp_stage
         ):
             # The logits are wanted as well as the loss, so the model stops short of the loss.
-            logits = model(*inputs)
+            logits = model(*inputs, packed_seq_params=packed)
             metrics = self.task.validation_metrics(logits, batch)
             gpt = unwrap_model(model)
             output = gpt.compute_language_model_loss(labels, logits.transpose(0, 1).contiguous())
         else:
             metrics = {}
-            output = model(*inputs, labels=labels, loss_mask=loss_mask)
+            output = model(*inputs, labels=labels, loss_mask=loss_mask, packed_seq_params=packed)
         return output, partial(masked_loss, loss_mask, metrics)
 
     def _get_batch(self, data_iterator, vp_stage: int | None, micro_batch_size: int) -> Batch:
-        """The micro-batch on every tensor-parallel rank; empty on a middle pipeline stage."""
-        if not is_first_or_last_pipeline_stage(vp_stage):
-            return {}
+        """This rank's part of the micro-batch.
+
+        On a middle pipeline stage it is empty, or, for packed documents, where these begin and end.
+        """
         args = get_args()
+        is_end = is_first_or_last_pipeline_stage(vp_stage)
+        is_packed = args.sft or args.dataloader_inter_document_masking
+        if not (is_end or is_packed):
+            return {}
         tp_rank = mpu.get_tensor_model_parallel_rank()
-        group = mpu.get_tensor_model_parallel_group()
-        source = mpu.get_tensor_model_parallel_src_rank()
         sample: Batch = {}
         if tp_rank == 0:
+            sample = dict.fromkeys(_OPTIONAL_KEYS) | next(data_iterator)
             sample = {
                 key: value.cuda(non_blocking=True) if isinstance(value, Tensor) else value
-                for key, value in next(data_iterator).items()
+                for key, value in sample.items()
             }
-            sample.setdefault("attention_mask", None)
             if args.create_attention_mask_in_dataloader and sample["attention_mask"] is None:
                 # The other ranks would wait for a broadcast that never comes.
                 raise ValueError(
@@ -81,11 +98,11 @@ class TrainingStep:
                 )
         batch = get_batch_on_this_tp_rank(
             sample,
-            has_cu_seqlens=False,
+            has_cu_seqlens=is_packed,
             is_hybrid_cp=False,
             create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
-            broadcast_src_rank=source,
-            broadcast_group=group,
+            broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+            broadcast_group=mpu.get_tensor_model_parallel_group(),
             cp_size=args.context_parallel_size,
             tp_rank=tp_rank,
             micro_batch_size=micro_batch_size,
@@ -95,17 +112,52 @@ class TrainingStep:
             is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
             is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
         )
+        batch |= self._broadcast_extra(sample, (micro_batch_size, args.seq_length))
+        batch = flatten_batch_for_packed_sequences(batch)
+        if not is_end:
+            return batch
+        return get_batch_on_this_cp_rank(
+            batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+        )
+
+    def _broadcast_extra(self, sample: Batch, shape: tuple[int, int]) -> Batch:
+        """The task's own entries, from tensor-parallel rank 0."""
+        entries = {}
         for key in self.task.batch_keys:
             entry = sample.get(key)
             if entry is None:
-                entry = torch.empty(
-                    (micro_batch_size, args.seq_length),
-                    dtype=torch.float32,
-                    device=torch.cuda.current_device(),
-                )
-            torch.distributed.broadcast(entry, source, group=group)
-            batch[key] = entry
-        return batch
+                device = torch.cuda.current_device()
+                entry = torch.empty(shape, dtype=torch.float32, device=device)
+            torch.distributed.broadcast(
+                entry,
+                mpu.get_tensor_model_parallel_src_rank(),
+                group=mpu.get_tensor_model_parallel_group(),
+            )
+            entries[key] = entry
+        return entries
+
+
+def _packed_seq_params(batch: Batch, seq_length: int) -> PackedSeqParams | None:
+    """Megatron's description of packed documents; None where none are packed."""
+    if batch.get("cu_seqlens") is None:
+        return None
+    # Megatron keeps a batch dimension of 1 on these.
+    cu_seqlens = batch["cu_seqlens"].squeeze(0)
+    padded = batch.get("cu_seqlens_padded")
+    padded = None if padded is None else padded.squeeze(0)
+    update_seqlen_stats_from_cu_seqlens(cu_seqlens)
+    ends = cu_seqlens if padded is None else padded
+    max_seqlen = int(batch["max_seqlen"].item())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+        tokens_per_sample=seq_length,
+    )
 
 
 def masked_loss(

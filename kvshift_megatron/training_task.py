@@ -51,7 +51,10 @@ def load_task(module_name: str | None) -> Task:
 
 
 def gpt_datasets_provider(train_val_test_num_samples: list[int], vp_stage: int | None = None):
-    """Megatron's GPTDataset (MockGPTDataset with `--mock-data`) for train, validation and test."""
+    """Megatron's GPTDataset for train, validation and test.
+
+    MockGPTDataset with `--mock-data`, SFTDataset with `--sft`.
+    """
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
@@ -59,8 +62,12 @@ def gpt_datasets_provider(train_val_test_num_samples: list[int], vp_stage: int |
     from megatron.training import get_args
 
     args = get_args()
+    if args.sft:
+        from megatron.training.datasets.sft_dataset import SFTDataset as dataset
+    else:
+        dataset = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
+        dataset,
         train_val_test_num_samples,
         lambda: is_dataset_built_on_rank(vp_stage),
         gpt_dataset_config(args),
@@ -68,11 +75,20 @@ def gpt_datasets_provider(train_val_test_num_samples: list[int], vp_stage: int |
 
 
 def is_dataset_built_on_rank(vp_stage: int | None = None) -> bool:
-    """Whether this rank reads samples: tensor-parallel rank 0 of the first and last stages."""
+    """Whether this rank reads samples.
+
+    Tensor-parallel rank 0 of the first and last pipeline stages does; of every stage where
+    documents are packed, as each stage's attention needs to know where they end.
+    """
     from megatron.core import mpu
+    from megatron.training import get_args
     from megatron.training.utils import is_first_or_last_pipeline_stage
 
-    return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)
+    args = get_args()
+    is_packed = args.sft or args.dataloader_inter_document_masking
+    return mpu.get_tensor_model_parallel_rank() == 0 and (
+        is_packed or is_first_or_last_pipeline_stage(vp_stage)
+    )
 
 
 def gpt_dataset_config(args: Namespace, **overrides: Any):
@@ -112,6 +128,7 @@ def gpt_dataset_config(args: Namespace, **overrides: Any):
         "defer_npy_index_mmap": args.dataloader_defer_npy_index_mmap,
         "context_parallel_size": args.context_parallel_size,
         "data_parallel_size": args.data_parallel_size,
+        "inter_document_masking": args.dataloader_inter_document_masking,
         "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
     }
     return GPTDatasetConfig(**{**fields, **overrides})

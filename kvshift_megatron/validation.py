@@ -8,8 +8,6 @@ from argparse import Namespace
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-_ONE_DOCUMENT = "so that keys and values would cross document boundaries"
-
 # Setting -> what is wrong with it and what to do; refused wherever it is on.
 _REFUSED_IN_CONFIG = {
     "multi_latent_attention": "has no per-head keys and values to shift: drop "
@@ -22,11 +20,8 @@ _REFUSED_IN_CONFIG = {
 }
 _REFUSED_ARGS = {
     "reset_attention_mask": "hides document boundaries in a mask that the shift does not see, "
-    f"{_ONE_DOCUMENT}: drop --reset-attention-mask",
-    "sft": f"packs documents, and packed sequences are not supported yet, {_ONE_DOCUMENT}: train "
-    "on unpacked samples (drop --sft)",
-    "dataloader_inter_document_masking": "packs documents, and packed sequences are not supported "
-    f"yet, {_ONE_DOCUMENT}: drop --dataloader-inter-document-masking",
+    "so that keys and values would cross document boundaries: use packed sequences instead "
+    "(--dataloader-inter-document-masking or --sft) and drop --reset-attention-mask",
     "mtp_num_layers": "makes Megatron build multi-token-prediction layers from specs of its own, "
     "which would silently be vanilla: drop --mtp-num-layers",
     "hybrid_context_parallel": "changes the context-parallel group from batch to batch, which KV "
@@ -50,12 +45,6 @@ def check_transformer_config(config: TransformerConfig | Namespace) -> None:
             "other, so that each rank holds whole query groups or a group whole ranks; change "
             "--num-query-groups or --tensor-model-parallel-size"
         )
-    if config.context_parallel_size > 1:
-        raise ValueError(
-            f"context_parallel_size={config.context_parallel_size}: the token before a chunk lives "
-            "on another rank, and KV shifting does not exchange it yet; set "
-            "--context-parallel-size 1 (tensor and sequence parallelism shard long sequences too)"
-        )
     _refuse(config, _REFUSED_IN_CONFIG)
 
 
@@ -68,6 +57,14 @@ def check_args(args: Namespace) -> None:
         args: Megatron's arguments; flags that a release lacks count as off.
     """
     _refuse(args, _REFUSED_ARGS)
+    ranks = args.context_parallel_size
+    if ranks > 1 and getattr(args, "dataloader_inter_document_masking", False):
+        raise ValueError(
+            f"dataloader_inter_document_masking with context_parallel_size={ranks} spreads the "
+            "whole stream over the ranks, and not each document by itself as packed attention and "
+            "the shift expect: set --context-parallel-size 1, or drop "
+            "--dataloader-inter-document-masking"
+        )
 
 
 def _refuse(settings: TransformerConfig | Namespace, refusals: dict[str, str]) -> None:
@@ -80,10 +77,10 @@ def _refuse(settings: TransformerConfig | Namespace, refusals: dict[str, str]) -
 
 def refuse_call(packed_seq_params=None, inference_context=None, inference_params=None, **_) -> None:
     """Raise ValueError for a forward call that KV shifting cannot honour yet."""
-    if packed_seq_params is not None:
+    if getattr(packed_seq_params, "local_cp_size", None) is not None:
         raise ValueError(
-            "packed_seq_params: packed sequences are not supported by KV shifting yet, "
-            f"{_ONE_DOCUMENT}; pass unpacked samples"
+            "local_cp_size: the batch has a context-parallel group of its own (hybrid context "
+            "parallelism), which KV shifting does not follow: drop --hybrid-context-parallel"
         )
     if inference_context is not None or inference_params is not None:
         raise ValueError(

@@ -146,6 +146,20 @@ def own_random_numbers(original: Callable) -> Callable:
     return iterate
 
 
+def keep_random_state(original: Callable) -> Callable:
+    """Wraps a function that draws on the GPU; here that would move what comes after it."""
+
+    @functools.wraps(original)
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        state = torch.default_generator.get_state()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            torch.default_generator.set_state(state)
+
+    return keep
+
+
 def nothing(*args: Any, **kwargs: Any) -> None:
     """There is nothing to do on a CPU."""
 

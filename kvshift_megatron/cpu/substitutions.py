@@ -136,6 +136,8 @@ def table() -> list[Substitution]:
         # Megatron's start
         *_wrap("asserts CUDA unless told otherwise", h.allow_no_cuda,
                "megatron.training.initialize.initialize_megatron"),
+        *_wrap("warms up with random tensors of a rank's shape, which must not move the weights",
+               s.keep_random_state, "megatron.training.initialize.set_jit_fusion_options"),
         *_wrap("runs make, and a wheel has no Makefile", h.skip_if_built,
                "megatron.core.datasets.utils.compile_helpers"),
         *_wrap("the defaults name Transformer Engine and NCCL", h.filled_arguments,

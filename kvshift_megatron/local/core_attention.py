@@ -13,7 +13,16 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvshift_megatron.boundaries import physical_cu_seqlens
+from kvshift_megatron.local.blockwise_attention import (
+    Places,
+    blockwise_attention,
+    gather_keys,
+    places_on_rank,
+)
+
 _MASKED_BY_TENSOR = (AttnMaskType.padding, AttnMaskType.arbitrary)
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 _SUPPORTED_MASKS = (AttnMaskType.causal, AttnMaskType.no_mask, *_MASKED_BY_TENSOR)
 
 
@@ -43,17 +52,15 @@ class SDPACoreAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ):
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError(
-                f"context_parallel_size={config.context_parallel_size}: the TE-free attention sees "
-                "one rank's tokens only; set --context-parallel-size 1"
-            )
         softmax_type = getattr(config, "softmax_type", "vanilla")
         if softmax_type != "vanilla":
             raise ValueError(
                 f"softmax_type={softmax_type!r} needs an attention kernel of Transformer Engine: "
                 "use --softmax-type vanilla, or --transformer-impl transformer_engine on a GPU"
             )
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
+        self.cp_group = pg_collection.cp
         self._check_mask_type(attn_mask_type)
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -81,27 +88,33 @@ class SDPACoreAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: [sq, b, np, hn].
-            key, value: [sk, b, ng, hn], np a multiple of ng.
+            query: [sq, b, np, hn], or [t, np, hn] for packed documents.
+            key, value: [sk, b, ng, hn] or [t, ng, hn], np a multiple of ng.
             attention_mask: bool, broadcastable to [b, np, sq, sk], True where NOT to attend; used
                 for the mask types padding and arbitrary only, as causal is a rule and no tensor.
             attn_mask_type: overrides the one given at construction.
+            packed_seq_params: Megatron's, for packed documents (thd); attention stays within each.
 
         Returns:
-            [sq, b, np * hn], in the query's dtype.
+            [sq, b, np * hn] or [t, np * hn], in the query's dtype.
         """
-        if packed_seq_params is not None:
-            raise ValueError(
-                "packed sequences (packed_seq_params) are not supported by the TE-free attention: "
-                "train on unpacked samples"
-            )
         if attention_bias is not None:
             raise ValueError("attention_bias is not supported by the TE-free attention")
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         self._check_mask_type(mask_type)
-        mask, is_causal = self._mask(mask_type, attention_mask, query, key)
-
         dropout = self.dropout if self.training else 0.0
+        packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        if packed or self.cp_group.size() > 1:
+            if mask_type not in _CAUSAL:
+                raise ValueError(
+                    f"attn_mask_type={mask_type.name}: packed documents and context parallelism "
+                    "are causal here; use a causal mask type"
+                )
+            cu_seqlens = physical_cu_seqlens(packed_seq_params) if packed else None
+            with self._rng(dropout):
+                return self._blockwise(query, key, value, cu_seqlens, dropout)
+
+        mask, is_causal = self._mask(mask_type, attention_mask, query, key)
         with self._rng(dropout):
             # [s, b, n, hn] -> [b, n, s, hn]: views; SDPA takes them strided.
             context = scaled_dot_product_attention(
@@ -116,6 +129,27 @@ class SDPACoreAttention(MegatronModule):
             )
         # [b, np, sq, hn] -> [sq, b, np * hn]
         return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+
+    def _blockwise(self, query, key, value, cu_seqlens, dropout) -> Tensor:
+        tokens, ranks, rank = query.size(0), self.cp_group.size(), self.cp_group.rank()
+        if query.dim() == 3:
+            query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        places = [places_on_rank(cu_seqlens, tokens, r, ranks, query.device) for r in range(ranks)]
+        key_places = Places(
+            torch.cat([p.document for p in places]), torch.cat([p.position for p in places])
+        )
+        context = blockwise_attention(
+            query,
+            gather_keys(key, self.cp_group),
+            gather_keys(value, self.cp_group),
+            places[rank],
+            key_places,
+            scale=self.softmax_scale,
+            dropout=dropout,
+            window=self.window_size[0] if self.window_size is not None else None,
+        )
+        shape = (tokens, -1) if cu_seqlens is not None else (tokens, query.size(1), -1)
+        return context.reshape(shape)
 
     def _mask(self, mask_type, attention_mask, query, key) -> tuple[Tensor | None, bool]:
         """(mask for SDPA, True where to attend; is_causal)."""

@@ -11,7 +11,11 @@ Taps = Tensor | Sequence[Tensor]
 
 
 def kv_shift(
-    key: Tensor, value: Tensor, alpha: Taps | None, beta: Taps | None
+    key: Tensor,
+    value: Tensor,
+    alpha: Taps | None,
+    beta: Taps | None,
+    position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Shift keys with alpha and values with beta.
 
@@ -19,11 +23,13 @@ def kv_shift(
     (arXiv 2411.19574, Eq. 5), zero before the first token.
 
     Args:
-        key: [s, b, ng, hn] (sbhd) or [t, ng, hn] (thd, one document).
+        key: [s, b, ng, hn] (sbhd) or [t, ng, hn] (thd).
         value: the same layout; its head size may differ from the key's.
         alpha: [window, ng], or ``window`` tensors [ng], current token first, on any floating
             dtype. None leaves the keys as they are.
         beta: likewise for the values.
+        position: int [s] or [t]: tokens of the same document before each token, for packed
+            documents; None: one document.
 
     Returns:
         (key, value): new tensors of the inputs' shapes and dtypes, computed in fp32 (float64 for
@@ -37,8 +43,8 @@ def kv_shift(
     _check("key", key, "alpha", alpha)
     _check("value", value, "beta", beta)
     return (
-        key if alpha is None else shift_ref(key, alpha),
-        value if beta is None else shift_ref(value, beta),
+        key if alpha is None else shift_ref(key, alpha, position),
+        value if beta is None else shift_ref(value, beta, position),
     )
 
 

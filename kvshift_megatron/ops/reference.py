@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 
-def shift_ref(x: Tensor, taps: Tensor | Sequence[Tensor]) -> Tensor:
+def shift_ref(x: Tensor, taps: Tensor | Sequence[Tensor], position: Tensor | None = None) -> Tensor:
     """x^_i = sum_j taps[j] x_{i-j}, j = 0..window-1, zero before the first token.
 
     Source: arXiv 2411.19574, Eq. 5 (taps[0] is alpha_1, taps[1] is alpha_2, and so on).
@@ -13,6 +13,8 @@ def shift_ref(x: Tensor, taps: Tensor | Sequence[Tensor]) -> Tensor:
     Args:
         x: [s, b, ng, hn] or [t, ng, hn]: tokens first, query groups second to last.
         taps: [window, ng], or a sequence of ``window`` tensors [ng]; current token first.
+        position: int [s] or [t]: how many tokens of the same document stand before each token.
+            None: all tokens are one document.
 
     Returns:
         A new tensor of x's shape and dtype. The arithmetic is in fp32, or in x's dtype where that
@@ -20,8 +22,20 @@ def shift_ref(x: Tensor, taps: Tensor | Sequence[Tensor]) -> Tensor:
 
     Parallelism: local. Each query group is independent; nothing crosses ranks.
     """
+    return shift_wide(x, taps, position).to(x.dtype)
+
+
+def shift_wide(
+    x: Tensor, taps: Tensor | Sequence[Tensor], position: Tensor | None = None
+) -> Tensor:
+    """`shift_ref` before it is rounded to x's dtype."""
     wide = x.double() if x.element_size() > 4 else x.float()
     out = taps[0].to(wide.dtype)[:, None] * wide
     for j in range(1, min(len(taps), len(x))):
-        out[j:] += taps[j].to(wide.dtype)[:, None] * wide[:-j]
-    return out.to(x.dtype)
+        previous = wide[:-j]
+        if position is not None:
+            # A choice, not a product: what lies across a boundary may be Inf or NaN.
+            same_document = (position[j:] >= j).view(-1, *[1] * (x.dim() - 1))
+            previous = previous.where(same_document, 0.0)
+        out[j:] += taps[j].to(wide.dtype)[:, None] * previous
+    return out

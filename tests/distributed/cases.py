@@ -12,6 +12,7 @@ class Model:
     name: str
     num_query_groups: int = 4
     kv_shift: KVShiftConfig | None = KVShiftConfig()
+    seq_length: int = 16
     transformer: dict = field(default_factory=dict)
     bf16: bool = False
 
@@ -23,6 +24,7 @@ class Case:
     model: Model
     tp: int = 1
     pp: int = 1
+    cp: int = 1
     vpp: int | None = None
     sp: bool = False
     distributed_optimizer: bool = False
@@ -33,10 +35,16 @@ class Case:
     reordering: tuple[int, int] | None = None
 
     @property
+    def layout(self) -> tuple[int, int, int, int | None]:
+        """What the process groups depend on: (tp, pp, cp, vpp)."""
+        return self.tp, self.pp, self.cp, self.vpp
+
+    @property
     def name(self) -> str:
         parts = [self.model.name, f"tp{self.tp}"]
         parts += ["sp"] if self.sp else []
         parts += [f"pp{self.pp}"] if self.pp > 1 else []
+        parts += [f"cp{self.cp}"] if self.cp > 1 else []
         parts += [f"vpp{self.vpp}"] if self.vpp else []
         parts += ["distopt"] if self.distributed_optimizer else []
         parts += ["overlap"] if self.overlap else []
@@ -52,6 +60,9 @@ MQA = Model("mqa", num_query_groups=1)
 MHA = Model("mha", num_query_groups=8)
 QK_NORM = Model("qk-layernorm", num_query_groups=2, transformer={"qk_layernorm": True})
 GATED = Model("output-gate", num_query_groups=2, transformer={"attention_output_gate": True})
+# Under CP 2 and 4: one token a chunk for a window of 2, two for a window of 3.
+SHORT_4 = Model("gqa2-4-tokens", num_query_groups=2, seq_length=4)
+SHORT_8 = Model("gqa2-8-tokens", num_query_groups=2, seq_length=8)
 WINDOW_3 = Model("window3", num_query_groups=2, kv_shift=KVShiftConfig(window=3))
 GATE = Model("gate-variant", num_query_groups=2, kv_shift=KVShiftConfig(variant="gate"))
 KEYS_ONLY = Model(
@@ -73,6 +84,7 @@ REFERENCES = {
     model.name: Case(model)
     for model in (
         GQA, GQA2, MQA, MHA, QK_NORM, GATED, WINDOW_3, GATE, KEYS_ONLY, VANILLA, BF16,
+        SHORT_4, SHORT_8,
     )
 }  # fmt: skip
 
@@ -89,6 +101,10 @@ _TWO = [
     Case(GQA2, tp=2, sp=True, transformer=FULL_RECOMPUTE),
     Case(MQA, tp=2, sp=True, transformer=FULL_RECOMPUTE),
     Case(GQA2, tp=2, transformer=SELECTIVE_RECOMPUTE),
+    *(Case(model, cp=2) for model in (GQA, MQA, WINDOW_3, KEYS_ONLY, VANILLA, SHORT_4, SHORT_8)),
+    Case(WINDOW_3, cp=2, transformer=FULL_RECOMPUTE),
+    Case(GQA2, cp=2, transformer=SELECTIVE_RECOMPUTE),
+    Case(GQA2, cp=2, distributed_optimizer=True, overlap=True),
 ]
 _FOUR = [
     *(Case(model, tp=4) for model in (GQA, GQA2, MQA, MHA, GATED, WINDOW_3, GATE, KEYS_ONLY)),
@@ -99,6 +115,12 @@ _FOUR = [
     Case(MQA, tp=2, sp=True, distributed_optimizer=True, overlap=True),
     Case(GQA, pp=2, distributed_optimizer=True),
     Case(GQA2, tp=4, sp=True, transformer=FULL_RECOMPUTE),
+    *(Case(model, cp=4) for model in (GQA, WINDOW_3, SHORT_8, VANILLA)),
+    Case(GQA, tp=2, cp=2),
+    *(Case(model, tp=2, cp=2, sp=True) for model in (GQA, MQA, WINDOW_3)),
+    Case(MQA, tp=2, cp=2, sp=True, transformer=FULL_RECOMPUTE),
+    Case(GQA, pp=2, cp=2),
+    Case(WINDOW_3, pp=2, cp=2, transformer=FULL_RECOMPUTE),
 ]
 _PLANTED = {
     2: [
@@ -108,10 +130,16 @@ _PLANTED = {
         Case(GQA, tp=2, planted_error="shard_permuted"),
         Case(MQA, tp=2, planted_error="shared_groups_not_summed"),
         Case(BF16, tp=2, planted_error="taps_swapped"),
+        Case(GQA, cp=2, planted_error="second_half_from_wrong_rank"),
+        Case(GQA, cp=2, planted_error="no_own_edge_on_the_last_rank"),
+        Case(GQA, cp=2, planted_error="no_backward_exchange"),
     ],
     4: [
         Case(GQA2, tp=4, planted_error="shard_permuted"),
         Case(GQA2, tp=4, sp=True, planted_error="shared_groups_not_summed"),
+        Case(GQA, cp=4, planted_error="second_half_from_wrong_rank"),
+        Case(GQA, cp=4, planted_error="no_own_edge_on_the_last_rank"),
+        Case(GQA, cp=4, planted_error="no_backward_exchange"),
     ],
 }
 _REORDERINGS = [(parts, micro_batch) for parts in (1, 2, 4, 8) for micro_batch in (1, 2, 4)]

@@ -26,7 +26,6 @@ from tests.distributed.cases import Case
 from tests.distributed.plants import planted
 
 STEPS = 5
-SEQ_LENGTH = 16
 VOCAB_SIZE = 64
 GLOBAL_BATCH = 8
 MICRO_BATCH = 2
@@ -68,6 +67,7 @@ def transformer_config(case: Case) -> TransformerConfig:
         persist_layer_norm=False,
         tensor_model_parallel_size=case.tp,
         pipeline_model_parallel_size=case.pp,
+        context_parallel_size=case.cp,
         virtual_pipeline_model_parallel_size=case.vpp,
         sequence_parallel=case.sp,
         # What Megatron's arguments set for an interleaved schedule: without it, two stages would
@@ -97,7 +97,7 @@ def build(case: Case) -> list[torch.nn.Module]:
             config=config,
             transformer_layer_spec=spec,
             vocab_size=VOCAB_SIZE,
-            max_sequence_length=SEQ_LENGTH,
+            max_sequence_length=case.model.seq_length,
             pre_process=first,
             post_process=last,
             share_embeddings_and_output_weights=False,
@@ -179,42 +179,53 @@ def _forward_backward(case: Case, chunks, optimizer, step: int) -> float:
     optimizer.zero_grad()
     dp_group = parallel_state.get_data_parallel_group()
     micro_batch = case.reordering[1] if case.reordering else MICRO_BATCH
-    samples = _samples(step).chunk(dp_group.size())[dp_group.rank()]
+    samples = _samples(step, case.model.seq_length).chunk(dp_group.size())[dp_group.rank()]
     num_microbatches = len(samples) // micro_batch
     losses = get_forward_backward_func()(
         forward_step_func=_forward_step,
         data_iterator=[iter(samples.split(micro_batch)) for _ in chunks],
         model=chunks,
         num_microbatches=num_microbatches,
-        seq_length=SEQ_LENGTH,
+        seq_length=case.model.seq_length,
         micro_batch_size=micro_batch,
         forward_only=False,
     )
     # Only the last stage knows the loss: the others add zero.
     total = torch.tensor([sum(float(x["loss"]) for x in losses) if losses else 0.0]).double()
     torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    torch.distributed.all_reduce(total, group=dp_group)
-    return float(total) / (num_microbatches * dp_group.size())
+    ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    torch.distributed.all_reduce(total, group=ranks)
+    return float(total) / (num_microbatches * ranks.size())
 
 
-def _samples(step: int) -> torch.Tensor:
-    """int64 [GLOBAL_BATCH, SEQ_LENGTH + 1]."""
+def _samples(step: int, seq_length: int) -> torch.Tensor:
+    """int64 [GLOBAL_BATCH, seq_length + 1]."""
     generator = torch.Generator().manual_seed(100 + step)
-    return torch.randint(0, VOCAB_SIZE, (GLOBAL_BATCH, SEQ_LENGTH + 1), generator=generator)
+    return torch.randint(0, VOCAB_SIZE, (GLOBAL_BATCH, seq_length + 1), generator=generator)
 
 
 def _forward_step(data_iterator, model):
     samples = next(data_iterator)
-    tokens, labels = samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
-    positions = torch.arange(SEQ_LENGTH).expand_as(tokens)
+    tokens, labels = (on_this_cp_rank(x) for x in (samples[:, :-1], samples[:, 1:]))
+    positions = on_this_cp_rank(torch.arange(samples.size(1) - 1).expand_as(samples[:, 1:]))
     output = model(tokens, positions, None, labels=labels)
 
     def loss_func(losses):
         loss = losses.float().mean()
         # The schedule divides `loss` in place by the number of micro-batches.
-        return loss, {"loss": loss.detach().clone()}
+        # Megatron takes this rank's part of the mean over all context-parallel ranks.
+        part = loss / parallel_state.get_context_parallel_world_size()
+        return part, {"loss": loss.detach().clone()}
 
     return output, loss_func
+
+
+def on_this_cp_rank(x: torch.Tensor) -> torch.Tensor:
+    """[b, s] -> [b, s / C]: chunks r and 2C-1-r of 2C, written down from the definition."""
+    rank = parallel_state.get_context_parallel_rank()
+    ranks = parallel_state.get_context_parallel_world_size()
+    chunks = x.chunk(2 * ranks, dim=1)
+    return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]), dim=1).contiguous()
 
 
 def _weight_decay(chunks, optimizer) -> dict[str, float]:

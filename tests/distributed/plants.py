@@ -7,6 +7,7 @@ import torch
 
 from kvshift_megatron import attention
 from kvshift_megatron.attention import KVShiftSelfAttention
+from kvshift_megatron.cp_exchange import HistoryExchange
 from kvshift_megatron.local import SDPACoreAttention
 from kvshift_megatron.ops import shift_ref
 
@@ -45,7 +46,9 @@ def _shift_by_two():
         return shift_ref(x, torch.stack([taps[0], torch.zeros_like(taps[1]), taps[1]]))
 
     return mock.patch.object(
-        attention, "kv_shift_op", lambda k, v, a, b: (shift(k, a), shift(v, b))
+        attention,
+        "shift_across_boundaries",
+        lambda k, v, a, b, *_: (shift(k, a), shift(v, b)),
     )
 
 
@@ -78,7 +81,43 @@ def _shared_groups_not_summed():
     )
 
 
+@contextlib.contextmanager
+def _second_half_from_wrong_rank():
+    """Second halves take their history from below, where only first halves should."""
+    finish = HistoryExchange._finish_forward
+
+    def wrong(self, history):
+        below, above = self._received
+        self._received = (below, below if self._rank > 0 else above)
+        finish(self, history)
+
+    with mock.patch.object(HistoryExchange, "_finish_forward", wrong):
+        yield
+
+
+@contextlib.contextmanager
+def _no_own_edge_on_the_last_rank():
+    start = HistoryExchange._start_forward
+
+    def wrong(self, tails):
+        history = start(self, tails)
+        if self._rank == self._size - 1:
+            self._received[1].zero_()
+        return history
+
+    with mock.patch.object(HistoryExchange, "_start_forward", wrong):
+        yield
+
+
+def _no_backward_exchange():
+    finish = HistoryExchange._finish_backward
+    return mock.patch.object(HistoryExchange, "_finish_backward", lambda self: finish(self).zero_())
+
+
 _PLANTS = {
+    "second_half_from_wrong_rank": _second_half_from_wrong_rank,
+    "no_own_edge_on_the_last_rank": _no_own_edge_on_the_last_rank,
+    "no_backward_exchange": _no_backward_exchange,
     "taps_swapped": _taps_swapped,
     "shard_permuted": _shard_permuted,
     "shift_by_two": _shift_by_two,

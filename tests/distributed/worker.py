@@ -29,10 +29,10 @@ def main(output: Path) -> None:
 
     by_layout = defaultdict(list)
     for case in cases(world_size):
-        by_layout[case.tp, case.pp, case.vpp].append((case.name, engine.run, (case,)))
+        by_layout[case.layout].append((case.name, engine.run, (case,)))
     for name, case, job in properties.properties(world_size):
         job = (f"property:{name}", properties.run, (case, job))
-        by_layout[case.tp, case.pp, case.vpp].append(job)
+        by_layout[case.layout].append(job)
     for layout, jobs in by_layout.items():
         prefix = torch.distributed.PrefixStore(str(layout), store)
         with model_parallel(prefix, rank, world_size, *layout):
@@ -41,7 +41,7 @@ def main(output: Path) -> None:
 
 
 @contextlib.contextmanager
-def model_parallel(store, rank: int, world_size: int, tp: int, pp: int, vpp: int | None):
+def model_parallel(store, rank: int, world_size: int, tp: int, pp: int, cp: int, vpp: int | None):
     """One layout's process groups, destroyed after use: an idle gloo group keeps threads awake."""
     from megatron.core import parallel_state
 
@@ -51,6 +51,7 @@ def model_parallel(store, rank: int, world_size: int, tp: int, pp: int, vpp: int
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
         virtual_pipeline_model_parallel_size=vpp,
     )
     yield
