@@ -13,6 +13,8 @@ neighbours. So first-half tails travel up one rank and second-half tails down on
 The backward sends the gradients the same ways back.
 """
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -35,7 +37,7 @@ class HistoryExchange:
     def __init__(self, group: dist.ProcessGroup):
         self._group = group
         self._rank, self._size = group.rank(), group.size()
-        self._pending: list[tuple[dist.Work, str]] = []
+        self._pending: list[tuple[dist.Work, int | str]] = []
         self._buffers: list[Tensor] = []
 
     def start(self, tails: Tensor) -> Tensor:
@@ -71,23 +73,32 @@ class HistoryExchange:
                     dist.P2POp(dist.irecv, received, peer, self._group),
                 ]
                 peers += [peer, peer]
-        works = dist.batch_isend_irecv(operations) if operations else []
+        everyone = " and ".join(str(peer) for peer in sorted(set(peers)))
+        with self._naming(everyone):
+            works = dist.batch_isend_irecv(operations) if operations else []
         if len(works) != len(peers):  # NCCL answers with one work for the whole batch
-            peers = [" and ".join(str(peer) for peer in sorted(set(peers)))] * len(works)
-        self._pending = [(work, str(peer)) for work, peer in zip(works, peers)]
+            peers = [everyone] * len(works)
+        self._pending = list(zip(works, peers))
         return below, above
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, []
         for work, peer in pending:
-            try:
+            with self._naming(peer):
                 work.wait()
-            except RuntimeError as error:
-                raise RuntimeError(
-                    f"KV shifting: the context-parallel exchange of rank {dist.get_rank()} with "
-                    f"rank {peer} failed: {error}"
-                ) from error
         self._buffers = []
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _naming(peer: int | str):
+        """A failure names the rank that was lost: its log has the cause, not this one's."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"KV shifting: the context-parallel exchange of rank {dist.get_rank()} with "
+                f"rank {peer} failed: {error}"
+            ) from error
 
     def _start_forward(self, tails: Tensor) -> Tensor:
         below, above = self._send_up_and_down(tails[0], tails[1])

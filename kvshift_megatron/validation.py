@@ -57,6 +57,15 @@ def check_args(args: Namespace) -> None:
         args: Megatron's arguments; flags that a release lacks count as off.
     """
     _refuse(args, _REFUSED_ARGS)
+    is_packed = any(
+        getattr(args, name, False) for name in ("sft", "dataloader_inter_document_masking")
+    )
+    if is_packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1:
+        raise ValueError(
+            f"micro_batch_size={args.micro_batch_size} with packed documents and pipeline "
+            "parallelism: Megatron packs the samples into one, and its stages expect them apart; "
+            "set --micro-batch-size 1"
+        )
     ranks = args.context_parallel_size
     if ranks > 1 and getattr(args, "dataloader_inter_document_masking", False):
         raise ValueError(

@@ -5,8 +5,9 @@ from unittest import mock
 
 import torch
 
-from kvshift_megatron import attention
+from kvshift_megatron import attention, boundaries
 from kvshift_megatron.attention import KVShiftSelfAttention
+from kvshift_megatron.boundaries import _EqualHalves
 from kvshift_megatron.cp_exchange import HistoryExchange
 from kvshift_megatron.local import SDPACoreAttention
 from kvshift_megatron.ops import shift_ref
@@ -114,7 +115,15 @@ def _no_backward_exchange():
     return mock.patch.object(HistoryExchange, "_finish_backward", lambda self: finish(self).zero_())
 
 
+def _halves_of_the_whole_sequence():
+    """Packed documents are cut as if they were one: boundaries in the middle of the memory."""
+    return mock.patch.object(
+        boundaries, "_DocumentHalves", lambda cu, tokens, ranks, back: _EqualHalves(tokens, back)
+    )
+
+
 _PLANTS = {
+    "halves_of_the_whole_sequence": _halves_of_the_whole_sequence,
     "second_half_from_wrong_rank": _second_half_from_wrong_rank,
     "no_own_edge_on_the_last_rank": _no_own_edge_on_the_last_rank,
     "no_backward_exchange": _no_backward_exchange,

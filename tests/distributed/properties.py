@@ -7,9 +7,10 @@ from megatron.core import parallel_state, tensor_parallel
 
 from kvshift_megatron.model_check import _Report, describe, gather_layers
 from kvshift_megatron.taps import initial_values
-from tests.distributed import canonical
+from tests.distributed import canonical, packed, traffic
 from tests.distributed.cases import GQA, GQA2, MQA, VANILLA, WINDOW_3, Case
 from tests.distributed.engine import build
+from tests.distributed.plants import planted
 
 # World size -> the models whose initial taps, checkpoint entries and report are looked at.
 LAYOUTS = {
@@ -17,6 +18,23 @@ LAYOUTS = {
     2: [Case(GQA2, tp=2), Case(MQA, tp=2), Case(GQA, pp=2), Case(GQA, pp=2, vpp=2)],
     4: [Case(GQA, tp=4), Case(GQA2, tp=4), Case(MQA, tp=2, pp=2), Case(WINDOW_3, tp=4)],
 }
+
+# World size -> models run on packed documents; world size 1 runs each document by itself.
+_PACKED_MODELS = (GQA2, MQA, WINDOW_3)
+PACKED = {
+    1: [Case(model) for model in _PACKED_MODELS],
+    2: [
+        *(Case(model, cp=2) for model in _PACKED_MODELS),
+        Case(GQA2, cp=2, planted_error="halves_of_the_whole_sequence"),
+        Case(GQA2, cp=2, planted_error="no_backward_exchange"),
+    ],
+    4: [
+        *(Case(model, cp=4) for model in _PACKED_MODELS),
+        Case(MQA, tp=2, cp=2),
+        Case(GQA2, cp=4, planted_error="second_half_from_wrong_rank"),
+    ],
+}
+TRAFFIC = {1: [], 2: [Case(GQA2, cp=2)], 4: [Case(GQA2, cp=4), Case(WINDOW_3, cp=4)]}
 
 
 def properties(world_size: int) -> list[tuple[str, Case, Callable]]:
@@ -30,6 +48,11 @@ def properties(world_size: int) -> list[tuple[str, Case, Callable]]:
         vanilla = Case(VANILLA, pp=2)
         found.append(("report-vanilla", vanilla, _report))
         found.append(("report-refuses-vanilla", vanilla, _refusal))
+    for case in PACKED[world_size]:
+        job = packed.alone if world_size == 1 else packed.packed
+        found.append((f"packed-{case.name}", case, lambda case, _, job=job: job(case)))
+    for case in TRAFFIC[world_size]:
+        found.append((f"traffic-{case.name}", case, lambda case, _: traffic.of_one_layer(case)))
     return found
 
 
@@ -38,7 +61,8 @@ def run(case: Case, job: Callable):
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     # What differs between pipeline stages and replicas in Megatron must not reach the taps.
     torch.manual_seed(torch.distributed.get_rank())
-    return job(case, build(case))
+    with planted(case.planted_error):
+        return job(case, build(case))
 
 
 def _initial_taps(case: Case, chunks) -> dict[str, torch.Tensor]:

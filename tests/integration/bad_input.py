@@ -14,7 +14,7 @@ BAD_INPUT = {
     ),
     "reset_attention_mask": (
         flags(reset_attention_mask=True),
-        ["reset_attention_mask", "drop --reset-attention-mask"],
+        ["reset_attention_mask", "--dataloader-inter-document-masking or --sft"],
     ),
     "window 1": (flags(kv_shift_window=1), ["window=1", "2, 3 or 4"]),
     "window 5": (flags(kv_shift_window=5), ["window=5", "2, 3 or 4"]),
@@ -35,17 +35,17 @@ BAD_INPUT = {
         flags(no_kv_shift=True, kv_shift_window=3),
         ["--no-kv-shift", "window", "drop one of the two"],
     ),
-    "context parallelism": (
-        flags(context_parallel_size=2),
-        ["context_parallel_size=2", "set --context-parallel-size 1"],
+    "inter-document masking with context parallelism": (
+        flags(dataloader_inter_document_masking=True, context_parallel_size=2),
+        ["dataloader_inter_document_masking", "set --context-parallel-size 1"],
     ),
-    "packed documents": (
-        flags(sft=True),
-        ["sft", "packed sequences are not supported", "drop --sft"],
+    "hybrid context parallelism": (
+        flags(hybrid_context_parallel=True),
+        ["hybrid_context_parallel", "drop --hybrid-context-parallel"],
     ),
-    "inter-document masking": (
-        flags(dataloader_inter_document_masking=True),
-        ["dataloader_inter_document_masking", "drop --dataloader-inter-document-masking"],
+    "packed micro-batches over pipeline stages": (
+        flags(dataloader_inter_document_masking=True, pipeline_model_parallel_size=2),
+        ["micro_batch_size=2", "set --micro-batch-size 1"],
     ),
     "MTP": (flags(mtp_num_layers=1), ["mtp_num_layers", "drop --mtp-num-layers"]),
     "spec": (

@@ -323,7 +323,10 @@ def test_sharded_state_dict_of_a_model_names_every_layers_taps():
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        ({"packed_seq_params": PackedSeqParams(qkv_format="thd")}, "packed_seq_params"),
+        (
+            {"packed_seq_params": PackedSeqParams(qkv_format="thd", local_cp_size=1)},
+            "local_cp_size",
+        ),
         ({"inference_context": object()}, "inference_context"),
         ({"inference_params": object()}, "inference_context"),
     ],
@@ -334,7 +337,7 @@ def test_a_call_it_cannot_honour_is_refused(call, named):
         attention(hidden_states(), attention_mask=None, **call)
 
 
-def test_packed_sequences_are_refused_through_the_whole_model():
+def test_a_group_of_its_own_is_refused_through_the_whole_model():
     config = transformer_config()
     model = gpt_model(config, kv_shift_layer_spec(config))
     tokens = torch.zeros(1, TOKENS, dtype=torch.int64)
@@ -345,8 +348,9 @@ def test_packed_sequences_are_refused_through_the_whole_model():
         cu_seqlens_kv=lengths,
         max_seqlen_q=7,
         max_seqlen_kv=7,
+        local_cp_size=1,
     )
-    with pytest.raises(ValueError, match="packed_seq_params"):
+    with pytest.raises(ValueError, match=r"local_cp_size.*--hybrid-context-parallel"):
         model(tokens, torch.arange(TOKENS)[None], None, packed_seq_params=packed)
 
 
@@ -356,7 +360,6 @@ def test_packed_sequences_are_refused_through_the_whole_model():
         ("fused_single_qkv_rope", True),
         ("flash_decode", True),
         ("multi_latent_attention", True),
-        ("context_parallel_size", 2),
         ("experimental_attention_variant", "dsa"),
         ("tensor_model_parallel_size", 3),
     ],

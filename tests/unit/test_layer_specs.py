@@ -244,11 +244,11 @@ def test_an_impossible_model_is_refused_before_anything_is_built():
 
 def test_training_arguments_are_checked_where_they_are_set(monkeypatch):
     module = ModuleType("megatron.training.global_vars")
-    module._GLOBAL_ARGS = Namespace(reset_attention_mask=True)
+    module._GLOBAL_ARGS = Namespace(reset_attention_mask=True, context_parallel_size=1)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     with pytest.raises(ValueError, match="reset_attention_mask"):
         kv_shift_layer_spec(transformer_config())
-    module._GLOBAL_ARGS = Namespace(reset_attention_mask=False)
+    module._GLOBAL_ARGS = Namespace(reset_attention_mask=False, context_parallel_size=1)
     kv_shift_layer_spec(transformer_config())
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -237,7 +238,6 @@ def test_it_has_no_parameters():
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"context_parallel_size": 2}, r"context_parallel_size=2.*--context-parallel-size 1"),
         ({"softmax_type": "learnable"}, r"softmax_type='learnable'.*--softmax-type vanilla"),
         ({"softmax_type": "off-by-one"}, r"softmax_type='off-by-one'.*--softmax-type vanilla"),
     ],
@@ -265,7 +265,29 @@ def test_mask_types_it_does_not_have_are_refused_by_name():
             core(*tensors, None, attn_mask_type=mask_type)
 
 
-@pytest.mark.parametrize("named", ["packed_seq_params", "attention_bias"])
-def test_a_call_it_cannot_honour_is_refused_by_name(named):
-    with pytest.raises(ValueError, match=named):
-        build(SDPACoreAttention)(*draw(), None, **{named: torch.zeros(1)})
+def test_a_call_it_cannot_honour_is_refused_by_name():
+    with pytest.raises(ValueError, match="attention_bias"):
+        build(SDPACoreAttention)(*draw(), None, attention_bias=torch.zeros(1))
+
+
+@pytest.mark.parametrize("mask_type", [AttnMaskType.no_mask, AttnMaskType.arbitrary])
+def test_packed_documents_are_causal_or_refused(mask_type):
+    tensors = [x.squeeze(1) for x in draw(batch=1)]
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_kv=torch.tensor([0, 9]))
+    with pytest.raises(ValueError, match=f"attn_mask_type={mask_type.name}.*causal mask type"):
+        build(SDPACoreAttention, mask_type)(*tensors, None, packed_seq_params=packed)
+
+
+@pytest.mark.parametrize("window", [None, (0, 0), (2, 0), (20, 0), (-1, 0)])
+def test_one_packed_document_is_an_unpacked_sample(window):
+    fields = {} if window is None else {"window_size": window}
+    core, tensors = build(SDPACoreAttention, **fields), draw(batch=1)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_kv=torch.tensor([0, 9]))
+
+    def attend(query, key, value, _):
+        flat = [x.squeeze(1) for x in (query, key, value)]
+        output = core(*flat, None, packed_seq_params=packed)
+        assert output.shape == (9, HEADS * HEAD_SIZE)
+        return output.unsqueeze(1)
+
+    assert_same(run(attend, tensors), run(core, tensors))

@@ -3,6 +3,7 @@
 from argparse import Namespace
 
 import pytest
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from kvshift_megatron.validation import check_args, check_transformer_config, refuse_call
 from tests.unit.single_process import transformer_config
@@ -39,7 +40,6 @@ def model(**fields):
             "drop --multi-latent-attention",
         ),
         ({"fused_single_qkv_rope": True}, "fused_single_qkv_rope", "drop --fused-single-qkv-rope"),
-        ({"context_parallel_size": 2}, "context_parallel_size=2", "--context-parallel-size 1"),
         ({"flash_decode": True}, "flash_decode", "drop --flash-decode"),
         (
             {"experimental_attention_variant": "dsa"},
@@ -62,6 +62,10 @@ def test_groups_and_ranks_that_divide_are_accepted(groups, tp):
     check_transformer_config(model(num_query_groups=groups, tensor_model_parallel_size=tp))
 
 
+def test_context_parallelism_is_accepted():
+    check_transformer_config(model(context_parallel_size=4))
+
+
 def test_megatrons_own_configurations_are_accepted():
     check_transformer_config(transformer_config())
     check_transformer_config(transformer_config(num_query_groups=4, qk_layernorm=True))
@@ -72,11 +76,11 @@ def test_megatrons_own_configurations_are_accepted():
     ("fields", "named", "remedy"),
     [
         ({"reset_attention_mask": True}, "reset_attention_mask", "drop --reset-attention-mask"),
-        ({"sft": True}, "sft", "drop --sft"),
+        ({"reset_attention_mask": True}, "reset_attention_mask", "packed sequences"),
         (
-            {"dataloader_inter_document_masking": True},
-            "dataloader_inter_document_masking",
-            "--dataloader-inter-document-masking",
+            {"dataloader_inter_document_masking": True, "context_parallel_size": 2},
+            "dataloader_inter_document_masking with context_parallel_size=2",
+            "--context-parallel-size 1, or drop --dataloader-inter-document-masking",
         ),
         ({"mtp_num_layers": 1}, "mtp_num_layers", "drop --mtp-num-layers"),
         (
@@ -88,15 +92,15 @@ def test_megatrons_own_configurations_are_accepted():
 )
 def test_a_training_argument_that_cannot_be_honoured_is_refused(fields, named, remedy):
     with pytest.raises(ValueError) as caught:
-        check_args(Namespace(**fields))
+        check_args(model(**fields))
     assert str(caught.value).startswith(named)
     assert remedy in str(caught.value)
 
 
 def test_arguments_that_are_off_or_unknown_to_the_release_are_accepted():
-    check_args(Namespace())
+    check_args(model())
     check_args(
-        Namespace(
+        model(
             reset_attention_mask=False,
             sft=False,
             dataloader_inter_document_masking=False,
@@ -104,13 +108,30 @@ def test_arguments_that_are_off_or_unknown_to_the_release_are_accepted():
             hybrid_context_parallel=False,
         )
     )
-    check_args(Namespace(mtp_num_layers=0))
+    check_args(model(mtp_num_layers=0))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sft": True},
+        {"sft": True, "context_parallel_size": 2},
+        {"dataloader_inter_document_masking": True},
+        {"context_parallel_size": 2},
+    ],
+)
+def test_packed_documents_and_context_parallelism_are_accepted(fields):
+    check_args(model(**fields))
 
 
 @pytest.mark.parametrize(
     ("call", "named", "remedy"),
     [
-        ({"packed_seq_params": object()}, "packed_seq_params", "unpacked samples"),
+        (
+            {"packed_seq_params": PackedSeqParams(qkv_format="thd", local_cp_size=1)},
+            "local_cp_size",
+            "drop --hybrid-context-parallel",
+        ),
         ({"inference_context": object()}, "inference_context", "without a context"),
         ({"inference_params": object()}, "inference_context", "without a context"),
     ],
@@ -123,5 +144,6 @@ def test_a_call_that_cannot_be_honoured_is_refused(call, named, remedy):
 
 
 def test_a_plain_call_is_accepted():
+    refuse_call(packed_seq_params=PackedSeqParams(qkv_format="thd"))
     refuse_call(rotary_pos_emb=object(), packed_seq_params=None, inference_context=None)
     refuse_call()

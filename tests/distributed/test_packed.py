@@ -1,0 +1,55 @@
+"""Packed documents over context-parallel ranks give what each document gives alone."""
+
+import pytest
+
+from tests.compare import assert_close_rel
+from tests.distributed.packed import SEEDS, document_lengths
+from tests.distributed.properties import PACKED
+from tests.distributed.test_layouts import taps_joined
+
+_CASES = [(world, case) for world in (2, 4) for case in PACKED[world]]
+
+
+def cases(planted: bool):
+    return pytest.mark.parametrize(
+        ("world_size", "case"),
+        [
+            pytest.param(world, case, id=f"{world}-{case.name}")
+            for world, case in _CASES
+            if bool(case.planted_error) == planted
+        ],
+    )
+
+
+def compare_lots(actual: dict, expected: dict, window: int) -> None:
+    for seed in SEEDS:
+        got, want = taps_joined(actual[seed]), taps_joined(expected[seed])
+        assert got.keys() == want.keys()
+        for name in want:
+            # Another tensor-parallel size holds another slice of the weights.
+            if got[name].shape == want[name].shape:
+                lot = f"seed {seed}, documents {document_lengths(seed, window)}"
+                assert_close_rel(f"{lot}: {name}", got[name], want[name])
+
+
+def compare(results, world_size, case) -> None:
+    alone = results(1, f"property:packed-{case.model.name}-tp1")
+    packed = results(world_size, f"property:packed-{case.name}")
+    compare_lots(packed, alone, case.model.kv_shift.window)
+
+
+@cases(planted=False)
+def test_each_document_gives_what_it_gives_alone(results, world_size, case):
+    compare(results, world_size, case)
+
+
+@cases(planted=True)
+def test_planted_error_is_noticed(results, world_size, case):
+    with pytest.raises(AssertionError, match="seed"):
+        compare(results, world_size, case)
+
+
+def test_the_lots_differ():
+    lots = [tuple(document_lengths(seed, 2)) for seed in SEEDS]
+    assert len(set(lots)) > len(SEEDS) // 2
+    assert any(len(lot) > 1 for lot in lots)
