@@ -6,6 +6,7 @@ anything is built), the transformer configuration (when a layer is built), a cal
 
 from argparse import Namespace
 
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 # Setting -> what is wrong with it and what to do; refused wherever it is on.
@@ -60,13 +61,19 @@ def check_args(args: Namespace) -> None:
     is_packed = any(
         getattr(args, name, False) for name in ("sft", "dataloader_inter_document_masking")
     )
-    if is_packed and args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1:
+    if is_packed and args.pipeline_model_parallel_size > 1 and (args.micro_batch_size or 1) > 1:
         raise ValueError(
             f"micro_batch_size={args.micro_batch_size} with packed documents and pipeline "
             "parallelism: Megatron packs the samples into one, and its stages expect them apart; "
             "set --micro-batch-size 1"
         )
     ranks = args.context_parallel_size
+    if ranks > 1 and getattr(args, "sft", False) and not HAVE_TE:
+        raise ValueError(
+            f"sft with context_parallel_size={ranks}: Megatron cuts the documents over the ranks "
+            "with a kernel of Transformer Engine, which is not installed: install it, or set "
+            "--context-parallel-size 1"
+        )
     if ranks > 1 and getattr(args, "dataloader_inter_document_masking", False):
         raise ValueError(
             f"dataloader_inter_document_masking with context_parallel_size={ranks} spreads the "

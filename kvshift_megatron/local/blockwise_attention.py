@@ -37,7 +37,7 @@ def places_on_rank(
         rank, ranks: of the context-parallel group.
     """
     if cu_seqlens is None:
-        cu_seqlens = torch.tensor([0, tokens * ranks], device=device)
+        cu_seqlens = torch.arange(2, device=device) * (tokens * ranks)
     cu_local = cu_seqlens.long() // ranks
     document, position = document_positions(cu_local, tokens)
     if ranks == 1:
@@ -73,7 +73,7 @@ def blockwise_attention(
         query_places, key_places: of tq and tk tokens.
         scale: of the scores.
         dropout: probability, drawn from the generator in force.
-        window: how many tokens back a query sees; None: all.
+        window: how many tokens back a query sees; None or -1: all.
 
     Returns:
         [tq, b, np, hn]. Masks are rebuilt in the backward pass and not kept.
@@ -82,7 +82,7 @@ def blockwise_attention(
     def attend(block: Tensor, places: Places, key: Tensor, value: Tensor) -> Tensor:
         distance = places.position[:, None] - key_places.position
         mask = (places.document[:, None] == key_places.document) & (distance >= 0)
-        if window is not None:
+        if window is not None and window >= 0:
             mask &= distance <= window
         output = scaled_dot_product_attention(
             block.permute(1, 2, 0, 3),

@@ -22,7 +22,6 @@ from kvshift_megatron.local.blockwise_attention import (
 )
 
 _MASKED_BY_TENSOR = (AttnMaskType.padding, AttnMaskType.arbitrary)
-_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 _SUPPORTED_MASKS = (AttnMaskType.causal, AttnMaskType.no_mask, *_MASKED_BY_TENSOR)
 
 
@@ -105,7 +104,7 @@ class SDPACoreAttention(MegatronModule):
         dropout = self.dropout if self.training else 0.0
         packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
         if packed or self.cp_group.size() > 1:
-            if mask_type not in _CAUSAL:
+            if mask_type != AttnMaskType.causal:
                 raise ValueError(
                     f"attn_mask_type={mask_type.name}: packed documents and context parallelism "
                     "are causal here; use a causal mask type"
@@ -146,7 +145,7 @@ class SDPACoreAttention(MegatronModule):
             key_places,
             scale=self.softmax_scale,
             dropout=dropout,
-            window=self.window_size[0] if self.window_size is not None else None,
+            window=None if self.window_size is None else self.window_size[0],
         )
         shape = (tokens, -1) if cu_seqlens is not None else (tokens, query.size(1), -1)
         return context.reshape(shape)

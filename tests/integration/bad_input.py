@@ -39,6 +39,10 @@ BAD_INPUT = {
         flags(dataloader_inter_document_masking=True, context_parallel_size=2),
         ["dataloader_inter_document_masking", "set --context-parallel-size 1"],
     ),
+    "sft with context parallelism, without Transformer Engine": (
+        flags(sft=True, context_parallel_size=2),
+        ["sft with context_parallel_size=2", "install it, or set --context-parallel-size 1"],
+    ),
     "hybrid context parallelism": (
         flags(hybrid_context_parallel=True),
         ["hybrid_context_parallel", "drop --hybrid-context-parallel"],

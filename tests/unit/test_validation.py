@@ -5,6 +5,7 @@ from argparse import Namespace
 import pytest
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from kvshift_megatron import validation
 from kvshift_megatron.validation import check_args, check_transformer_config, refuse_call
 from tests.unit.single_process import transformer_config
 
@@ -16,6 +17,8 @@ def model(**fields):
             "num_query_groups": 4,
             "tensor_model_parallel_size": 1,
             "context_parallel_size": 1,
+            "pipeline_model_parallel_size": 1,
+            "micro_batch_size": 2,
             **fields,
         }
     )
@@ -115,13 +118,30 @@ def test_arguments_that_are_off_or_unknown_to_the_release_are_accepted():
     "fields",
     [
         {"sft": True},
-        {"sft": True, "context_parallel_size": 2},
+        {"sft": True, "micro_batch_size": None, "pipeline_model_parallel_size": 2},
+        {"sft": True, "micro_batch_size": 1, "pipeline_model_parallel_size": 2},
         {"dataloader_inter_document_masking": True},
-        {"context_parallel_size": 2},
+        {"context_parallel_size": 2, "pipeline_model_parallel_size": 2},
     ],
 )
 def test_packed_documents_and_context_parallelism_are_accepted(fields):
     check_args(model(**fields))
+
+
+@pytest.mark.parametrize("packing", ["sft", "dataloader_inter_document_masking"])
+def test_packed_micro_batches_through_a_pipeline_are_refused(packing):
+    args = model(**{packing: True}, pipeline_model_parallel_size=2)
+    with pytest.raises(ValueError, match=r"^micro_batch_size=2 .*set --micro-batch-size 1"):
+        check_args(args)
+
+
+def test_sft_over_context_parallel_ranks_needs_transformer_engine(monkeypatch):
+    args = model(sft=True, context_parallel_size=2)
+    monkeypatch.setattr(validation, "HAVE_TE", False)
+    with pytest.raises(ValueError, match=r"^sft with context_parallel_size=2.*-size 1"):
+        check_args(args)
+    monkeypatch.setattr(validation, "HAVE_TE", True)
+    check_args(args)
 
 
 @pytest.mark.parametrize(
