@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from kvshift_megatron.boundaries import document_positions
+from kvshift_megatron.local.sdpa import sdpa
 
 # Queries a mask covers at a time: memory for masks is this times the number of keys.
 _BLOCK = 512
@@ -84,16 +84,7 @@ def blockwise_attention(
         mask = (places.document[:, None] == key_places.document) & (distance >= 0)
         if window is not None and window >= 0:
             mask &= distance <= window
-        output = scaled_dot_product_attention(
-            block.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            attn_mask=mask,
-            dropout_p=dropout,
-            scale=scale,
-            enable_gqa=block.size(2) != key.size(2),
-        )
-        return output.permute(2, 0, 1, 3)
+        return sdpa(block, key, value, scale=scale, dropout=dropout, mask=mask)
 
     outputs = []
     for start in range(0, query.size(0), _BLOCK):

@@ -11,7 +11,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from kvshift_megatron.boundaries import physical_cu_seqlens
 from kvshift_megatron.local.blockwise_attention import (
@@ -20,6 +19,7 @@ from kvshift_megatron.local.blockwise_attention import (
     gather_keys,
     places_on_rank,
 )
+from kvshift_megatron.local.sdpa import sdpa
 
 _MASKED_BY_TENSOR = (AttnMaskType.padding, AttnMaskType.arbitrary)
 _SUPPORTED_MASKS = (AttnMaskType.causal, AttnMaskType.no_mask, *_MASKED_BY_TENSOR)
@@ -115,19 +115,17 @@ class SDPACoreAttention(MegatronModule):
 
         mask, is_causal = self._mask(mask_type, attention_mask, query, key)
         with self._rng(dropout):
-            # [s, b, n, hn] -> [b, n, s, hn]: views; SDPA takes them strided.
-            context = scaled_dot_product_attention(
-                query.permute(1, 2, 0, 3),
-                key.permute(1, 2, 0, 3),
-                value.permute(1, 2, 0, 3),
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=is_causal,
+            context = sdpa(
+                query,
+                key,
+                value,
                 scale=self.softmax_scale,
-                enable_gqa=query.size(2) != key.size(2),
+                dropout=dropout,
+                mask=mask,
+                is_causal=is_causal,
             )
-        # [b, np, sq, hn] -> [sq, b, np * hn]
-        return context.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+        # [sq, b, np, hn] --> [sq, b, np * hn]
+        return context.reshape(query.size(0), query.size(1), -1)
 
     def _blockwise(self, query, key, value, cu_seqlens, dropout) -> Tensor:
         tokens, ranks, rank = query.size(0), self.cp_group.size(), self.cp_group.rank()
