@@ -35,8 +35,9 @@ class SDPACoreAttention(MegatronModule):
     Raises:
         ValueError: a setting that this attention does not have; the message names it.
 
-    Parallelism: local, over the heads of this rank. Dropout draws from Megatron's tensor-parallel
-    RNG state, so that ranks drop independently.
+    Parallelism: over the heads of this rank; under context parallelism keys and values are gathered
+    over the context-parallel group, and their gradients reduce-scattered. Dropout draws from
+    Megatron's tensor-parallel RNG state, so that ranks drop independently.
     """
 
     def __init__(

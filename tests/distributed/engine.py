@@ -212,8 +212,8 @@ def _forward_step(data_iterator, model):
 
     def loss_func(losses):
         loss = losses.float().mean()
-        # The schedule divides `loss` in place by the number of micro-batches.
-        # Megatron takes this rank's part of the mean over all context-parallel ranks.
+        # Megatron takes this rank's part of the mean over all context-parallel ranks, and divides
+        # it in place by the number of micro-batches.
         part = loss / parallel_state.get_context_parallel_world_size()
         return part, {"loss": loss.detach().clone()}
 

@@ -92,13 +92,18 @@ def bf16_distances(run: dict, base: dict) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_bf16_layouts_stay_within_the_spread_of_reordering(results, world_size):
-    """The bound is measured: how far apart single-process runs in other summation orders are."""
+def bf16_base_and_spread(results) -> tuple[dict, dict[str, float]]:
+    """The single process, and the largest distance between any two of its reordered runs."""
     base = results(1, REFERENCES[BF16.name].name)
     runs = [base, *(results(1, case.name) for case in BF16_LAYOUTS[1])]
     pairs = [bf16_distances(a, b) for a, b in itertools.combinations(runs, 2)]
-    spread = {quantity: max(pair[quantity] for pair in pairs) for quantity in pairs[0]}
+    return base, {quantity: max(pair[quantity] for pair in pairs) for quantity in pairs[0]}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_bf16_layouts_stay_within_the_spread_of_reordering(results, world_size):
+    """The bound is measured: how far apart single-process runs in other summation orders are."""
+    base, spread = bf16_base_and_spread(results)
     for case in BF16_LAYOUTS[world_size]:
         for quantity, distance in bf16_distances(results(world_size, case.name), base).items():
             assert distance <= BF16_SPREADS * spread[quantity], (
@@ -109,8 +114,6 @@ def test_bf16_layouts_stay_within_the_spread_of_reordering(results, world_size):
 
 def test_bf16_bound_notices_a_planted_error(results):
     """Taps swapped move a bf16 run by far more than the order of summation does."""
-    base = results(1, REFERENCES[BF16.name].name)
-    runs = [base, *(results(1, case.name) for case in BF16_LAYOUTS[1])]
-    spread = max(bf16_distances(a, b)["loss"] for a, b in itertools.combinations(runs, 2))
+    base, spread = bf16_base_and_spread(results)
     wrong = results(2, Case(BF16, tp=2, planted_error="taps_swapped").name)
-    assert bf16_distances(wrong, base)["loss"] > BF16_SPREADS * spread
+    assert bf16_distances(wrong, base)["loss"] > BF16_SPREADS * spread["loss"]
