@@ -5,13 +5,24 @@ VENV := .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
 READY := $(VENV)/ready
 
-.PHONY: help setup demo test lint clean
+# Transformer Engine has an environment of its own, made from a folder of wheels.
+TE_VENV := .venv-te
+TE_READY := $(TE_VENV)/ready
+TE_WHEELS ?= ../shared/wheels
+
+# Releases of megatron-core that `test-matrix` runs, and its further options for pytest.
+VERSIONS := 0.17.1 0.18.2 0.19.2
+MATRIX_FLAGS :=
+
+.PHONY: help setup demo test test-matrix test-te lint clean
 
 help:
 	@echo "make demo   train with KV shifting through Megatron's loop and show the result (minutes)"
 	@echo "make test   run the tests (CPU, gloo)"
+	@echo "make test-matrix  run the layer, layout and spec tests on every release of VERSIONS"
+	@echo "make test-te  run the tests of the Transformer Engine layer (wheels from TE_WHEELS)"
 	@echo "make lint   run the linter"
-	@echo "make clean  remove the virtual environment and the demo's output"
+	@echo "make clean  remove the virtual environments and the demo's output"
 
 setup: $(READY)
 
@@ -29,5 +40,21 @@ lint: $(READY)
 test: lint
 	$(PYTHON_IN_VENV) -m pytest
 
+$(VENV)/megatron-core-%/ready: tools/lay_megatron_over.sh | $(READY)
+	bash tools/lay_megatron_over.sh $(VENV) $*
+
+test-matrix: $(VERSIONS:%=$(VENV)/megatron-core-%/ready)
+	failed=; for version in $(VERSIONS); do \
+		PYTHONPATH=$(abspath $(VENV))/megatron-core-$$version $(PYTHON_IN_VENV) -m pytest \
+			--megatron $$version $(MATRIX_FLAGS) || failed="$$failed $$version"; \
+	done; [ -z "$$failed" ] || { echo "failed with megatron-core$$failed" >&2; exit 1; }
+
+$(TE_READY): $(READY) tools/make_te_venv.sh
+	bash tools/make_te_venv.sh $(TE_VENV) $(VENV) $(TE_WHEELS)
+	touch $@
+
+test-te: $(TE_READY)
+	$(TE_VENV)/bin/python -m pytest tests/transformer_engine
+
 clean:
-	rm -rf $(VENV) examples/induction/output
+	rm -rf $(VENV) $(TE_VENV) examples/induction/output

@@ -15,11 +15,6 @@ def add_kv_shift_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     """
     group = parser.add_argument_group("KV-shifting attention")
     group.add_argument(
-        "--no-kv-shift",
-        action="store_true",
-        help="Train the vanilla twin: the same model without KV shifting.",
-    )
-    group.add_argument(
         "--kv-shift-variant",
         default=None,
         metavar="|".join(get_args(Variant)),
@@ -54,6 +49,16 @@ def add_kv_shift_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     return parser
 
 
+def add_vanilla_twin_arg(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--no-kv-shift`, where KV shifting is what happens without a flag."""
+    parser.add_argument(
+        "--no-kv-shift",
+        action="store_true",
+        help="Train the vanilla twin: the same model without KV shifting.",
+    )
+    return parser
+
+
 def kv_shift_config_from_args(args: Namespace) -> KVShiftConfig | None:
     """The configuration that the flags ask for; None for `--no-kv-shift`.
 
@@ -69,7 +74,7 @@ def kv_shift_config_from_args(args: Namespace) -> KVShiftConfig | None:
         "shift_values": False if args.no_kv_shift_values else None,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    if not args.no_kv_shift:
+    if not getattr(args, "no_kv_shift", False):
         return KVShiftConfig(**given)
     if given:
         raise ValueError(

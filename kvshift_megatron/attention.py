@@ -1,11 +1,14 @@
 """KVShiftSelfAttention: Megatron-Core's self-attention with shifted keys and values."""
 
+from types import NoneType
+
 import torch
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -14,10 +17,14 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
-from kvshift_megatron.boundaries import physical_cu_seqlens, shift_across_boundaries
+from kvshift_megatron.boundaries import (
+    context_parallel_group,
+    physical_cu_seqlens,
+    shift_across_boundaries,
+)
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.taps import initial_values, resolve_seed, tap_names, taps_from_parameters
-from kvshift_megatron.validation import check_transformer_config, refuse_call
+from kvshift_megatron.validation import check_at_start, refuse_call
 
 
 class KVShiftSelfAttention(SelfAttention):
@@ -53,11 +60,18 @@ class KVShiftSelfAttention(SelfAttention):
         kv_shift: KVShiftConfig = KVShiftConfig(),
         **kwargs,
     ):
-        check_transformer_config(config)
+        check_at_start(config)
         super().__init__(config, submodules, layer_number, *args, **kwargs)
+        if config.qk_layernorm and isinstance(self.q_layernorm, NoneType | IdentityOp):
+            raise ValueError(
+                "qk_layernorm is on, but the layer spec leaves the norm of queries and keys out: "
+                "use a spec with it (kvshift_megatron.finished_specs has both), or drop "
+                "--qk-layernorm"
+            )
         self.kv_shift = kv_shift
         self._tap_names = tap_names(kv_shift)
         self._cu_seqlens = None
+        self._loads_without_taps = False
         self._taps_are_sharded = config.num_query_groups >= self.world_size
         tp_rank = self.pg_collection.tp.rank()
         if self._taps_are_sharded:
@@ -99,9 +113,41 @@ class KVShiftSelfAttention(SelfAttention):
             if not tap.is_meta:
                 tap.copy_(value[self._stored_groups])
 
+    def load_without_taps(self) -> None:
+        """Leave the taps out of the next checkpoint load, which is of a vanilla model."""
+        self._loads_without_taps = True
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, *rest
+    ):
+        """As Module's; attention weights without their taps are refused, strict or not.
+
+        Raises:
+            ValueError: the taps are missing, and they do not start as identity.
+        """
+        taps = [prefix + name for names in self._tap_names.values() for name in names]
+        missing = [key for key in taps if key not in state_dict]
+        # A state dict may be partial, such as one of adapters only.
+        has_weights = any(key.startswith(f"{prefix}linear_qkv.") for key in state_dict)
+        starts_from_vanilla = missing == taps and self.kv_shift.init == "identity"
+        if missing and has_weights and not starts_from_vanilla:
+            raise ValueError(
+                f"the state dict holds the attention {prefix!r} without its taps {missing}: to "
+                "start KV shifting from vanilla weights, set init='identity' "
+                "(--kv-shift-init identity); otherwise load a checkpoint with these taps"
+            )
+        self._loads_without_taps = False
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *rest
+        )
+        if has_weights and starts_from_vanilla:
+            self.reset_parameters()
+            missing_keys[:] = [key for key in missing_keys if key not in taps]
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs):
         """As SelfAttention.forward; what the shift does not support yet is refused."""
         refuse_call(**kwargs)
+        self._loads_without_taps = False
         # The hook below is called without it. Only for the call: recompute enters here again.
         self._cu_seqlens = physical_cu_seqlens(kwargs.get("packed_seq_params"))
         try:
@@ -129,7 +175,7 @@ class KVShiftSelfAttention(SelfAttention):
             taps.get("alpha"),
             taps.get("beta"),
             self._cu_seqlens,
-            self.pg_collection.cp,
+            context_parallel_group(self.config, self.pg_collection),
         )
         return (query, key, value, *gate)
 
@@ -163,6 +209,8 @@ class KVShiftSelfAttention(SelfAttention):
         own_parameters = {}
         self._save_to_state_dict(own_parameters, "", keep_vars=True)
         taps = [name for names in self._tap_names.values() for name in names]
+        if self._loads_without_taps:
+            own_parameters = {k: v for k, v in own_parameters.items() if k not in taps}
         sharded = make_sharded_tensors_for_checkpoint(
             own_parameters,
             prefix,

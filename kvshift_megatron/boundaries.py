@@ -2,10 +2,23 @@
 
 import torch
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from kvshift_megatron.cp_exchange import HistoryExchange
 from kvshift_megatron.ops import kv_shift, shift_wide
+
+
+def context_parallel_group(
+    config: TransformerConfig, pg_collection: ProcessGroupCollection
+) -> dist.ProcessGroup | None:
+    """The group that this model's sequences are spread over; None where they are whole.
+
+    As Megatron's attention kernels decide it: a model may switch context parallelism off in its
+    configuration although a group exists, for another model of the same run.
+    """
+    return pg_collection.cp if config.context_parallel_size > 1 else None
 
 
 def shift_across_boundaries(
@@ -14,7 +27,7 @@ def shift_across_boundaries(
     alpha: Tensor | None,
     beta: Tensor | None,
     cu_seqlens: Tensor | None,
-    cp_group: dist.ProcessGroup,
+    cp_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """`kv_shift` where the token before may be another document's, or on another rank.
 
@@ -24,7 +37,7 @@ def shift_across_boundaries(
         cu_seqlens: int [documents + 1]: where each packed document starts and ends in the WHOLE
             sequence, padding included; each document is spread over the ranks by itself. None: one
             document, spread over the ranks.
-        cp_group: context-parallel group (of one rank without context parallelism).
+        cp_group: context-parallel group; None without context parallelism.
 
     Returns:
         (key, value) as kv_shift's.
@@ -36,7 +49,7 @@ def shift_across_boundaries(
     Parallelism: a chunk's predecessors come from the neighbouring ranks, window - 1 tokens a chunk
     (and document), keys and values in one message; see cp_exchange.py.
     """
-    tokens, ranks = key.size(0), cp_group.size()
+    tokens, ranks = key.size(0), 1 if cp_group is None else cp_group.size()
     if ranks == 1:
         position = None
         if cu_seqlens is not None:

@@ -12,10 +12,13 @@ import argparse
 import sys
 import time
 from argparse import Namespace
-from functools import partial
 
 from kvshift_megatron import cpu
-from kvshift_megatron.arguments import add_kv_shift_args, kv_shift_config_from_args
+from kvshift_megatron.arguments import (
+    add_kv_shift_args,
+    add_vanilla_twin_arg,
+    kv_shift_config_from_args,
+)
 
 
 def main() -> None:
@@ -38,7 +41,7 @@ def main() -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from kvshift_megatron.training_step import TrainingStep
-    from kvshift_megatron.training_task import load_task
+    from kvshift_megatron.training_task import embedding_ranks, load_task
 
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     task = load_task(args.task_module)
@@ -51,6 +54,7 @@ def main() -> None:
         ModelType.encoder_or_decoder,
         TrainingStep(task),
         store=store,
+        get_embedding_ranks=embedding_ranks,
     )
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -69,7 +73,7 @@ def _parse_and_check() -> Namespace:
     from kvshift_megatron.validation import check_args, check_transformer_config
 
     def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        add_kv_shift_args(parser).add_argument(
+        add_vanilla_twin_arg(add_kv_shift_args(parser)).add_argument(
             "--task-module",
             default=None,
             metavar="MODULE",
@@ -80,6 +84,8 @@ def _parse_and_check() -> Namespace:
         known, _ = parser.parse_known_args()
         return load_task(known.task_module).add_args(parser)
 
+    if "--kv-shift" in sys.argv:
+        raise ValueError("kv_shift: this entry point shifts without being asked: drop --kv-shift")
     args = parse_args(add_args)
     if args.yaml_cfg is not None:
         raise ValueError(
@@ -90,6 +96,11 @@ def _parse_and_check() -> Namespace:
             "spec: this entry point chooses the layer itself: drop --spec, or apply "
             "kvshift_megatron.layer_specs.with_kv_shift to it in a script of your own"
         )
+    if args.hybrid_layer_pattern is not None:
+        raise ValueError(
+            "hybrid_layer_pattern: this entry point trains GPT models: run Megatron-LM's "
+            "pretrain_hybrid.py with --spec kvshift_megatron.finished_specs hybrid_stack_spec"
+        )
     check_args(args)
     if kv_shift_config_from_args(args) is not None:
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
@@ -98,18 +109,15 @@ def _parse_and_check() -> Namespace:
 
 
 def _model_config(args: Namespace):
-    """Megatron's GPTModelConfig with the layer spec that was asked for."""
+    """Megatron's GPT configuration with the taps that were asked for."""
     from megatron.training.argument_utils import gpt_config_from_args
 
-    from kvshift_megatron.layer_specs import kv_shift_layer_spec, vanilla_layer_spec
+    from kvshift_megatron.gpt_builder import KVShiftGPTModelConfig
     from kvshift_megatron.model_check import report_after_build
 
-    config = gpt_config_from_args(args)
-    kv_shift = kv_shift_config_from_args(args)
-    report_after_build(config, kv_shift)
-    config.transformer_layer_spec = (
-        vanilla_layer_spec if kv_shift is None else partial(kv_shift_layer_spec, kv_shift=kv_shift)
-    )
+    config = gpt_config_from_args(args, model_config_cls=KVShiftGPTModelConfig)
+    config.kv_shift = kv_shift_config_from_args(args)
+    report_after_build(config, config.kv_shift)
     return config
 
 

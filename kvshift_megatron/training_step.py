@@ -6,6 +6,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import (
     flatten_batch_for_packed_sequences,
     get_attr_wrapped_model,
@@ -15,10 +16,9 @@ from megatron.core.utils import (
 )
 from megatron.training import get_args, get_timers
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
-from megatron.training.utils import is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from kvshift_megatron.training_task import Task
+from kvshift_megatron.training_task import Task, has_mtp, needs_tokens
 
 # A loss this many times the largest seen so far is reported by --check-for-spiky-loss.
 _SPIKE = 10
@@ -52,7 +52,8 @@ class TrainingStep:
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         args = get_args()
         micro_batch_size = args.micro_batch_size if model.training else args.eval_micro_batch_size
-        batch = self._get_batch(data_iterator, vp_stage, micro_batch_size)
+        config = get_attr_wrapped_model(model, "config")
+        batch = self._get_batch(data_iterator, config, vp_stage, micro_batch_size)
         timers("batch-generator").stop()
 
         inputs = (batch.get("tokens"), batch.get("position_ids"), batch.get("attention_mask"))
@@ -72,15 +73,21 @@ class TrainingStep:
             output = model(*inputs, labels=labels, loss_mask=loss_mask, packed_seq_params=packed)
         return output, partial(masked_loss, loss_mask, metrics)
 
-    def _get_batch(self, data_iterator, vp_stage: int | None, micro_batch_size: int) -> Batch:
+    def _get_batch(
+        self,
+        data_iterator,
+        config: TransformerConfig,
+        vp_stage: int | None,
+        micro_batch_size: int,
+    ) -> Batch:
         """This rank's part of the micro-batch.
 
         On a middle pipeline stage it is empty, or, for packed documents, where these begin and end.
         """
         args = get_args()
-        is_end = is_first_or_last_pipeline_stage(vp_stage)
+        takes_tokens = needs_tokens(config, vp_stage)
         is_packed = args.sft or args.dataloader_inter_document_masking
-        if not (is_end or is_packed):
+        if not (takes_tokens or is_packed):
             return {}
         tp_rank = mpu.get_tensor_model_parallel_rank()
         sample: Batch = {}
@@ -107,14 +114,14 @@ class TrainingStep:
             tp_rank=tp_rank,
             micro_batch_size=micro_batch_size,
             seq_length=args.seq_length,
-            mtp_on_this_rank=False,
+            mtp_on_this_rank=has_mtp(config, vp_stage),
             pipeline_model_parallel_size=args.pipeline_model_parallel_size,
             is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
             is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
         )
         batch |= self._broadcast_extra(sample, (micro_batch_size, args.seq_length))
         batch = flatten_batch_for_packed_sequences(batch)
-        if not is_end:
+        if not takes_tokens:
             return batch
         return get_batch_on_this_cp_rank(
             batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()

@@ -12,7 +12,10 @@ import importlib
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 @dataclass
@@ -77,18 +80,57 @@ def gpt_datasets_provider(train_val_test_num_samples: list[int], vp_stage: int |
 def is_dataset_built_on_rank(vp_stage: int | None = None) -> bool:
     """Whether this rank reads samples.
 
-    Tensor-parallel rank 0 of the first and last pipeline stages does; of every stage where
-    documents are packed, as each stage's attention needs to know where they end.
+    Tensor-parallel rank 0 of the first and last pipeline stages and of those with multi-token
+    prediction does; of every stage where documents are packed, as each stage's attention needs to
+    know where they end.
     """
     from megatron.core import mpu
     from megatron.training import get_args
-    from megatron.training.utils import is_first_or_last_pipeline_stage
+    from megatron.training.arguments import core_transformer_config_from_args
 
     args = get_args()
     is_packed = args.sft or args.dataloader_inter_document_masking
     return mpu.get_tensor_model_parallel_rank() == 0 and (
-        is_packed or is_first_or_last_pipeline_stage(vp_stage)
+        is_packed or needs_tokens(core_transformer_config_from_args(args), vp_stage)
     )
+
+
+def needs_tokens(config: "TransformerConfig", vp_stage: int | None = None) -> bool:
+    """Whether this pipeline stage takes tokens or labels: an end, or multi-token prediction."""
+    from megatron.training.utils import is_first_or_last_pipeline_stage
+
+    return is_first_or_last_pipeline_stage(vp_stage) or has_mtp(config, vp_stage)
+
+
+def has_mtp(config: "TransformerConfig", vp_stage: int | None = None) -> bool:
+    """Whether this pipeline stage holds layers of multi-token prediction."""
+    from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+
+    return mtp_on_this_rank(
+        layout=config.pipeline_model_parallel_layout,
+        mtp_num_layers=config.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+
+
+def embedding_ranks(pp_ranks: list[int]) -> list[int]:
+    """The pipeline ranks that hold the embedding: the first, those with tied output weights or MTP.
+
+    Args:
+        pp_ranks: global ranks of one pipeline, first stage first.
+    """
+    from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
+    from megatron.training import get_args
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    args = get_args()
+    ranks = {pp_ranks[0]}
+    if len(pp_ranks) > 1:
+        ranks.update(get_mtp_ranks(pp_ranks, core_transformer_config_from_args(args)))
+        if not args.untie_embeddings_and_output_weights:
+            ranks.add(pp_ranks[-1])
+    return sorted(ranks)
 
 
 def gpt_dataset_config(args: Namespace, **overrides: Any):

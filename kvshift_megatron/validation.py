@@ -1,13 +1,15 @@
 """What KV shifting refuses, and in which words.
 
-Each refusal names the setting and what to do instead. Three moments: Megatron's arguments (before
-anything is built), the transformer configuration (when a layer is built), a call.
+Each refusal names the setting and what to do instead. Two moments: the start (Megatron's arguments
+and the transformer configuration, for every KV-shifting layer before it has parameters), a call.
 """
 
 from argparse import Namespace
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from kvshift_megatron.arguments import megatron_args
 
 # Setting -> what is wrong with it and what to do; refused wherever it is on.
 _REFUSED_IN_CONFIG = {
@@ -23,17 +25,28 @@ _REFUSED_ARGS = {
     "reset_attention_mask": "hides document boundaries in a mask that the shift does not see, "
     "so that keys and values would cross document boundaries: use packed sequences instead "
     "(--dataloader-inter-document-masking or --sft) and drop --reset-attention-mask",
-    "mtp_num_layers": "makes Megatron build multi-token-prediction layers from specs of its own, "
-    "which would silently be vanilla: drop --mtp-num-layers",
     "hybrid_context_parallel": "changes the context-parallel group from batch to batch, which KV "
     "shifting does not follow: drop --hybrid-context-parallel",
 }
 
 
+def check_at_start(config: TransformerConfig) -> None:
+    """Raise ValueError for a setting that KV shifting cannot honour.
+
+    Called for every KV-shifting layer, before its parameters exist, so that no way of building a
+    model goes around it.
+
+    Args:
+        config: of the model; Megatron's arguments are looked at where its scripts have set them.
+    """
+    check_transformer_config(config)
+    args = megatron_args()
+    if args is not None:
+        check_args(args)
+
+
 def check_transformer_config(config: TransformerConfig | Namespace) -> None:
     """Raise ValueError for a model configuration that KV shifting cannot honour.
-
-    Called for every KV-shifting layer, before its parameters exist.
 
     Args:
         config: a TransformerConfig, or Megatron's arguments, whose names are the same; fields that
@@ -61,6 +74,19 @@ def check_args(args: Namespace) -> None:
     is_packed = any(
         getattr(args, name, False) for name in ("sft", "dataloader_inter_document_masking")
     )
+    if is_packed and getattr(args, "overlap_moe_expert_parallel_comm", False):
+        raise ValueError(
+            "overlap_moe_expert_parallel_comm with packed documents: Megatron's schedule plan does "
+            "not hand the documents' edges to the layers, so that keys and values would cross "
+            "them: drop --overlap-moe-expert-parallel-comm, or train without packing"
+        )
+    if getattr(args, "spec", None) is not None and getattr(args, "mtp_num_layers", None):
+        raise ValueError(
+            f"mtp_num_layers={args.mtp_num_layers} with spec: Megatron builds the layers of "
+            "multi-token prediction from specs of its own, which would silently be vanilla: drop "
+            "--spec and use `python -m kvshift_megatron.pretrain`, or a patched Megatron-LM with "
+            "--kv-shift"
+        )
     if is_packed and args.pipeline_model_parallel_size > 1 and (args.micro_batch_size or 1) > 1:
         raise ValueError(
             f"micro_batch_size={args.micro_batch_size} with packed documents and pipeline "

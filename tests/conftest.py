@@ -1,6 +1,53 @@
 """The suite compares numbers on the CPU, also on a machine that has a GPU."""
 
 import os
+from pathlib import Path
+
+import pytest
+
+from tests import releases
 
 # Before anything imports torch, and inherited by every process that a test starts.
 os.environ["KVSHIFT_CPU"] = "1"
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("matrix", "tests against a release of megatron-core")
+    group.addoption(
+        "--megatron",
+        metavar="VERSION",
+        help="run the release matrix (tests/releases.py), and stop unless the megatron-core that "
+        "is imported is this one",
+    )
+    group.addoption(
+        "--max-ranks", type=int, metavar="N", help="leave out layouts on more than N ranks"
+    )
+
+
+def pytest_configure(config):
+    version = config.getoption("megatron")
+    if version is None:
+        return
+    core, training = (Path(origin).parent for origin in releases.imported_from())
+    found = releases.imported_version()
+    if found != version or core.parent != training.parent:
+        raise pytest.UsageError(
+            f"--megatron {version}: Python imports release {found} from {core}, and {training}"
+        )
+
+
+def pytest_report_header(config):
+    return f"megatron-core from {releases.imported_from()[0]}"
+
+
+def pytest_collection_modifyitems(config, items):
+    version, most = config.getoption("megatron"), config.getoption("max_ranks")
+    kept, left_out = [], []
+    for item in items:
+        ranks = item.callspec.params.get("world_size", 1) if hasattr(item, "callspec") else 1
+        outside = version is not None and releases.why_not_in_matrix(item.nodeid)
+        (left_out if outside or (most and ranks > most) else kept).append(item)
+        if version is not None and (why := releases.why_not_in_release(item.nodeid, version)):
+            item.add_marker(pytest.mark.skip(reason=why))
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)

@@ -1,9 +1,7 @@
 """Runs the models under torch's launcher, as many side by side as the configuration allows."""
 
-import contextlib
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -15,10 +13,10 @@ from pathlib import Path
 
 from examples.induction.config import Config, Model
 from examples.induction.logs import Evaluation, TrainingLog
+from tools import launchers
 
 ROOT = Path(__file__).resolve().parents[2]
 _TAIL_LINES = 30
-_STOP_SECONDS = 15.0
 
 Progress = Callable[[str, Evaluation, float], None]
 """Called with the model's name, a new validation point and the seconds since its launch."""
@@ -106,33 +104,6 @@ def _start(model: Model, cpu: bool, output: Path, events: queue.Queue) -> _Child
     return child
 
 
-def _workers(pid: int) -> list[int]:
-    """Direct children of a process (Linux); torch's launcher gives each its own session."""
-    try:
-        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    except OSError:  # gone already, or no /proc
-        return []
-    return [int(word) for word in text.split()]
-
-
-def stop(children: list[_Child]) -> None:
-    """Ends the launchers, which end their workers; kills what is left after a while."""
-    children = [child for child in children if child.process.poll() is None]
-    workers = {child.process.pid: _workers(child.process.pid) for child in children}
-    for child in children:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.process.pid, signal.SIGTERM)
-    deadline = time.monotonic() + _STOP_SECONDS
-    for child in children:
-        try:
-            child.process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            for group in (child.process.pid, *workers[child.process.pid]):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(group, signal.SIGKILL)
-            child.process.wait()
-
-
 def run_all(config: Config, output: Path, progress: Progress) -> list[Result]:
     """Trains every model in the configuration's order; later ones start as processes free up.
 
@@ -170,5 +141,5 @@ def run_all(config: Config, output: Path, progress: Progress) -> list[Result]:
                 running.remove(child)
                 results[child.model.name] = Result(child.model, child.log, seconds)
     finally:
-        stop(running)
+        launchers.stop(child.process for child in running)
     return [results[model.name] for model in config.models]

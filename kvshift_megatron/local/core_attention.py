@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from kvshift_megatron.boundaries import physical_cu_seqlens
+from kvshift_megatron.boundaries import context_parallel_group, physical_cu_seqlens
 from kvshift_megatron.local.blockwise_attention import (
     Places,
     blockwise_attention,
@@ -60,7 +60,7 @@ class SDPACoreAttention(MegatronModule):
             )
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
-        self.cp_group = pg_collection.cp
+        self.cp_group = context_parallel_group(config, pg_collection)
         self._check_mask_type(attn_mask_type)
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -104,7 +104,7 @@ class SDPACoreAttention(MegatronModule):
         self._check_mask_type(mask_type)
         dropout = self.dropout if self.training else 0.0
         packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-        if packed or self.cp_group.size() > 1:
+        if packed or self.cp_group is not None:
             if mask_type != AttnMaskType.causal:
                 raise ValueError(
                     f"attn_mask_type={mask_type.name}: packed documents and context parallelism "
@@ -129,7 +129,9 @@ class SDPACoreAttention(MegatronModule):
         return context.reshape(query.size(0), query.size(1), -1)
 
     def _blockwise(self, query, key, value, cu_seqlens, dropout) -> Tensor:
-        tokens, ranks, rank = query.size(0), self.cp_group.size(), self.cp_group.rank()
+        tokens, rank, ranks = query.size(0), 0, 1
+        if self.cp_group is not None:
+            rank, ranks = self.cp_group.rank(), self.cp_group.size()
         if query.dim() == 3:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
         places = [places_on_rank(cu_seqlens, tokens, r, ranks, query.device) for r in range(ranks)]

@@ -11,10 +11,11 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from kvshift_megatron.local.core_attention import SDPACoreAttention
 from kvshift_megatron.local.norm import SequenceParallelNorm
-from kvshift_megatron.spec_walk import rewrite
+from kvshift_megatron.spec_walk import module_class, rewrite
 
 try:
     import apex  # noqa: F401  (probe: Megatron imports the class below even where apex is absent)
@@ -23,27 +24,28 @@ except ImportError:
     FusedLayerNorm = None
 
 
-def with_local_parts(
-    spec: ModuleSpec | TransformerBlockSubmodules,
-    config: TransformerConfig,
-    vp_stage: int | None = None,
-) -> TransformerBlockSubmodules:
-    """A block spec of Megatron's TE-free layers that also runs under sequence parallelism.
+def with_local_parts(spec: Any, config: TransformerConfig, vp_stage: int | None = None) -> Any:
+    """A spec of Megatron's TE-free parts that also runs under sequence parallelism.
 
     Args:
-        spec: a layer or block spec with `transformer_impl` local.
+        spec: a layer, block, hybrid-stack or MTP spec with `transformer_impl` local; None is kept.
         config: of the model; the number of layers of this pipeline stage comes from it.
         vp_stage: virtual pipeline stage.
 
     Returns:
-        A block spec, not a layer spec: only a block names the norm after the last layer, and where
-        Transformer Engine imports without a GPU Megatron would pick TE's there.
+        The copy. For a layer spec, a block spec: only a block names the norm after the last layer,
+        and where Transformer Engine imports without a GPU Megatron would pick TE's there.
     """
-    if isinstance(spec, ModuleSpec):
+    if isinstance(spec, ModuleSpec) and issubclass(module_class(spec), TransformerLayer):
         num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
         spec = TransformerBlockSubmodules(
             layer_specs=[spec] * num_layers, layer_norm=_final_norm(config)
         )
+    return with_local_modules(spec)
+
+
+def with_local_modules(spec: Any) -> Any:
+    """A copy of a TE-free spec with this package's norm and core attention, and nothing added."""
     return rewrite(spec, _replace)
 
 

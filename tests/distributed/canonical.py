@@ -13,16 +13,31 @@ from torch import Tensor
 
 
 def canonical_name(name: str, chunk: torch.nn.Module) -> str:
-    """A parameter's name with the global layer number instead of the stage's own."""
-    name = name.replace("module.", "")
+    """A parameter's name with the global layer number instead of the stage's own.
+
+    Likewise the global number of an expert.
+    """
+    name = re.sub(r"(local_experts\.)(\d+)", _global_expert(chunk), name.replace("module.", ""))
     match = re.match(r"(decoder\.layers\.)(\d+)(\..*)", name)
     if match is None:
         return name
-    module = chunk
-    while hasattr(module, "module"):
-        module = module.module
+    module = _unwrapped(chunk)
     number = module.decoder.layers[int(match.group(2))].layer_number
     return f"{match.group(1)}{number - 1}{match.group(3)}"
+
+
+def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+def _global_expert(chunk: torch.nn.Module):
+    """What `re.sub` puts for (prefix, number among this rank's experts)."""
+    experts = _unwrapped(chunk).config.num_moe_experts or 0
+    local = experts // parallel_state.get_expert_model_parallel_world_size()
+    first = parallel_state.get_expert_model_parallel_rank() * local
+    return lambda match: f"{match.group(1)}{first + int(match.group(2))}"
 
 
 def fill(chunk: torch.nn.Module) -> None:
@@ -94,10 +109,14 @@ def gather(chunks: list[torch.nn.Module], tensor_of) -> dict[str, Tensor]:
             else:
                 whole = _join(name, parts, dim)
             result[canonical_name(name, chunk)] = whole
-    stages = [None] * parallel_state.get_pipeline_model_parallel_world_size()
-    torch.distributed.all_gather_object(
-        stages, (result, differing), group=parallel_state.get_pipeline_model_parallel_group()
-    )
+    stages = [(result, differing)]
+    for group in (
+        parallel_state.get_pipeline_model_parallel_group(),
+        parallel_state.get_expert_model_parallel_group(),
+    ):
+        parts = [None] * group.size()
+        torch.distributed.all_gather_object(parts, stages, group=group)
+        stages = [stage for part in parts for stage in part]
     # Checked after the last collective, so that no rank is left waiting in one.
     differing = [name for _, names in stages for name in names]
     assert not differing, f"replicated, but differs between tensor-parallel ranks: {differing}"

@@ -1,5 +1,6 @@
 """What is compared: models, and the layouts each of them runs at."""
 
+import json
 from dataclasses import dataclass, field, replace
 
 from kvshift_megatron import KVShiftConfig
@@ -7,7 +8,11 @@ from kvshift_megatron import KVShiftConfig
 
 @dataclass(frozen=True)
 class Model:
-    """A tiny GPT; `transformer` overrides TransformerConfig fields."""
+    """A tiny GPT; `transformer` overrides TransformerConfig fields.
+
+    With `hybrid`, a hybrid model instead, of one pipeline segment of that layer pattern after the
+    other (every pipeline stage gets as many).
+    """
 
     name: str
     num_query_groups: int = 4
@@ -15,6 +20,7 @@ class Model:
     seq_length: int = 16
     transformer: dict = field(default_factory=dict)
     bf16: bool = False
+    hybrid: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Case:
     tp: int = 1
     pp: int = 1
     cp: int = 1
+    ep: int = 1
     vpp: int | None = None
     sp: bool = False
     distributed_optimizer: bool = False
@@ -36,7 +43,7 @@ class Case:
 
     @property
     def layout(self) -> tuple[int, int, int, int | None]:
-        """What the process groups depend on: (tp, pp, cp, vpp)."""
+        """What a launch's process groups depend on: (tp, pp, cp, vpp). `ep` makes its own."""
         return self.tp, self.pp, self.cp, self.vpp
 
     @property
@@ -45,6 +52,7 @@ class Case:
         parts += ["sp"] if self.sp else []
         parts += [f"pp{self.pp}"] if self.pp > 1 else []
         parts += [f"cp{self.cp}"] if self.cp > 1 else []
+        parts += [f"ep{self.ep}"] if self.ep > 1 else []
         parts += [f"vpp{self.vpp}"] if self.vpp else []
         parts += ["distopt"] if self.distributed_optimizer else []
         parts += ["overlap"] if self.overlap else []
@@ -73,6 +81,70 @@ KEYS_ONLY = Model(
 VANILLA = Model("vanilla", kv_shift=None)
 BF16 = Model("bf16-gqa2", num_query_groups=2, bf16=True)
 
+# Layers 1 and 3 have the window, or no rotation; 2 and 4 are as everywhere else.
+SLIDING = Model(
+    "sliding-window",
+    num_query_groups=2,
+    transformer={"window_size": (4, 0), "window_attn_skip_freq": 2},
+)
+SCALED = Model("softmax-scale", num_query_groups=2, transformer={"softmax_scale": 0.3})
+NO_ROPE = Model("no-rope", num_query_groups=2, transformer={"no_rope_freq": [1, 0, 1, 0]})
+MOE = Model(
+    "moe",
+    num_query_groups=2,
+    transformer={
+        "num_moe_experts": 4,
+        "moe_layer_freq": [0, 1, 0, 1],
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 48,
+        "moe_shared_expert_intermediate_size": 32,
+        # A balancing loss is one of each micro-batch, and those differ with the layout.
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+    },
+)
+MTP = Model("mtp", num_query_groups=2, transformer={"mtp_num_layers": 1})
+
+
+def _block(groups: int | None = None, ffn: int | None = 96, linear: bool = False) -> dict:
+    """One layer of a heterogeneous model; without groups, no attention or one matrix."""
+    return {
+        "attention": {
+            "num_query_groups": groups,
+            "no_op": groups is None and not linear,
+            "replace_with_linear": linear,
+        },
+        "mlp": {"ffn_hidden_size": ffn, "no_op": ffn is None, "replace_with_linear": False},
+    }
+
+
+HETEROGENEOUS = Model(
+    "heterogeneous",
+    transformer={
+        "num_layers": 5,
+        "heterogeneous_layers_config_encoded_json": json.dumps(
+            {
+                "block_configs": [
+                    _block(4), _block(2, ffn=64), _block(linear=True), _block(), _block(8, ffn=None)
+                ]
+            }
+        ),
+    },
+)  # fmt: skip
+HYBRID = Model("hybrid", num_query_groups=2, hybrid=("*-", "*-"))
+
+# Models of another kind than a stack of equal GPT layers; each has its attention looked at.
+KINDS = (SLIDING, SCALED, NO_ROPE, MOE, MTP, HETEROGENEOUS, HYBRID)
+# The other dispatcher, over several ranks, hands gloo counts that it does not take.
+ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
+UNEVEN = {"pipeline_model_parallel_layout": "Et|tt|t|L"}
+UNEVEN_MTP = {"pipeline_model_parallel_layout": "Ett|t|t|mL"}
+UNEVEN_HETEROGENEOUS = {
+    "num_layers_in_first_pipeline_stage": 2,
+    "num_layers_in_last_pipeline_stage": 3,
+}
+
 FULL_RECOMPUTE = {
     "recompute_granularity": "full",
     "recompute_method": "uniform",
@@ -84,7 +156,7 @@ REFERENCES = {
     model.name: Case(model)
     for model in (
         GQA, GQA2, MQA, MHA, QK_NORM, GATED, WINDOW_3, GATE, KEYS_ONLY, VANILLA, BF16,
-        SHORT_4, SHORT_8,
+        SHORT_4, SHORT_8, *KINDS,
     )
 }  # fmt: skip
 
@@ -105,6 +177,15 @@ _TWO = [
     Case(WINDOW_3, cp=2, transformer=FULL_RECOMPUTE),
     Case(GQA2, cp=2, transformer=SELECTIVE_RECOMPUTE),
     Case(GQA2, cp=2, distributed_optimizer=True, overlap=True),
+    *(Case(model, tp=2, sp=True) for model in KINDS if model != HETEROGENEOUS),
+    # Without sequence parallelism, under which Megatron's linear replacement gives a wrong shape.
+    Case(HETEROGENEOUS, tp=2),
+    *(Case(model, pp=2) for model in (SLIDING, NO_ROPE, MOE, MTP, HYBRID)),
+    Case(HETEROGENEOUS, pp=2, transformer=UNEVEN_HETEROGENEOUS),
+    *(Case(model, cp=2) for model in (SLIDING, SCALED, NO_ROPE, MOE, MTP)),
+    Case(GQA2, pp=2, vpp=2, transformer=UNEVEN),
+    Case(MTP, pp=2, vpp=2, transformer=UNEVEN_MTP),
+    Case(MOE, ep=2, transformer=ALLGATHER),
 ]
 _FOUR = [
     *(Case(model, tp=4) for model in (GQA, GQA2, MQA, MHA, GATED, WINDOW_3, GATE, KEYS_ONLY)),
@@ -121,6 +202,9 @@ _FOUR = [
     Case(MQA, tp=2, cp=2, sp=True, transformer=FULL_RECOMPUTE),
     Case(GQA, pp=2, cp=2),
     Case(WINDOW_3, pp=2, cp=2, transformer=FULL_RECOMPUTE),
+    Case(MOE, tp=2, ep=2, sp=True, transformer=ALLGATHER),
+    Case(MTP, tp=2, pp=2, vpp=2, sp=True, transformer=UNEVEN_MTP),
+    Case(SLIDING, tp=2, cp=2, sp=True),
 ]
 _PLANTED = {
     2: [
@@ -130,6 +214,7 @@ _PLANTED = {
         Case(GQA, tp=2, planted_error="shard_permuted"),
         Case(MQA, tp=2, planted_error="shared_groups_not_summed"),
         Case(BF16, tp=2, planted_error="taps_swapped"),
+        Case(MTP, tp=2, planted_error="mtp_spec_not_converted"),
         Case(GQA, cp=2, planted_error="second_half_from_wrong_rank"),
         Case(GQA, cp=2, planted_error="no_own_edge_on_the_last_rank"),
         Case(GQA, cp=2, planted_error="no_backward_exchange"),

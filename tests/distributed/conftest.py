@@ -1,9 +1,13 @@
 """One launch per world size, its results shared by every test."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.distributed.launch import torchrun
+from tests.releases import imported_from
 
 _TIMEOUT = 600  # seconds for one launch; the largest takes under 100 on two cores
 
@@ -23,12 +27,21 @@ class Results:
             self._launched[world_size] = torchrun(
                 world_size, ["-m", "tests.distributed.worker", str(output)], _TIMEOUT
             )
+            self._check_release(world_size, output)
         launch = self._launched[world_size]
         path = output / f"{name}.pt"
         assert path.exists(), f"{name} gave nothing; the launch said:\n{launch.stdout[-5000:]}"
         outcome = torch.load(path)
         assert "error" not in outcome, f"{name}: {outcome['error']}"
         return outcome["result"]
+
+    def _check_release(self, world_size: int, output: Path) -> None:
+        """The ranks must have run the Megatron that this process imports."""
+        ranks = [output / f"megatron-{rank}.json" for rank in range(world_size)]
+        said = self._launched[world_size].stdout[-5000:]
+        assert all(path.exists() for path in ranks), f"not every rank started:\n{said}"
+        for path in ranks:
+            assert json.loads(path.read_text()) == imported_from(), path.stem
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -12,21 +13,22 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.enums import ModelType
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.heterogeneous.heterogeneous_config import (
+    HeterogeneousTransformerConfig,
+)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_attr_wrapped_model
 from torch.nn.functional import linear
 
-from kvshift_megatron.layer_specs import kv_shift_layer_spec, vanilla_layer_spec
-from tests.distributed import canonical
+from tests.distributed import attentions, canonical, models
 from tests.distributed.cases import Case
 from tests.distributed.plants import planted
 
 STEPS = 5
-VOCAB_SIZE = 64
 GLOBAL_BATCH = 8
 MICRO_BATCH = 2
 
@@ -37,11 +39,35 @@ def run(case: Case) -> dict:
     Returns:
         {"losses": [STEPS], "grad_norms": [STEPS], "params": {name: whole tensor after the last
         step}, "grads": {name: whole gradient of the first step} (absent where the distributed
-        optimizer leaves each rank a shard of it), "weight_decay": {name: multiplier}}
+        optimizer leaves each rank a shard of it), "weight_decay": {name: multiplier},
+        "attention": what `attentions.of_model` says, absent for a vanilla model}
     """
-    tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    with planted(case.planted_error), reordered_sums(case.reordering):
+    # The one that the model is built with: models.py.
+    error = None if case.planted_error == models.MTP_NOT_CONVERTED else case.planted_error
+    with expert_parallel(case), planted(error), reordered_sums(case.reordering):
+        tensor_parallel.model_parallel_cuda_manual_seed(1234)
         return _train(case)
+
+
+@contextlib.contextmanager
+def expert_parallel(case: Case):
+    """The process groups of a case with expert parallelism; before and after, those without."""
+    if case.ep == 1:
+        yield
+        return
+    sizes = dict(
+        tensor_model_parallel_size=case.tp,
+        pipeline_model_parallel_size=case.pp,
+        context_parallel_size=case.cp,
+        virtual_pipeline_model_parallel_size=case.vpp,
+    )
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(**sizes, expert_model_parallel_size=case.ep)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(**sizes)
 
 
 def transformer_config(case: Case) -> TransformerConfig:
@@ -68,6 +94,7 @@ def transformer_config(case: Case) -> TransformerConfig:
         tensor_model_parallel_size=case.tp,
         pipeline_model_parallel_size=case.pp,
         context_parallel_size=case.cp,
+        expert_model_parallel_size=case.ep,
         virtual_pipeline_model_parallel_size=case.vpp,
         sequence_parallel=case.sp,
         # What Megatron's arguments set for an interleaved schedule: without it, two stages would
@@ -78,7 +105,10 @@ def transformer_config(case: Case) -> TransformerConfig:
         params_dtype=dtype,
         bf16=case.model.bf16,
     )
-    return TransformerConfig(**{**fields, **case.model.transformer, **case.transformer})
+    fields |= {**case.model.transformer, **case.transformer}
+    if "heterogeneous_layers_config_encoded_json" in fields:
+        return HeterogeneousTransformerConfig(**fields)
+    return TransformerConfig(**fields)
 
 
 def build(case: Case) -> list[torch.nn.Module]:
@@ -87,24 +117,7 @@ def build(case: Case) -> list[torch.nn.Module]:
     chunks = []
     for stage in range(case.vpp or 1):
         vp_stage = stage if case.vpp else None
-        if case.model.kv_shift is None:
-            spec = vanilla_layer_spec(config, vp_stage)
-        else:
-            spec = kv_shift_layer_spec(config, vp_stage, kv_shift=case.model.kv_shift)
-        first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
-        last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        model = GPTModel(
-            config=config,
-            transformer_layer_spec=spec,
-            vocab_size=VOCAB_SIZE,
-            max_sequence_length=case.model.seq_length,
-            pre_process=first,
-            post_process=last,
-            share_embeddings_and_output_weights=False,
-            position_embedding_type="rope",
-            rotary_base=100_000,
-            vp_stage=vp_stage,
-        )
+        model = models.chunk(case, config, vp_stage)
         model.model_type = ModelType.encoder_or_decoder
         for param in model.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
@@ -115,6 +128,10 @@ def build(case: Case) -> list[torch.nn.Module]:
 def _train(case: Case) -> dict:
     chunks = build(case)
     config = chunks[0].config
+    result = {"losses": [], "grad_norms": []}
+    if case.model.kv_shift is not None:
+        vanilla = build(replace(case, model=replace(case.model, kv_shift=None)))
+        result["attention"] = attentions.of_model(chunks, vanilla)
     for chunk in chunks:
         canonical.fill(chunk)
     if case.model.bf16:
@@ -156,7 +173,6 @@ def _train(case: Case) -> dict:
             config.no_sync_func, config.grad_sync_func = config.no_sync_func[0], None
             config.param_sync_func = None
 
-    result = {"losses": [], "grad_norms": []}
     for step in range(STEPS):
         result["losses"].append(_forward_backward(case, chunks, optimizer, step))
         if step == 0 and not case.distributed_optimizer:
@@ -201,14 +217,17 @@ def _forward_backward(case: Case, chunks, optimizer, step: int) -> float:
 def _samples(step: int, seq_length: int) -> torch.Tensor:
     """int64 [GLOBAL_BATCH, seq_length + 1]."""
     generator = torch.Generator().manual_seed(100 + step)
-    return torch.randint(0, VOCAB_SIZE, (GLOBAL_BATCH, seq_length + 1), generator=generator)
+    return torch.randint(0, models.VOCAB_SIZE, (GLOBAL_BATCH, seq_length + 1), generator=generator)
 
 
 def _forward_step(data_iterator, model):
     samples = next(data_iterator)
     tokens, labels = (on_this_cp_rank(x) for x in (samples[:, :-1], samples[:, 1:]))
     positions = on_this_cp_rank(torch.arange(samples.size(1) - 1).expand_as(samples[:, 1:]))
-    output = model(tokens, positions, None, labels=labels)
+    loss_mask = {}
+    if get_attr_wrapped_model(model, "config").mtp_num_layers:
+        loss_mask["loss_mask"] = on_this_cp_rank(mtp_loss_mask(samples[:, 1:]))
+    output = model(tokens, positions, None, labels=labels, **loss_mask)
 
     def loss_func(losses):
         loss = losses.float().mean()
@@ -218,6 +237,18 @@ def _forward_step(data_iterator, model):
         return part, {"loss": loss.detach().clone()}
 
     return output, loss_func
+
+
+def mtp_loss_mask(labels: torch.Tensor) -> torch.Tensor:
+    """What the loss of multi-token prediction counts: everything but one token in the middle.
+
+    Each context-parallel rank takes the mean over its own tokens. The last token of a sequence has
+    no label two tokens ahead, so that of two ranks the first would have fewer; one token less on
+    the second makes the mean of both means that of the single process.
+    """
+    mask = torch.ones(labels.shape)
+    mask[:, labels.size(1) // 2] = 0.0
+    return mask
 
 
 def on_this_cp_rank(x: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,21 @@
 """Starting ranks with torch's own launcher, bounded in time and leaving no process behind."""
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+from tools import launchers
+
 PROJECT = Path(__file__).resolve().parents[2]
+
+
+def python_path() -> str:
+    """PYTHONPATH of a rank: the project, and behind it what this process was given.
+
+    `make test-matrix` gives it another release of megatron-core.
+    """
+    return os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
 
 
 def torchrun(
@@ -28,11 +36,10 @@ def torchrun(
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(nproc), *arguments),
     ]
-    # A session of its own: one signal reaches the launcher and every rank.
     process = subprocess.Popen(
         command,
         cwd=PROJECT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT), **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -41,7 +48,5 @@ def torchrun(
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        launchers.stop([process])
     return subprocess.CompletedProcess(command, process.returncode, output)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
-from kvshift_megatron.model_check import _Report, describe, gather_layers
+from kvshift_megatron.model_check import ModelCheck, describe, gather_layers
 from kvshift_megatron.taps import initial_values
 from tests.distributed import canonical, packed, traffic
 from tests.distributed.cases import GQA, GQA2, MQA, VANILLA, WINDOW_3, Case
@@ -110,7 +110,7 @@ def _report(case: Case, chunks) -> str:
 
 def _refusal(case: Case, chunks) -> str:
     try:
-        _Report(GQA.kv_shift)(chunks)
+        ModelCheck(GQA.kv_shift)(chunks)
     except ValueError as error:
         return str(error)
     return "not refused"

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests.distributed.launch import PROJECT
+from tests.distributed.launch import python_path
 
 _RANKS, _LOST, _TIMEOUT = 3, 1, 6
 _RANK = f"""
@@ -46,7 +46,7 @@ def _free_port() -> int:
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_the_others_end_in_time_and_name_it(how):
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    common |= {"WORLD_SIZE": str(_RANKS), "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    common |= {"WORLD_SIZE": str(_RANKS), "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", _RANK, how],

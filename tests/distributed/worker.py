@@ -4,6 +4,7 @@ torchrun ... -m tests.distributed.worker OUTPUT_DIR
 """
 
 import contextlib
+import json
 import sys
 import time
 import traceback
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from kvshift_megatron import cpu
+from tests.releases import imported_from
 
 # A rank that waits longer than this for another has lost it.
 _TIMEOUT = timedelta(seconds=90)
@@ -27,6 +29,7 @@ def main(output: Path) -> None:
     from tests.distributed import engine, properties
     from tests.distributed.cases import cases
 
+    (output / f"megatron-{rank}.json").write_text(json.dumps(imported_from()))
     by_layout = defaultdict(list)
     for case in cases(world_size):
         by_layout[case.layout].append((case.name, engine.run, (case,)))

@@ -51,7 +51,6 @@ BAD_INPUT = {
         flags(dataloader_inter_document_masking=True, pipeline_model_parallel_size=2),
         ["micro_batch_size=2", "set --micro-batch-size 1"],
     ),
-    "MTP": (flags(mtp_num_layers=1), ["mtp_num_layers", "drop --mtp-num-layers"]),
     "spec": (
         flags(spec="kvshift_megatron.layer_specs kv_shift_layer_spec"),
         ["spec", "drop --spec"],

@@ -8,11 +8,16 @@ from types import ModuleType
 import pytest
 
 from kvshift_megatron import KVShiftConfig
-from kvshift_megatron.arguments import add_kv_shift_args, kv_shift_config_from_args, megatron_args
+from kvshift_megatron.arguments import (
+    add_kv_shift_args,
+    add_vanilla_twin_arg,
+    kv_shift_config_from_args,
+    megatron_args,
+)
 
 
 def parse(*words):
-    parser = add_kv_shift_args(argparse.ArgumentParser(exit_on_error=False))
+    parser = add_kv_shift_args(add_vanilla_twin_arg(argparse.ArgumentParser(exit_on_error=False)))
     return kv_shift_config_from_args(parser.parse_args(words))
 
 

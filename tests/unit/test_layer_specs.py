@@ -253,7 +253,7 @@ def test_training_arguments_are_checked_where_they_are_set(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "blocked", ["kvshift_megatron.model_check", "megatron.core.models.gpt.gpt_layer_specs"]
+    "blocked", ["kvshift_megatron.stock", "megatron.core.models.gpt.gpt_layer_specs"]
 )
 def test_an_import_error_is_not_one_that_megatron_swallows(monkeypatch, blocked):
     """Megatron's import_module turns an ImportError into None, and None into a vanilla model."""

@@ -85,7 +85,16 @@ def test_megatrons_own_configurations_are_accepted():
             "dataloader_inter_document_masking with context_parallel_size=2",
             "--context-parallel-size 1, or drop --dataloader-inter-document-masking",
         ),
-        ({"mtp_num_layers": 1}, "mtp_num_layers", "drop --mtp-num-layers"),
+        (
+            {"mtp_num_layers": 1, "spec": ["module", "name"]},
+            "mtp_num_layers=1 with spec",
+            "drop --spec",
+        ),
+        (
+            {"sft": True, "overlap_moe_expert_parallel_comm": True},
+            "overlap_moe_expert_parallel_comm with packed documents",
+            "drop --overlap-moe-expert-parallel-comm",
+        ),
         (
             {"hybrid_context_parallel": True},
             "hybrid_context_parallel",
@@ -111,7 +120,9 @@ def test_arguments_that_are_off_or_unknown_to_the_release_are_accepted():
             hybrid_context_parallel=False,
         )
     )
-    check_args(model(mtp_num_layers=0))
+    check_args(model(mtp_num_layers=0, spec=["module", "name"]))
+    check_args(model(mtp_num_layers=1, spec=None))
+    check_args(model(overlap_moe_expert_parallel_comm=True))
 
 
 @pytest.mark.parametrize(

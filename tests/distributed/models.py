@@ -1,0 +1,122 @@
+"""Building one model chunk of a case: a GPT of any kind, or a hybrid stack."""
+
+from unittest import mock
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import (
+    get_gpt_heterogeneous_layer_spec,
+)
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from kvshift_megatron.layer_specs import kv_shift_layer_spec, vanilla_layer_spec
+from kvshift_megatron.local import SequenceParallelNorm
+from kvshift_megatron.stock import convert_specs
+from tests.distributed.cases import Case
+
+try:
+    from megatron.core.models.hybrid import hybrid_block
+    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+except ImportError:  # before 0.18
+    from megatron.core.models.mamba.mamba_model import MambaModel as HybridModel
+    from megatron.core.ssm import mamba_block as hybrid_block
+    from megatron.core.ssm.mamba_block import MambaStack as HybridStack
+    from megatron.core.ssm.mamba_block import MambaStackSubmodules as HybridStackSubmodules
+
+VOCAB_SIZE = 64
+# A planted error of the model itself: multi-token prediction gets what Megatron builds by itself.
+MTP_NOT_CONVERTED = "mtp_spec_not_converted"
+
+
+def chunk(case: Case, config: TransformerConfig, vp_stage: int | None) -> torch.nn.Module:
+    """One chunk of this rank, with weights of Megatron's own initialization."""
+    arguments = dict(
+        config=config,
+        vocab_size=VOCAB_SIZE,
+        max_sequence_length=case.model.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=100_000,
+        vp_stage=vp_stage,
+    )
+    if case.model.hybrid:
+        return _hybrid(case, arguments)
+    layer_spec, mtp_spec = _specs(case, config, vp_stage)
+    return GPTModel(transformer_layer_spec=layer_spec, mtp_block_spec=mtp_spec, **arguments)
+
+
+def _specs(case: Case, config: TransformerConfig, vp_stage: int | None) -> tuple:
+    kv_shift, extra = case.model.kv_shift, None
+    if config.mtp_num_layers or config.heterogeneous_block_specs:
+        stock = _stock_specs(config, vp_stage)
+        layer_spec, extra = convert_specs(*stock, config, kv_shift, vp_stage)
+        if case.planted_error == MTP_NOT_CONVERTED:
+            extra = convert_specs(*stock, config, None, vp_stage)[1]
+    elif kv_shift is None:
+        layer_spec = vanilla_layer_spec(config, vp_stage)
+    else:
+        layer_spec = kv_shift_layer_spec(config, vp_stage, kv_shift=kv_shift)
+    return layer_spec, extra
+
+
+def _stock_specs(config: TransformerConfig, vp_stage: int | None) -> tuple:
+    """The layers and the multi-token prediction that Megatron's own model builder would take."""
+    if config.heterogeneous_block_specs:
+        return get_gpt_heterogeneous_layer_spec(config, use_te=False, vp_stage=vp_stage), None
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
+    )
+    # A stage without decoder layers may have multi-token prediction.
+    last = block if block.layer_specs else get_gpt_layer_local_spec(normalization="RMSNorm")
+    return block, get_gpt_mtp_block_spec(config, last, False, vp_stage=vp_stage)
+
+
+def _hybrid(case: Case, arguments: dict) -> torch.nn.Module:
+    """Attention and MLP layers: Mamba's own need a GPU, and Megatron has a hybrid spec for TE only.
+
+    The final norm is no part of a hybrid spec; Transformer Engine's is replaced by hand.
+    """
+    spec = ModuleSpec(HybridStack, submodules=_hybrid_layers())
+    spec, _ = convert_specs(spec, None, arguments["config"], case.model.kv_shift)
+    separator = "|" if case.pp > 1 else ""
+    with mock.patch.object(hybrid_block, "TENorm", SequenceParallelNorm):
+        config = arguments.pop("config")
+        return HybridModel(
+            config, spec, hybrid_layer_pattern=separator.join(case.model.hybrid), **arguments
+        )
+
+
+def _hybrid_layers() -> HybridStackSubmodules:
+    """The two halves of Megatron's TE-free GPT layer, each as a layer of its own."""
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm").submodules
+    return HybridStackSubmodules(
+        attention_layer=ModuleSpec(
+            TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=layer.input_layernorm,
+                self_attention=layer.self_attention,
+                self_attn_bda=get_bias_dropout_add,
+            ),
+        ),
+        mlp_layer=ModuleSpec(
+            MLPLayer,
+            submodules=TransformerLayerSubmodules(
+                pre_mlp_layernorm=layer.pre_mlp_layernorm,
+                mlp=layer.mlp,
+                mlp_bda=get_bias_dropout_add,
+            ),
+        ),
+    )

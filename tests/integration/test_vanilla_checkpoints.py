@@ -1,0 +1,164 @@
+"""Vanilla checkpoints for KV shifting and the reverse, through Megatron's own loop."""
+
+import json
+from typing import NamedTuple
+
+import pytest
+
+from kvshift_megatron.checkpoint_check import stored_taps
+from tests.distributed.launch import torchrun
+from tests.integration.tiny_gpt import flags
+
+_STEPS = 2
+_MICRO_BATCHES = 2  # a step
+_TAPS = {"alpha_1", "alpha_2", "beta_1", "beta_2"}
+
+_VANILLA = {"no_kv_shift": True}
+_IDENTITY = {"kv_shift_init": "identity"}
+_FINETUNE = {"finetune": True}
+_LEGACY = {"ckpt_format": "torch"}
+
+
+def _plan(root) -> dict[str, dict]:
+    """Name -> flags, in the order in which they run: later runs load what earlier ones saved."""
+
+    def save(name):
+        return {"save": root / name, "save_interval": _STEPS}
+
+    def load(name):
+        return {"load": root / name}
+
+    def lenient(name):
+        return {"dist_ckpt_strictness": name}
+
+    return {
+        "vanilla": {**_VANILLA, **save("of-vanilla")},
+        "taps": save("of-taps"),
+        # What trains.
+        "twin-finetuned": {**_VANILLA, **_FINETUNE, **load("of-vanilla")},
+        "identity-finetuned": {
+            **_IDENTITY,
+            **_FINETUNE,
+            **load("of-vanilla"),
+            **save("of-identity"),
+        },
+        "identity-pretrained": {**_IDENTITY, "pretrained_checkpoint": root / "of-vanilla"},
+        "identity-no-optimizer": {**_IDENTITY, "no_load_optim": True, **load("of-vanilla")},
+        "identity-resumed": {**_IDENTITY, **load("of-identity")},
+        # What is refused.
+        "uniform": load("of-vanilla"),
+        "uniform-lenient": {**_FINETUNE, **load("of-vanilla"), **lenient("ignore_all")},
+        "identity": {**_IDENTITY, **load("of-vanilla")},
+        "identity-lenient": {**_IDENTITY, **load("of-vanilla"), **lenient("ignore_all")},
+        "twin": {**_VANILLA, **load("of-taps")},
+        "twin-lenient": {**_VANILLA, **_FINETUNE, **load("of-taps"), **lenient("ignore_all")},
+        "other-window": {"kv_shift_window": 3, **load("of-taps"), **lenient("log_unexpected")},
+        # The format before distributed checkpoints: state dicts are checked as they are loaded.
+        "legacy-vanilla": {**_VANILLA, **_LEGACY, **save("of-legacy")},
+        "legacy-taps": {**_LEGACY, **save("of-legacy-taps")},
+        "legacy-uniform": {**_LEGACY, **load("of-legacy")},
+        "legacy-identity-finetuned": {**_IDENTITY, **_FINETUNE, **_LEGACY, **load("of-legacy")},
+        "legacy-twin": {**_VANILLA, **_FINETUNE, **_LEGACY, **load("of-legacy-taps")},
+    }
+
+
+class Run(NamedTuple):
+    code: int
+    output: str
+    losses: list[str]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("vanilla-checkpoints")
+
+
+@pytest.fixture(scope="module")
+def runs(directory) -> dict[str, Run]:
+    # One learning-rate schedule for all, also for those that resume.
+    common = {"train_iters": 2 * _STEPS, "exit_interval": _STEPS}
+    plan = {name: flags(**common, **overrides) for name, overrides in _plan(directory).items()}
+    (directory / "plan.json").write_text(json.dumps(plan))
+    launch = torchrun(
+        1,
+        ["-m", "tests.integration.forked_runs", str(directory / "plan.json")],
+        timeout=400,
+        # Compiling a few steps takes longer than they do.
+        TORCHDYNAMO_DISABLE="1",
+    )
+    assert launch.returncode == 0, launch.stdout[-5000:]
+    return {
+        name: Run(
+            int((directory / f"{name}.exit").read_text()),
+            (directory / f"{name}.log").read_text(errors="replace"),
+            json.loads((directory / f"{name}.json").read_text()),
+        )
+        for name in plan
+    }
+
+
+def trained(run: Run) -> list[str]:
+    assert run.code == 0, run.output[-5000:]
+    assert len(run.losses) == _STEPS * _MICRO_BATCHES
+    return run.losses
+
+
+def refused(run: Run, *parts: str) -> None:
+    assert run.code != 0 and not run.losses
+    for part in parts:
+        assert part in run.output, run.output[-5000:]
+    assert "successfully loaded checkpoint" not in run.output
+
+
+def test_the_checkpoints_are_what_the_other_tests_take_them_for(runs, directory):
+    assert trained(runs["vanilla"]) != trained(runs["taps"])
+    assert stored_taps(directory / "of-vanilla" / "iter_0000002") == set()
+    assert stored_taps(directory / "of-taps" / "iter_0000002") == _TAPS
+
+
+@pytest.mark.parametrize("name", ["uniform", "uniform-lenient"])
+def test_shifting_does_not_load_a_vanilla_checkpoint_by_itself(runs, name):
+    refused(runs[name], "of-vanilla/iter_0000002 holds no taps", "--kv-shift-init identity")
+
+
+@pytest.mark.parametrize("name", ["identity", "identity-lenient"])
+def test_a_vanilla_optimizer_state_is_not_resumed(runs, name):
+    refused(runs[name], "optimizer state of the vanilla checkpoint", "add --finetune")
+
+
+@pytest.mark.parametrize("name", ["twin", "twin-lenient"])
+def test_the_twin_does_not_load_a_checkpoint_with_taps(runs, name):
+    refused(runs[name], "of-taps/iter_0000002 was trained with KV shifting", "drop --no-kv-shift")
+
+
+def test_other_taps_are_not_loaded(runs):
+    refused(runs["other-window"], "holds the taps alpha_1", "alpha_3", "--kv-shift-*")
+
+
+@pytest.mark.parametrize("name", ["identity-finetuned", "identity-pretrained"])
+def test_identity_taps_start_where_the_vanilla_model_stopped(runs, name):
+    twin, ours = trained(runs["twin-finetuned"]), trained(runs[name])
+    assert ours[:_MICRO_BATCHES] == twin[:_MICRO_BATCHES]
+    # The weights were loaded, and from the first step on the taps learn.
+    assert ours[:_MICRO_BATCHES] != runs["vanilla"].losses[:_MICRO_BATCHES]
+    assert ours[_MICRO_BATCHES:] != twin[_MICRO_BATCHES:]
+    assert "successfully loaded checkpoint" in runs[name].output
+
+
+def test_identity_taps_go_on_at_the_vanilla_models_step_without_its_optimizer(runs):
+    trained(runs["identity-no-optimizer"])
+    assert "at iteration 2" in runs["identity-no-optimizer"].output
+
+
+def test_the_next_checkpoint_holds_the_taps_and_is_resumed_like_any_other(runs, directory):
+    assert stored_taps(directory / "of-identity" / "iter_0000002") == _TAPS
+    trained(runs["identity-resumed"])
+    assert "at iteration 2" in runs["identity-resumed"].output
+
+
+def test_the_older_format_is_refused_and_started_from_alike(runs):
+    assert trained(runs["legacy-vanilla"]) == runs["vanilla"].losses
+    refused(runs["legacy-uniform"], "without its taps", "--kv-shift-init identity")
+    refused(runs["legacy-twin"], "holds taps of KV shifting", "drop --no-kv-shift")
+    ours = trained(runs["legacy-identity-finetuned"])
+    assert ours == runs["identity-finetuned"].losses

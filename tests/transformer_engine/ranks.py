@@ -1,0 +1,60 @@
+"""One rank of a layout that needs no other rank and no GPU: models are built here, never run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from megatron.core import parallel_state
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of parallelism; ranks count tensor parallel fastest, then data, then pipeline."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    vp: int | None = None
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+@contextmanager
+def fake_rank(layout: Layout, rank: int) -> Iterator[None]:
+    """Megatron's parallel state as rank `rank` of `layout` sees it; collectives do nothing."""
+    torch.distributed.init_process_group(
+        "fake", store=FakeStore(), rank=rank, world_size=layout.world
+    )
+    try:
+        # A gloo group cannot stand on a fake store.
+        parallel_state.initialize_model_parallel(
+            layout.tp,
+            layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vp,
+            create_gloo_process_groups=False,
+        )
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def constructing_on(device: str) -> Iterator[None]:
+    """Lets modules be constructed on `device` where Megatron and Transformer Engine ask for a GPU.
+
+    Args:
+        device: "meta", where nothing is allocated, or "cpu": Transformer Engine tags parameters
+            when it initializes them, which it puts off on the meta device.
+    """
+    with (
+        mock.patch("torch.cuda.is_available", return_value=True),
+        mock.patch("torch.cuda.current_device", return_value=device),
+        torch.device(device),
+    ):
+        yield

@@ -1,0 +1,122 @@
+"""Folders that look like a Megatron-LM to tools/patch_megatron.py."""
+
+import hashlib
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+PATCHES = PROJECT / "patches"
+TAGS = sorted(folder.name for folder in PATCHES.iterdir() if folder.is_dir())
+
+_PACKAGE_INFO = "megatron/core/package_info.py"
+
+
+def load_tool():
+    """tools/patch_megatron.py as a module."""
+    spec = importlib.util.spec_from_file_location(
+        "patch_megatron", PROJECT / "tools" / "patch_megatron.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    # The dataclasses in it look themselves up there.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def installed_root() -> Path:
+    """The folder that holds the installed `megatron/`."""
+    return Path(importlib.util.find_spec("megatron.core").origin).parents[2]
+
+
+def hunks(patch: Path, path: str) -> list[tuple[int, list[str]]]:
+    """(line number before, lines with their marks) of what a patch does to one file."""
+    found, current = [], None
+    for line in patch.read_text().splitlines():
+        if line.startswith("diff --git "):
+            current = None
+        elif line.startswith("+++ b/"):
+            current = line.removeprefix("+++ b/")
+        elif current == path and line.startswith("@@"):
+            found.append((int(re.match(r"@@ -(\d+)", line)[1]), []))
+        elif current == path:
+            found[-1][1].append(line)
+    return found
+
+
+def synthesize(file: Path, patches: list[Path], path: str) -> None:
+    """Writes a file that the patches fit: their context where they expect it, filler around it."""
+    lines = {}
+    for patch in patches:
+        for start, marked in hunks(patch, path):
+            before = [line[1:] for line in marked if not line.startswith("+")]
+            lines |= {start + i: line for i, line in enumerate(before)}
+    text = [lines.get(i, f"# filler {i}") for i in range(1, max(lines) + 10)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(text) + "\n")
+
+
+def installed_tree(tool, folder: Path) -> tuple[Path, Path]:
+    """A copy of what the installed megatron-core has of its patched files.
+
+    What only the repository of Megatron-LM has is synthesized.
+
+    Returns:
+        The folder, and the patches for it with a manifest that knows the synthesized files.
+    """
+    root, source = folder / "site", installed_root()
+    _copy(source, root, _PACKAGE_INFO)
+    tag = tool.find_set(tool.read_version(root)).name
+    return root, _complete(tool, tag, folder, root, source)
+
+
+def synthetic_repository(tool, tag: str, folder: Path) -> tuple[Path, Path]:
+    """A Git repository with synthesized files, and the patches for it."""
+    root = folder / "repository"
+    version = tool.tomllib.loads((PATCHES / tag / "manifest.toml").read_text())["versions"][0]
+    write_version(root, version)
+    patches = _complete(tool, tag, folder, root, None)
+    git(root, "init", "--quiet")
+    git(root, "config", "core.autocrlf", "false")
+    git(root, "add", "--all")
+    git(root, "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "t")
+    return root, patches
+
+
+def git(root: Path, *arguments: str) -> str:
+    """Standard output of a git command that succeeded."""
+    done = subprocess.run(["git", "-C", root, *arguments], check=True, capture_output=True)
+    return done.stdout.decode()
+
+
+def write_version(root: Path, version: str) -> None:
+    """Gives a folder a megatron/core/package_info.py that states `version`."""
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)(.*)", version).groups()
+    names = ("MAJOR = {}", "MINOR = {}", "PATCH = {}", "PRE_RELEASE = '{}'")
+    file = root / _PACKAGE_INFO
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(name.format(value) for name, value in zip(names, numbers)) + "\n")
+
+
+def _complete(tool, tag, folder, root, source):
+    patches = folder / "patches"
+    shutil.copytree(PATCHES, patches)
+    manifest = patches / tag / "manifest.toml"
+    text = manifest.read_text()
+    for path, digest in tool.tomllib.loads(text)["unpatched"].items():
+        if source is not None and (source / path).exists():
+            _copy(source, root, path)
+            continue
+        synthesize(root / path, sorted((patches / tag).glob("*.patch")), path)
+        text = text.replace(digest, hashlib.sha256((root / path).read_bytes()).hexdigest())
+    manifest.write_text(text)
+    return patches
+
+
+def _copy(source, root, path):
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    # Contents only: modes and links of an installation are its own.
+    shutil.copyfile(source / path, root / path)
