@@ -3,10 +3,20 @@
 --spec kvshift_megatron.layer_specs kv_shift_layer_spec
 """
 
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 try:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import (
+        get_gpt_heterogeneous_layer_spec,
+    )
+    from megatron.core.transformer.enums import AttnBackend
+    from megatron.core.transformer.heterogeneous.heterogeneous_config import (
+        HeterogeneousTransformerConfig,
+    )
+    from megatron.core.transformer.multi_token_prediction import get_mtp_num_layers_to_build
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -17,19 +27,31 @@ except ImportError as error:
     # Megatron turns an ImportError in a --spec module into "no spec": vanilla, silently.
     raise RuntimeError(f"kvshift_megatron.layer_specs cannot be imported: {error}") from error
 
-__all__ = ["kv_shift_layer_spec", "vanilla_layer_spec", "with_kv_shift"]
+__all__ = ["kv_shift_layer_spec", "shifting", "vanilla_layer_spec", "with_kv_shift"]
+
+
+# Settings of a Megatron-Bridge provider that choose the parts of its own layer spec.
+_OWN_SPEC_SETTINGS = (
+    "use_transformer_engine_op_fuser",
+    "use_transformer_engine_full_layer_spec",
+    "dense_grouped_gemm",
+)
 
 
 def kv_shift_layer_spec(
-    config: Any, vp_stage: int | None = None, *, kv_shift: KVShiftConfig = KVShiftConfig()
+    config: Any,
+    vp_stage: int | None = None,
+    *,
+    kv_shift: KVShiftConfig | Mapping[str, Any] = KVShiftConfig(),
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The GPT layers that Megatron would build by itself, with KV-shifting attention.
 
     Args:
-        config: Megatron's GPTModelConfig (what `--spec` passes) or a TransformerConfig. Its
-            `transformer_impl` chooses Transformer Engine's layer or the TE-free one.
+        config: Megatron's GPTModelConfig (what `--spec` passes) or a TransformerConfig, such as a
+            Megatron-Bridge provider. Its `transformer_impl` chooses Transformer Engine's layer or
+            the TE-free one.
         vp_stage: virtual pipeline stage.
-        kv_shift: the taps.
+        kv_shift: the taps, or KVShiftConfig's fields by name (what survives YAML).
 
     Returns:
         What GPTModel takes as `transformer_layer_spec`.
@@ -37,7 +59,36 @@ def kv_shift_layer_spec(
     Raises:
         ValueError: a setting that KV shifting cannot honour; the message names it.
     """
-    return convert_specs(_stock_layer_spec(config, vp_stage), None, config, kv_shift, vp_stage)[0]
+    _refuse_own_spec(config)
+    return _converted(_stock_layer_spec(config, vp_stage), config, vp_stage, kv_shift)
+
+
+def shifting(
+    spec: ModuleSpec | TransformerBlockSubmodules | Callable,
+    kv_shift: KVShiftConfig | Mapping[str, Any] = KVShiftConfig(),
+) -> Callable:
+    """A spec callable that makes what `spec` makes, with KV-shifting attention.
+
+    For models that bring a layer spec of their own, such as Megatron-Bridge's providers:
+    `provider.transformer_layer_spec = shifting(provider.transformer_layer_spec)`.
+
+    Args:
+        spec: a finished spec, or a callable that takes the configuration and, if it names it,
+            `vp_stage`.
+        kv_shift: the taps, or KVShiftConfig's fields by name.
+
+    Returns:
+        Takes and raises what `kv_shift_layer_spec` does.
+    """
+
+    def shifting_layer_spec(config: Any, vp_stage: int | None = None):
+        made = spec
+        if not isinstance(spec, ModuleSpec) and callable(spec):
+            knows_stage = "vp_stage" in inspect.signature(spec).parameters
+            made = spec(config, vp_stage=vp_stage) if knows_stage else spec(config)
+        return _converted(made, config, vp_stage, kv_shift)
+
+    return shifting_layer_spec
 
 
 def vanilla_layer_spec(
@@ -51,16 +102,54 @@ def vanilla_layer_spec(
     return convert_specs(_stock_layer_spec(config, vp_stage), None, config, None, vp_stage)[0]
 
 
+def _converted(spec, config, vp_stage, kv_shift):
+    if not isinstance(kv_shift, KVShiftConfig):
+        kv_shift = KVShiftConfig(**kv_shift)
+    spec = convert_specs(spec, None, config, kv_shift, vp_stage)[0]
+    # What builds from a spec callable takes Megatron's own layer for MTP where there is no other.
+    is_empty = getattr(spec, "layer_specs", None) == []
+    if is_empty and config.mtp_num_layers and get_mtp_num_layers_to_build(config, vp_stage):
+        raise ValueError(
+            f"mtp_num_layers={config.mtp_num_layers}: the pipeline stage with multi-token "
+            "prediction has no decoder layer, and its MTP layers would silently be vanilla: keep "
+            "a decoder layer on that stage (pipeline_model_parallel_layout)"
+        )
+    return spec
+
+
+def _refuse_own_spec(config):
+    """Raise ValueError where the configuration would make other layers than Megatron's own."""
+    own = getattr(type(config), "transformer_layer_spec", None)
+    names = [name for name in _OWN_SPEC_SETTINGS if getattr(config, name, False)]
+    if callable(own) and own.__name__ != "default_layer_spec":
+        names.append(f"{type(config).__name__}.transformer_layer_spec={own.__name__}")
+    if names:
+        raise ValueError(
+            f"{', '.join(names)}: this model brings a layer spec of its own, which "
+            "kv_shift_layer_spec would drop: set provider.transformer_layer_spec = "
+            "kvshift_megatron.layer_specs.shifting(provider.transformer_layer_spec)"
+        )
+    is_bare_te = not hasattr(config, "transformer") and config.transformer_impl != "local"
+    if is_bare_te and config.attention_backend == AttnBackend.local:
+        raise ValueError(
+            "attention_backend=local is not applied to a block spec: set another attention_backend,"
+            " or transformer_impl='local'"
+        )
+
+
 def _stock_layer_spec(config, vp_stage):
     """What Megatron builds where nobody gives it a spec."""
-    if not hasattr(config, "transformer"):
-        return get_gpt_decoder_block_spec(
-            config,
-            use_transformer_engine=config.transformer_impl == "transformer_engine",
-            normalization=config.normalization,
-            qk_l2_norm=config.qk_l2_norm,
-            vp_stage=vp_stage,
-        )
-    from megatron.training.models.gpt import default_layer_spec
+    if hasattr(config, "transformer"):
+        from megatron.training.models.gpt import default_layer_spec
 
-    return default_layer_spec(config, vp_stage)
+        return default_layer_spec(config, vp_stage)
+    use_te = config.transformer_impl == "transformer_engine"
+    if isinstance(config, HeterogeneousTransformerConfig):
+        return get_gpt_heterogeneous_layer_spec(config, use_te, vp_stage=vp_stage)
+    return get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=use_te,
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+        vp_stage=vp_stage,
+    )

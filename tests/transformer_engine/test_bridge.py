@@ -8,13 +8,14 @@ from megatron.bridge import AutoBridge
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.bridge.utils.instantiate_utils import instantiate, register_allowed_target_prefix
 from megatron.bridge.utils.yaml_utils import safe_yaml_representers
+from megatron.core.transformer.enums import AttnBackend
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 from kvshift_megatron import KVShiftConfig
 from kvshift_megatron.attention import KVShiftSelfAttention
-from kvshift_megatron.layer_specs import kv_shift_layer_spec
+from kvshift_megatron.layer_specs import kv_shift_layer_spec, shifting
 from kvshift_megatron.local import SDPACoreAttention
-from kvshift_megatron.model_check import assert_kv_shift
+from kvshift_megatron.model_check import ModelCheck, assert_kv_shift
 from tests.transformer_engine.against_stock import differences, tap_problems
 from tests.transformer_engine.models import NUM_LAYERS, transformer_config
 from tests.transformer_engine.ranks import Layout, constructing_on, fake_rank
@@ -50,7 +51,7 @@ def build(provider, spec=None):
         )
 
 
-def shifting(model):
+def shifting_layers(model):
     return [m for m in model.modules() if isinstance(m, KVShiftSelfAttention)]
 
 
@@ -66,7 +67,7 @@ def test_a_provider_builds_its_own_model_with_taps(kind, layout, rank):
         (stock,) = build(provider(layout, **KINDS[kind]))
         assert differences(ours, stock) == []
         assert tap_problems(ours, layout.tp) == []
-        assert len(shifting(ours)) == NUM_LAYERS // layout.pp
+        assert len(shifting_layers(ours)) == NUM_LAYERS // layout.pp
 
 
 @pytest.mark.parametrize(
@@ -106,15 +107,18 @@ def test_a_provider_made_from_a_hugging_face_configuration(hf_config):
         (stock,) = build(hf_provider())
         assert differences(ours, stock) == []
         assert tap_problems(ours, layout.tp) == []
-        assert len(shifting(ours)) == NUM_LAYERS
+        assert len(shifting_layers(ours)) == NUM_LAYERS
 
 
 def test_chosen_taps_reach_every_virtual_stage():
     layout, kv_shift = Layout(tp=8, pp=2, vp=2), KVShiftConfig(window=3, init="identity")
     with fake_rank(layout, 15):
         chunks = build(provider(layout), partial(kv_shift_layer_spec, kv_shift=kv_shift))
-    assert [[m.kv_shift for m in shifting(chunk)] for chunk in chunks] == [[kv_shift], [kv_shift]]
-    assert [[m.layer_number for m in shifting(chunk)] for chunk in chunks] == [[2], [4]]
+    assert [[m.kv_shift for m in shifting_layers(chunk)] for chunk in chunks] == [
+        [kv_shift],
+        [kv_shift],
+    ]
+    assert [[m.layer_number for m in shifting_layers(chunk)] for chunk in chunks] == [[2], [4]]
 
 
 @pytest.mark.parametrize("kind", ["dense", "experts"])
@@ -122,8 +126,8 @@ def test_multi_token_prediction_shifts_too(kind):
     layout = Layout(tp=8, pp=2)
     with fake_rank(layout, 15):
         (model,) = build(provider(layout, mtp_num_layers=2, **KINDS[kind]), kv_shift_layer_spec)
-        assert len(shifting(model.mtp)) == 2
-        assert len(shifting(model.decoder)) == NUM_LAYERS // 2
+        assert len(shifting_layers(model.mtp)) == 2
+        assert len(shifting_layers(model.decoder)) == NUM_LAYERS // 2
 
 
 def test_multi_token_prediction_alone_on_a_stage_is_not_silently_vanilla():
@@ -139,8 +143,8 @@ def test_multi_token_prediction_alone_on_a_stage_is_not_silently_vanilla():
 def test_without_transformer_engine_the_te_free_layer_is_built():
     with fake_rank(Layout(), 0):
         (model,) = build(provider(Layout(), transformer_impl="local"), kv_shift_layer_spec)
-        assert len(shifting(model)) == NUM_LAYERS
-        assert all(type(m.core_attention) is SDPACoreAttention for m in shifting(model))
+        assert len(shifting_layers(model)) == NUM_LAYERS
+        assert all(type(m.core_attention) is SDPACoreAttention for m in shifting_layers(model))
 
 
 @pytest.mark.parametrize("spec", [kv_shift_layer_spec, None], ids=["shifting", "vanilla"])
@@ -168,3 +172,57 @@ def test_the_spec_survives_bridge_s_yaml():
     with safe_yaml_representers():
         text = yaml.safe_dump({"transformer_layer_spec": kv_shift_layer_spec})
     assert instantiate(yaml.safe_load(text))["transformer_layer_spec"] is kv_shift_layer_spec
+
+
+def test_a_provider_s_own_layer_spec_is_kept_by_shifting():
+    layout = Layout(tp=8)
+    settings = {"use_transformer_engine_op_fuser": True}
+    with fake_rank(layout, 7):
+        made = provider(layout, **settings)
+        (ours,) = build(made, shifting(made.transformer_layer_spec))
+        (stock,) = build(provider(layout, **settings))
+        assert differences(ours, stock) == []
+        assert len(shifting_layers(ours)) == NUM_LAYERS
+
+
+class ProviderWithOwnSpec(GPTModelProvider):
+    def own_layer_spec(config):
+        raise AssertionError("not called")
+
+    transformer_layer_spec = own_layer_spec
+
+
+@pytest.mark.parametrize(
+    ("config_class", "settings", "named"),
+    [
+        (GPTModelProvider, {"use_transformer_engine_op_fuser": True}, "op_fuser"),
+        (GPTModelProvider, {"use_transformer_engine_full_layer_spec": True}, "full_layer_spec"),
+        (GPTModelProvider, {"attention_backend": AttnBackend.local}, "attention_backend=local"),
+        (ProviderWithOwnSpec, {}, "ProviderWithOwnSpec.transformer_layer_spec=own_layer_spec"),
+    ],
+)
+def test_what_kv_shift_layer_spec_would_drop_is_refused(config_class, settings, named):
+    with fake_rank(Layout(), 0):
+        config = transformer_config(Layout(), config_class=config_class, **settings)
+        with pytest.raises(ValueError, match=named):
+            kv_shift_layer_spec(config)
+
+
+def test_chosen_taps_survive_yaml_as_a_mapping():
+    register_allowed_target_prefix("kvshift_megatron.")
+    spec = partial(kv_shift_layer_spec, kv_shift={"window": 3, "init": "identity"})
+    with safe_yaml_representers():
+        text = yaml.safe_dump({"transformer_layer_spec": spec})
+    read = instantiate(yaml.safe_load(text))["transformer_layer_spec"]
+    with fake_rank(Layout(), 0):
+        (model,) = build(provider(Layout()), read)
+        expected = KVShiftConfig(window=3, init="identity")
+        assert {layer.kv_shift for layer in shifting_layers(model)} == {expected}
+
+
+def test_the_hook_of_this_package_checks_a_bridge_model():
+    with fake_rank(Layout(), 0):
+        made = provider(Layout())
+        made.register_post_wrap_hook(ModelCheck(KVShiftConfig()))
+        with pytest.raises(ValueError, match="not every attention"):
+            build(made)

@@ -1,6 +1,7 @@
 """shift_across_boundaries: a packed document gives exactly what it gives alone."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvshift_megatron import boundaries
-from kvshift_megatron.boundaries import document_positions, shift_across_boundaries
+from kvshift_megatron.boundaries import (
+    context_parallel_group,
+    document_positions,
+    shift_across_boundaries,
+)
 from kvshift_megatron.ops import kv_shift, shift_ref
 from tests.compare import assert_close_rel
 from tests.unit.no_readback import no_readback
@@ -260,3 +265,10 @@ def test_documents_that_can_be_cut_are_accepted_without_reading_them_back(ranks,
     cu_seqlens, tokens = cumulative(lengths), sum(lengths) // ranks
     with no_readback():
         boundaries._DocumentHalves(cu_seqlens, tokens, ranks, back)
+
+
+def test_the_configuration_decides_about_context_parallelism_and_not_the_group():
+    """A group may exist for another model of the run, as Megatron's encoders have it."""
+    groups = SimpleNamespace(cp=object())
+    assert context_parallel_group(SimpleNamespace(context_parallel_size=1), groups) is None
+    assert context_parallel_group(SimpleNamespace(context_parallel_size=2), groups) is groups.cp

@@ -29,6 +29,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from kvshift_megatron import KVShiftConfig
 from kvshift_megatron.attention import KVShiftSelfAttention
 from kvshift_megatron.conversion import RefusedAttention, with_kv_shift
+from kvshift_megatron.layer_specs import kv_shift_layer_spec
 from kvshift_megatron.model_check import assert_kv_shift
 from kvshift_megatron.stock import convert_specs
 from tests.unit.gpt_with_mtp import gpt_with_mtp
@@ -168,6 +169,13 @@ def test_the_package_converts_a_heterogeneous_spec_by_itself(megatron_rank):
     spec = get_gpt_heterogeneous_layer_spec(config)
     converted, _ = convert_specs(spec, None, config, KV_SHIFT)
     assert_kv_shift(gpt_model(config, converted), KV_SHIFT)
+
+
+def test_the_spec_callable_knows_a_heterogeneous_configuration(megatron_rank):
+    layers = kv_shift_layer_spec(heterogeneous_config()).layer_specs
+    modules = [layer.submodules.self_attention.module for layer in layers]
+    shifting, linear = KVShiftSelfAttention, ColumnParallelLinearGathered
+    assert modules == [shifting, IdentityOp, shifting, linear]
 
 
 @pytest.mark.parametrize("beside", ["alone", "beside a layer that shifts"])

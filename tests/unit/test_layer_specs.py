@@ -24,9 +24,14 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from kvshift_megatron import KVShiftConfig
+from kvshift_megatron import KVShiftConfig, layer_specs
 from kvshift_megatron.attention import KVShiftSelfAttention
-from kvshift_megatron.layer_specs import kv_shift_layer_spec, vanilla_layer_spec, with_kv_shift
+from kvshift_megatron.layer_specs import (
+    kv_shift_layer_spec,
+    shifting,
+    vanilla_layer_spec,
+    with_kv_shift,
+)
 from kvshift_megatron.local import SDPACoreAttention, SequenceParallelNorm
 from tests.unit.single_process import gpt_model, transformer_config
 
@@ -266,3 +271,30 @@ def test_an_import_error_is_not_one_that_megatron_swallows(monkeypatch, blocked)
     assert isinstance(caught.value.__cause__, ImportError)
     # What it would have been without the translation.
     assert import_module((blocked, "anything")) is None
+
+
+@pytest.mark.parametrize("makes", ["callable", "callable with stage", "finished"])
+def test_shifting_converts_what_another_spec_makes(makes):
+    config, stages = transformer_config(), []
+
+    def with_stage(config, vp_stage=None):
+        stages.append(vp_stage)
+        return block_spec()
+
+    spec = {
+        "callable": lambda config: block_spec(),
+        "callable with stage": with_stage,
+        "finished": layer_spec(),
+    }[makes]
+    made = shifting(spec, {"window": 3})(config, vp_stage=1)
+    model = gpt_model(config, made)
+    assert all(layer.self_attention.kv_shift.window == 3 for layer in model.decoder.layers)
+    assert stages == ([1] if makes == "callable with stage" else [])
+
+
+def test_multi_token_prediction_alone_on_a_stage_is_refused(monkeypatch):
+    monkeypatch.setattr(layer_specs, "get_mtp_num_layers_to_build", lambda *_: 1)
+    empty = TransformerBlockSubmodules(layer_specs=[], layer_norm=WrappedTorchNorm)
+    with pytest.raises(ValueError, match=r"mtp_num_layers=1.*keep a decoder layer"):
+        shifting(lambda config: empty)(transformer_config(mtp_num_layers=1))
+    assert shifting(lambda config: empty)(transformer_config()).layer_specs == []
