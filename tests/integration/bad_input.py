@@ -55,6 +55,11 @@ BAD_INPUT = {
         flags(spec="kvshift_megatron.layer_specs kv_shift_layer_spec"),
         ["spec", "drop --spec"],
     ),
+    "hybrid model": (
+        flags(hybrid_layer_pattern="*-*-"),
+        ["hybrid_layer_pattern", "pretrain_hybrid.py"],
+    ),
+    "the flag of a patched Megatron-LM": (flags(kv_shift=True), ["kv_shift", "drop --kv-shift"]),
     "fp8 on a CPU": (flags(fp8_format="hybrid"), ["--fp8-format"]),
     "Transformer Engine on a CPU": (
         flags(transformer_impl="transformer_engine"),
