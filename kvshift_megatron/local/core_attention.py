@@ -130,18 +130,19 @@ class SDPACoreAttention(MegatronModule):
 
     def _blockwise(self, query, key, value, cu_seqlens, dropout) -> Tensor:
         tokens, rank, ranks = query.size(0), 0, 1
-        if self.cp_group is not None:
-            rank, ranks = self.cp_group.rank(), self.cp_group.size()
         if query.dim() == 3:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        if self.cp_group is not None:
+            rank, ranks = self.cp_group.rank(), self.cp_group.size()
+            key, value = (gather_keys(x, self.cp_group) for x in (key, value))
         places = [places_on_rank(cu_seqlens, tokens, r, ranks, query.device) for r in range(ranks)]
         key_places = Places(
             torch.cat([p.document for p in places]), torch.cat([p.position for p in places])
         )
         context = blockwise_attention(
             query,
-            gather_keys(key, self.cp_group),
-            gather_keys(value, self.cp_group),
+            key,
+            value,
             places[rank],
             key_places,
             scale=self.softmax_scale,
