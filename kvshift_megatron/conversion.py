@@ -80,10 +80,18 @@ class _Conversion:
         elif isinstance(node, TransformerLayerSubmodules):
             return self._layer(node)
         elif type(node).__name__ in _STACKS:
-            # Its children were visited just before: what was refused in them is refused again
-            # if it is built.
-            self.refused.clear()
+            self._allow_guarded(node)
         return node
+
+    def _allow_guarded(self, stack: Any) -> None:
+        """Take back the refusals of a stack's layers: their guards refuse once one is built."""
+
+        def visit(node):
+            if module_class(node) is RefusedAttention:
+                self.refused.remove(node.params["class_name"])
+            return node
+
+        rewrite(stack, visit)
 
     def _layer(self, node: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
         """Guard a layer whose self_attention is something else than a SelfAttention."""

@@ -24,6 +24,7 @@ from megatron.core.transformer.heterogeneous.linear_replacements import (
     ColumnParallelLinearGathered,
 )
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 from kvshift_megatron import KVShiftConfig
@@ -113,6 +114,11 @@ def test_a_change_of_the_module_global_does_not_reach_the_copy(stack):
     stack.submodules.attention_layer.submodules.self_attention = ModuleSpec(IdentityOp)
     stack.submodules.mamba_layer = ModuleSpec(IdentityOp)
     assert repr(converted) == text
+
+
+def test_a_stack_takes_back_no_refusal_from_beside_it(stack):
+    with pytest.raises(ValueError, match="the spec holds MLASelfAttention"):
+        with_kv_shift([ModuleSpec(MLASelfAttention), stack])
 
 
 def test_a_hybrid_stack_without_an_attention_that_can_shift_is_refused(stack):
