@@ -12,10 +12,12 @@ GPUs too as this command names the CPU, and the script runs as ``__main__``.
 import os
 import runpy
 import sys
+import threading
 
 from kvshift_megatron import cpu
 
 _USAGE = "usage: python -m kvshift_megatron.cpu [--nproc-per-node N] SCRIPT ARGS..."
+_SECONDS_TO_LEAVE = 10
 
 
 def _fail(sentence: str) -> int:
@@ -53,24 +55,25 @@ def _run_worker(script: str, arguments: list[str]) -> None:
         sys.path[0] = directory  # it held the working directory, which is not the script's
     sys.argv = [script, *arguments]
     cpu.enable(force=True)
-    succeeded = False
     try:
         runpy.run_path(script, run_name="__main__")
-        succeeded = True
-    except SystemExit as stop:  # Megatron ends this way at --exit-interval
-        succeeded = not stop.code
-        raise
     finally:
-        if succeeded:  # after a failure the launcher should hear of it without delay
-            _leave_process_group()
+        _leave_process_group()
         cpu.disable()
 
 
 def _leave_process_group() -> None:
-    """Leaves the process group if the script did not, so that gloo ends without a warning."""
+    """Leaves the process group if the script did not.
+
+    A thread of gloo that is in Python when the interpreter ends aborts the process, and its exit
+    code would no longer be the script's. Where a peer is lost, an operation in flight could take
+    gloo's whole time-out to end: the launcher should hear of it sooner.
+    """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
-        distributed.destroy_process_group()
+        leaving = threading.Thread(target=distributed.destroy_process_group, daemon=True)
+        leaving.start()
+        leaving.join(_SECONDS_TO_LEAVE)
 
 
 def _launch(processes: int, script: str, arguments: list[str]) -> int:

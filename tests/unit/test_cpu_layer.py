@@ -326,6 +326,10 @@ torch.distributed.all_reduce(total)
 print("total", total.item(), "threads", os.environ["OMP_NUM_THREADS"], flush=True)
 if os.environ["WHAT"] == "sleep":
     time.sleep(120)
+# gloo's threads are still in Python when the script ends.
+for seconds in [1.0] + 300 * [0.001]:
+    work = torch.distributed.all_reduce(total.clone(), async_op=True)
+    work.get_future().then(lambda _, seconds=seconds: time.sleep(seconds))
 sys.exit(int(os.environ["WHAT"]))
 """
 
