@@ -323,7 +323,8 @@ assert cpu.is_enabled() and torch.ones(1, device="cuda").device.type == "cpu"
 torch.distributed.init_process_group("gloo")
 total = torch.tensor([float(torch.distributed.get_rank() + 1)], device="cuda")
 torch.distributed.all_reduce(total)
-print("total", total.item(), "threads", os.environ["OMP_NUM_THREADS"], flush=True)
+# The launcher's workers write unbuffered: one string, or the lines of two ranks mix.
+print(f"total {total.item()} threads {os.environ['OMP_NUM_THREADS']}\\n", end="")
 if os.environ["WHAT"] == "sleep":
     time.sleep(120)
 # gloo's threads are still in Python when the script ends.
@@ -341,10 +342,10 @@ def test_a_script_runs_as_main_and_its_ranks_end_with_the_launcher(tmp_path):
     run, command = ("-m", "kvshift_megatron.cpu"), (str(script), "--flag", "x y")
     sleeper = _start(*run, "--nproc-per-node=2", *command, WHAT="sleep")
     exits_7 = _start(*run, *command, WHAT="7")
-    line = ""
-    while "total 3.0" not in line:
-        line = sleeper.stdout.readline()
-        assert line, sleeper.stderr.read()
+    lines = [""]
+    while "total 3.0" not in lines[-1]:
+        lines.append(sleeper.stdout.readline())
+        assert lines[-1], f"{lines}\n{sleeper.stderr.read()}"
     children = psutil.Process(sleeper.pid).children(recursive=True)
     assert len(children) >= 2
     sleeper.terminate()
