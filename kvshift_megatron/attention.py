@@ -72,9 +72,9 @@ class KVShiftSelfAttention(SelfAttention):
         self._tap_names = tap_names(kv_shift)
         self._cu_seqlens = None
         self._loads_without_taps = False
-        self._taps_are_sharded = config.num_query_groups >= self.world_size
+        self.taps_are_sharded = config.num_query_groups >= self.world_size
         tp_rank = self.pg_collection.tp.rank()
-        if self._taps_are_sharded:
+        if self.taps_are_sharded:
             per_rank = self.num_query_groups_per_partition
             self._stored_groups = slice(tp_rank * per_rank, (tp_rank + 1) * per_rank)
         else:
@@ -93,7 +93,7 @@ class KVShiftSelfAttention(SelfAttention):
                 tap = torch.nn.Parameter(
                     torch.empty(shape, device=device, dtype=self.config.params_dtype)
                 )
-                if self._taps_are_sharded:
+                if self.taps_are_sharded:
                     set_tensor_model_parallel_attributes(tap, True, 0, 1)
                 self.register_parameter(name, tap)
         # Not left to perform_initialization: a tap that nothing set is noise, not a slow start.
@@ -184,7 +184,7 @@ class KVShiftSelfAttention(SelfAttention):
         flat = torch.stack(
             [getattr(self, name).float() for names in self._tap_names.values() for name in names]
         )
-        if not self._taps_are_sharded:
+        if not self.taps_are_sharded:
             # One reduction for all taps; in fp32 whatever the parameters' dtype.
             flat = copy_to_tensor_model_parallel_region(flat, group=self.pg_collection.tp)
             flat = flat[:, self._own_group : self._own_group + 1]
@@ -215,7 +215,7 @@ class KVShiftSelfAttention(SelfAttention):
             own_parameters,
             prefix,
             tensor_parallel_layers_axis_map=dict.fromkeys(taps, 0)
-            if self._taps_are_sharded
+            if self.taps_are_sharded
             else {},
             sharded_offsets=sharded_offsets,
             tp_group=self.tp_group,

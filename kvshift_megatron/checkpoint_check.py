@@ -1,11 +1,13 @@
-"""A checkpoint with taps for a model without, or the reverse, stops the run before it is loaded.
+"""A checkpoint that does not fit the model, or is not whole, stops the run before it is loaded.
 
-Megatron by itself lets both through: keys that nobody asks for are ignored, and keys that are
-missing from a state dict only lead to a second, lenient attempt.
+Megatron by itself loads a checkpoint with taps into a model without, and the reverse: keys that
+nobody asks for are ignored, and keys that are missing from a state dict only lead to a second,
+lenient attempt. What else does not fit stops it too, but as an error from deep inside the load.
 """
 
 import re
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,6 +15,8 @@ from megatron.core.utils import unwrap_model
 
 from kvshift_megatron.arguments import megatron_args
 from kvshift_megatron.attention import KVShiftSelfAttention
+from kvshift_megatron.checkpoint_files import StoredModel, read_checkpoint
+from kvshift_megatron.checkpoint_shapes import compare_shapes
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.taps import tap_names
 
@@ -20,10 +24,11 @@ _TAP_KEY = re.compile(r"\.self_attention\.((?:alpha|beta)_(?:\d+|logit))$")
 
 
 def check_checkpoint(model: list[torch.nn.Module], kv_shift: KVShiftConfig | None) -> None:
-    """Compare the taps of the checkpoint that Megatron is about to load with what was asked for.
+    """Compare the checkpoint that Megatron is about to load with the model that was built.
 
-    Collective over all ranks; only rank 0 reads. Does nothing where there is no checkpoint, and
-    looks at distributed formats only: state dicts of the older ones are checked as they are loaded.
+    Collective over all ranks; only rank 0 reads. Does nothing where there is no checkpoint. Looks
+    at the files and taps of distributed formats only, and at the other tensors of torch_dist only:
+    state dicts of the older format are checked as they are loaded.
 
     Args:
         model: the built chunks. Where a vanilla checkpoint may be loaded (identity taps), their
@@ -31,7 +36,8 @@ def check_checkpoint(model: list[torch.nn.Module], kv_shift: KVShiftConfig | Non
         kv_shift: what was asked for; None for the vanilla twin.
 
     Raises:
-        ValueError: the two do not go together; the message names the checkpoint and the remedy.
+        ValueError: the two do not go together, or the checkpoint is not whole; the message names
+            the checkpoint, what is wrong with it and the remedy. Raised on every rank alike.
     """
     for chunk in model:
         if kv_shift is None:
@@ -41,14 +47,41 @@ def check_checkpoint(model: list[torch.nn.Module], kv_shift: KVShiftConfig | Non
     directory = checkpoint_to_load(args) if args is not None else None
     if directory is None:
         return
-    found = [stored_taps(directory) if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(found, src=0)
-    if found[0] is None:
+    stored = _read_on_rank_0(directory)
+    if stored is None:
         return
-    if compare_taps(directory, found[0], kv_shift, args):
+    if compare_taps(directory, taps_among(stored.shapes), kv_shift, args):
         for module in (module for chunk in model for module in chunk.modules()):
             if isinstance(module, KVShiftSelfAttention):
                 module.load_without_taps()
+    if stored.content is not None:
+        compare_shapes(directory, stored, model, _may_lack_keys(args))
+
+
+def _read_on_rank_0(directory: Path) -> StoredModel | None:
+    """`read_checkpoint` of rank 0, its refusal included, on every rank."""
+    found = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            found = [read_checkpoint(directory)]
+        except ValueError as error:
+            found = [str(error)]
+    torch.distributed.broadcast_object_list(found, src=0)
+    if isinstance(found[0], str):
+        raise ValueError(found[0])
+    return found[0]
+
+
+def _may_lack_keys(args: Namespace) -> bool:
+    """Whether Megatron may load a checkpoint that lacks parts of the model.
+
+    By a strictness that the user chose; or because it asks a GPT's checkpoint for the layers of a
+    hybrid model under other keys.
+    """
+    strictness = getattr(args, "dist_ckpt_strictness", "assume_ok_unexpected")
+    strict = strictness in ("assume_ok_unexpected", "raise_unexpected", "raise_all")
+    hybrid = ("hybrid_layer_pattern", "hybrid_override_pattern")
+    return not strict or any(getattr(args, name, None) for name in hybrid)
 
 
 def checkpoint_to_load(args: Namespace) -> Path | None:
@@ -65,10 +98,13 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
 
 def stored_taps(directory: Path) -> set[str] | None:
     """Names of the taps in a distributed checkpoint; None for another format."""
-    if not (directory / ".metadata").is_file():
-        return None
-    keys = torch.distributed.checkpoint.FileSystemReader(directory).read_metadata()
-    matches = (_TAP_KEY.search(key) for key in keys.state_dict_metadata if "optimizer" not in key)
+    stored = read_checkpoint(directory)
+    return None if stored is None else taps_among(stored.shapes)
+
+
+def taps_among(keys: Iterable[str]) -> set[str]:
+    """Names of the taps that a checkpoint's keys speak of."""
+    matches = (_TAP_KEY.search(key) for key in keys)
     return {match.group(1) for match in matches if match}
 
 

@@ -13,6 +13,9 @@ NOT_IN_MATRIX = {
     "tests/unit/test_induction_": "the demo, which trains through the entry point",
     "tests/unit/test_check_stock_megatron.py": "a tool for checkouts of Megatron-LM",
     "tests/distributed/test_lost_rank.py": "torch.distributed alone",
+    "tests/distributed/test_resharding.py": "0.19's checkpoints (`make test`)",
+    "tests/checkpoint/": "the converter, which reads and writes 0.19's checkpoints (`make test`)",
+    "tests/hf/": "Transformers alone",
 }
 
 # Beginning of a test's id -> (the first release that has what it tests, what that is).

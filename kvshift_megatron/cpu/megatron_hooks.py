@@ -16,9 +16,12 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from kvshift_megatron.cpu import flags
 
 _HELPER = "megatron.core.datasets.helpers_cpp"
+ASYNC_MODULE = "megatron.core.dist_checkpointing.strategies.async_utils"
 
 
 def _caller_is(prefix: str) -> bool:
@@ -44,14 +47,16 @@ def tensor_type(original: Callable) -> Callable:
 
 
 def device_count(original: Callable) -> Callable:
-    """Wraps ``torch.cuda.device_count`` to answer 1 to ``megatron.training.initialize``.
+    """Wraps ``torch.cuda.device_count`` to answer 1 to two callers.
 
-    There it decides whether the parallel groups and the RNG tracker are set up at all.
+    In ``megatron.training.initialize`` it decides whether the parallel groups and the RNG tracker
+    are set up at all; the process that writes checkpoints in the background divides by it.
     """
 
     @functools.wraps(original)
     def count() -> int:
-        return 1 if _caller_is("megatron.training.initialize") else original()
+        asked = _caller_is("megatron.training.initialize") or _caller_is(ASYNC_MODULE)
+        return 1 if asked else original()
 
     return count
 
@@ -87,6 +92,72 @@ def filled_arguments(original: Callable) -> Callable:
         return original(*args, **kwargs)
 
     return parse_args
+
+
+def async_caller(original: type) -> type:
+    """Derives the caller of ``--async-save``'s background process for tensors on the CPU."""
+
+    @functools.wraps(original, updated=())
+    class PersistentAsyncCaller(original):
+        @classmethod
+        def _get_process(cls, rank: int, mp_mode: str = "fork", *args: Any, **kwargs: Any) -> Any:
+            # A process that starts afresh would not have this layer.
+            return super()._get_process(rank, "fork", *args, **kwargs)
+
+        def schedule_async_call(self, async_req: Any) -> None:
+            # On a GPU the copy to the CPU is what training cannot change any more. Here there is
+            # none, and the background process would write what the next step makes of the tensors.
+            if async_req.preload_fn is not None:
+                rank, _, *rest = async_req.async_fn_args
+                buckets = [_copied(bucket) for bucket in async_req.preload_fn()]
+                async_req = async_req._replace(
+                    async_fn_args=(rank, buckets, *rest), preload_fn=None
+                )
+            super().schedule_async_call(async_req)
+
+    return PersistentAsyncCaller
+
+
+def _copied(bucket: tuple) -> tuple:
+    """A write bucket of Megatron's with tensors of its own."""
+    file, key, (objects, tensors) = bucket
+    return file, key, (objects, [(item, tensor.clone()) for item, tensor in tensors])
+
+
+def distributed_optimizer(original: type) -> type:
+    """Derives the distributed optimizer that can be loaded where torch's Adam is inside it.
+
+    Megatron's asks for the step of every parameter before there is one, looks for a step among the
+    tensors of a checkpoint that has it elsewhere, gives all parameters one step to count on, and
+    writes in place into fp32 parameters that record gradients.
+    """
+
+    @functools.wraps(original, updated=())
+    class DistributedOptimizer(original):
+        def state_dict(self) -> dict:
+            _allocate_state(self.optimizer)
+            return super().state_dict()
+
+        def load_state_dict(self, state_dict: dict) -> None:
+            super().load_state_dict(state_dict)
+            for state in self.optimizer.state.values():
+                if isinstance(state.get("step"), torch.Tensor):
+                    state["step"] = state["step"].clone()
+
+        @torch.no_grad()
+        def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict) -> None:
+            # The step came with the parameter groups; one format brings this rank's own back here.
+            super()._set_main_param_and_optimizer_states(model_param, {**tensors, "step": None})
+
+    return DistributedOptimizer
+
+
+def _allocate_state(optimizer: Any) -> None:
+    """Gives torch's Adam the state that it has before its first step."""
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and not optimizer.state:
+        for param in (param for group in optimizer.param_groups for param in group["params"]):
+            moments = {key: torch.zeros_like(param) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[param] = {"step": torch.tensor(0.0), **moments}
 
 
 def cpu_rng_may_change(record: Any) -> bool:

@@ -142,6 +142,11 @@ def table() -> list[Substitution]:
                "megatron.core.datasets.utils.compile_helpers"),
         *_wrap("the defaults name Transformer Engine and NCCL", h.filled_arguments,
                "megatron.training.arguments.parse_args"),
+        # Checkpoints
+        *_wrap("expects the state of a GPU's fused Adam", h.distributed_optimizer,
+               "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"),
+        *_wrap("takes the copy from the GPU for one that training cannot change", h.async_caller,
+               f"{h.ASYNC_MODULE}.PersistentAsyncCaller"),
     ]
 # fmt: on
 

@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.transformer.module import Float16Module
 
 from kvshift_megatron import KVShiftConfig, checkpoint_check
@@ -16,7 +21,10 @@ from kvshift_megatron.checkpoint_check import (
     compare_taps,
     stored_taps,
 )
+from kvshift_megatron.checkpoint_files import read_checkpoint
 from kvshift_megatron.layer_specs import kv_shift_layer_spec, vanilla_layer_spec
+from kvshift_megatron.stock import convert_specs
+from tests.unit.gpt_with_mtp import gpt_with_mtp
 from tests.unit.single_process import gpt_model, randomize_taps, transformer_config
 
 FREE, IDENTITY = KVShiftConfig(), KVShiftConfig(init="identity")
@@ -112,7 +120,6 @@ def test_another_format_is_left_to_the_load_itself(tmp_path):
     legacy.mkdir(parents=True)
     torch.save({"model": {}}, legacy / "model_optim_rng.pt")
     assert stored_taps(legacy.parent) is None
-    assert stored_taps(tmp_path / "missing") is None
 
 
 # --- whether they go together with what was asked for ---
@@ -183,11 +190,12 @@ def test_a_trailing_slash_in_load_does_not_pass_for_another_folder(tmp_path):
 # --- all of it, as check_model calls it ---
 
 
-def build(kv_shift):
-    config = transformer_config()
+def build(kv_shift, vocab_size=64, **overrides):
+    config = transformer_config(**overrides)
     if kv_shift is None:
-        return gpt_model(config, vanilla_layer_spec(config))
-    return gpt_model(config, kv_shift_layer_spec(config, kv_shift=kv_shift))
+        return gpt_model(config, vanilla_layer_spec(config), vocab_size=vocab_size)
+    spec = kv_shift_layer_spec(config, kv_shift=kv_shift)
+    return gpt_model(config, spec, vocab_size=vocab_size)
 
 
 @pytest.fixture
@@ -239,6 +247,156 @@ def test_matching_checkpoints_and_none_at_all_pass(megatron_rank, loading, monke
     model = build(FREE)
     check_checkpoint([model], FREE)
     assert len(asked_for(model)) == 8
+
+
+# --- the rest of the model, and the files ---
+
+# Keys with the layers' numbers; without experts the layers of a model are stacked under one key.
+NUMBERED = {
+    "num_moe_experts": 4,
+    "moe_layer_freq": [0, 1],
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 24,
+    "add_bias_linear": False,
+}
+
+
+def build_mtp():
+    config = transformer_config(mtp_num_layers=1)
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=False)
+    return gpt_with_mtp(config, *convert_specs(block, mtp, config, FREE, None))
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """Saves a model as Megatron does, and has Megatron's arguments load it."""
+
+    def save(model, **given):
+        root = checkpoints(tmp_path / "run", "2")
+        directory = Path(root) / "iter_0000002"
+        directory.mkdir()
+        content = {"singleton_local_shards": False}
+        state = {"model": model.sharded_state_dict(metadata=content)}
+        dist_checkpointing.save(state, str(directory), content_metadata=content)
+        args = arguments(load=root, **given)
+        monkeypatch.setattr(checkpoint_check, "megatron_args", lambda: args)
+        return directory
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("overrides", "numbered"), [({}, False), (NUMBERED, True)], ids=["stacked", "numbered"]
+)
+@pytest.mark.parametrize("kv_shift", [None, FREE], ids=["vanilla", "taps"])
+def test_a_checkpoint_of_the_same_model_passes(megatron_rank, saved, overrides, numbered, kv_shift):
+    directory = saved(build(kv_shift, **overrides))
+    keys = read_checkpoint(directory).shapes
+    assert ("decoder.layers.1.self_attention.linear_qkv.weight" in keys) == numbered
+    check_checkpoint([build(kv_shift, **overrides)], kv_shift)
+
+
+def test_wrapped_models_pass_and_so_does_multi_token_prediction(megatron_rank, saved):
+    directory = saved(build_mtp())
+    assert any(key.startswith("mtp.layers.0.") for key in read_checkpoint(directory).shapes)
+    model = build_mtp()
+    check_checkpoint([model], FREE)
+    bf16 = transformer_config(bf16=True, params_dtype=torch.bfloat16)
+    check_checkpoint([Float16Module(bf16, model)], FREE)
+
+
+@pytest.mark.parametrize("overrides", [{}, NUMBERED], ids=["stacked", "numbered"])
+def test_identity_taps_are_not_missed_in_a_vanilla_checkpoint(megatron_rank, saved, overrides):
+    saved(build(None, **overrides), finetune=True)
+    model = build(IDENTITY, **overrides)
+    check_checkpoint([model], IDENTITY)
+    assert asked_for(model) == []
+
+
+def test_another_padding_of_the_vocabulary_passes(megatron_rank, saved):
+    saved(build(FREE))
+    check_checkpoint([build(FREE, vocab_size=96)], FREE)
+
+
+@pytest.mark.parametrize(
+    ("trained", "built", "parts"),
+    [
+        ({}, {"hidden_size": 64}, ["decoder.final_layernorm.weight", "[32]", "[64] (and "]),
+        ({}, {"num_layers": 3}, ["decoder.layers.mlp.linear_fc1.", "[2, 32]", "[3, 32]"]),
+        ({}, {"num_query_groups": 4}, ["self_attention.alpha_1", "[2, 2]", "[2, 4]"]),
+        ({}, {"ffn_hidden_size": 64}, ["mlp.linear_fc1.weight", "[2, 96, 32]", "[2, 128, 32]"]),
+        ({}, {"qk_layernorm": True}, ["does not hold", "k_layernorm.weight", "shape [2, 8]"]),
+        ({}, NUMBERED, ["does not hold decoder.layers.0.mlp.", "shape [32]"]),
+        (NUMBERED, {}, ["does not hold decoder.layers.mlp.", "shape [2, 32]"]),
+        (NUMBERED, {**NUMBERED, "num_query_groups": 4}, ["layers.0.self_attention.alpha_1", "[4]"]),
+        (
+            NUMBERED,
+            {**NUMBERED, "num_layers": 3, "moe_layer_freq": [0, 1, 0]},
+            ["does not hold decoder.layers.2."],
+        ),
+        (
+            {**NUMBERED, "num_layers": 3, "moe_layer_freq": [0, 1, 0]},
+            NUMBERED,
+            ["layers that the model does not have", "drop (decoder.layers.2)"],
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(megatron_rank, saved, trained, built, parts):
+    saved(build(FREE, **trained))
+    with pytest.raises(ValueError) as caught:
+        check_checkpoint([build(FREE, **built)], FREE)
+    for part in ["load: the checkpoint", "run/iter_0000002", "--num-layers", *parts]:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given", [{"dist_ckpt_strictness": "log_unexpected"}, {"hybrid_layer_pattern": "*-*-"}]
+)
+def test_what_the_user_lets_be_missing_may_be_missing(megatron_rank, saved, given):
+    saved(build(FREE), **given)
+    check_checkpoint([build(FREE, qk_layernorm=True)], FREE)
+    with pytest.raises(ValueError, match=r"\[2, 32\].*\[3, 32\]"):
+        check_checkpoint([build(FREE, num_layers=3)], FREE)
+
+
+def shards(directory):
+    return sorted(directory.glob("*.distcp"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (lambda d: shards(d)[0].unlink(), ["file __0_0.distcp of", "is missing (it holds "]),
+        (
+            lambda d: shards(d)[0].write_bytes(shards(d)[0].read_bytes()[:-1]),
+            ["file __0_0.distcp of", "bytes long and should be"],
+        ),
+        (lambda d: (d / ".metadata").unlink(), ["no .metadata", "save did not finish"]),
+        (
+            lambda d: (d / ".metadata").write_bytes((d / ".metadata").read_bytes()[:-99]),
+            [".metadata of the checkpoint", "cannot be read"],
+        ),
+        (lambda d: (d / ".metadata").write_bytes(b""), [".metadata", "cannot be read"]),
+        (lambda d: d.rename(d.with_name("elsewhere")), ["no checkpoint folder", "--ckpt-step"]),
+    ],
+    ids=["no shard", "short shard", "no metadata", "short metadata", "no bytes", "no folder"],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused(megatron_rank, saved, damage, parts):
+    directory = saved(build(FREE))
+    damage(directory)
+    with pytest.raises(ValueError) as caught:
+        check_checkpoint([build(FREE)], FREE)
+    for part in ["load: ", "run/iter_0000002", *parts]:
+        assert part in str(caught.value)
+
+
+def test_plain_torch_checkpoints_are_looked_at_for_their_files_and_taps_only(tmp_path):
+    directory = save_distributed(tmp_path / "iter_0000002", VANILLA_NAMES)
+    assert read_checkpoint(directory).content is None
+    shards(directory)[0].unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        read_checkpoint(directory)
 
 
 # --- state dicts: what older formats and scripts of one's own load ---

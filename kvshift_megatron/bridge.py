@@ -1,0 +1,122 @@
+"""Megatron-Bridge's AutoBridge for KV-shifting models: import it once, and AutoBridge knows them.
+
+    import kvshift_megatron.bridge
+    from megatron.bridge import AutoBridge
+
+    bridge = AutoBridge.from_hf_pretrained(folder)         # written by tools/convert_checkpoint.py
+    model = bridge.to_megatron_model(wrap_with_ddp=False)  # every layer shifts, or it raises
+    bridge.save_hf_pretrained(model, other_folder)
+
+Names and what becomes of the numbers come from `checkpoint.name_map`. Needs megatron-bridge 0.6.
+"""
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
+from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
+from megatron.bridge.models.conversion.param_mapping import (
+    AutoMapping,
+    FusedExpertMapping,
+    FusedGatedExpertMapping,
+    GatedMLPMapping,
+    MegatronParamMapping,
+    QKVMapping,
+)
+from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.core.models.gpt import GPTModel
+
+from kvshift_megatron.attention import KVShiftSelfAttention
+from kvshift_megatron.checkpoint.architecture import Architecture
+from kvshift_megatron.checkpoint.hf_config import architecture_from_config
+from kvshift_megatron.checkpoint.name_map import Row, rows
+from kvshift_megatron.checkpoint.transforms import GateAndUp, SeparateQKV
+from kvshift_megatron.hf.configuration_kvshift import KVShiftLlamaConfig
+from kvshift_megatron.layer_specs import kv_shift_layer_spec
+from kvshift_megatron.model_check import ModelCheck
+
+
+class TapMapping(AutoMapping):
+    """One tap [num_query_groups]: sharded over tensor-parallel ranks, or whole on each of them."""
+
+    def _detect_parallelism_type(self, module: KVShiftSelfAttention) -> str:
+        # Bridge looks at the kind of module, and an attention holds parameters of both kinds.
+        return "column" if module.taps_are_sharded else "replicated"
+
+    def _get_or_create_mapping(self, parallelism_type: str) -> MegatronParamMapping:
+        mapping = super()._get_or_create_mapping(parallelism_type)
+        # Bridge takes the number at the end of a sharded parameter's name for an expert's.
+        mapping._normalize_expert_param_name = lambda name: name
+        return mapping
+
+
+@MegatronModelBridge.register_bridge(
+    source="KVShiftLlamaForCausalLM", target=GPTModel, model_type=KVShiftLlamaConfig.model_type
+)
+class KVShiftLlamaBridge(MegatronModelBridge):
+    """KVShiftLlamaForCausalLM <-> Megatron's GPTModel with KV-shifting attention in every layer."""
+
+    def provider_bridge(self, hf_pretrained: Any) -> GPTModelProvider:
+        """The provider of a configuration; its built model is checked layer by layer.
+
+        Raises:
+            ValueError: a field of the configuration that Megatron cannot express.
+        """
+        architecture = self._architecture(hf_pretrained.config)
+        provider = super().provider_bridge(hf_pretrained)
+        provider.normalization = "RMSNorm"
+        provider.gated_linear_unit = True
+        provider.add_bias_linear = architecture.add_bias_linear
+        provider.add_qkv_bias = architecture.add_qkv_bias
+        provider.qk_layernorm = architecture.qk_layernorm
+        provider.hidden_dropout = 0.0
+        provider.num_moe_experts = architecture.num_experts or None
+        if architecture.num_experts:
+            provider.moe_router_topk = architecture.moe_router_topk
+            provider.moe_ffn_hidden_size = architecture.ffn_hidden_size
+            provider.moe_grouped_gemm = True
+        if architecture.rope_scaling:
+            provider.rope_scaling = True
+            provider.rope_scaling_factor = architecture.rope_scaling.factor
+        # A partial with plain values, which Bridge can write to its YAML file.
+        provider.transformer_layer_spec = partial(
+            kv_shift_layer_spec, kv_shift=asdict(architecture.kv_shift)
+        )
+        provider.register_post_wrap_hook(ModelCheck(architecture.kv_shift))
+        return provider
+
+    def mapping_registry(self) -> MegatronMappingRegistry:
+        """Bridge's mappings, one for every row and layer kind of the name map."""
+        architecture = self._architecture(self.hf_config)
+        return MegatronMappingRegistry(
+            *(
+                _mapping(row, megatron)
+                for row in rows("kvshift", architecture)
+                for megatron in dict.fromkeys((row.megatron[0].te, row.megatron[0].local))
+            )
+        )
+
+    def _architecture(self, config: KVShiftLlamaConfig) -> Architecture:
+        file = Path(config.name_or_path or ".") / "config.json"
+        dtype = self.dtype_from_hf(config, default=torch.float32)
+        return architecture_from_config(config.to_dict(), file, dtype)
+
+
+def _mapping(row: Row, megatron: str) -> MegatronParamMapping:
+    """Bridge's mapping for a row, under one of its names in Megatron."""
+    megatron = megatron.replace("{layer}", "*").replace("{expert}", "*")
+    hf = [name.replace("{layer}", "*") for name in row.hf]
+    axes = row.megatron[0].axes
+    if isinstance(row.transform, SeparateQKV):
+        return QKVMapping(megatron, *hf)
+    if isinstance(row.transform, GateAndUp):
+        return GatedMLPMapping(megatron, *hf)
+    if axes == ("groups",):
+        return TapMapping(megatron, *hf)
+    if axes[0] == "experts" and len(axes) == 3:
+        gated = "2ffn" in axes
+        return (FusedGatedExpertMapping if gated else FusedExpertMapping)(megatron, *hf)
+    return AutoMapping(megatron, *hf)

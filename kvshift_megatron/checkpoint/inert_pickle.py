@@ -1,0 +1,117 @@
+"""Reading the pickled parts of a Megatron checkpoint without running anything in them.
+
+`.metadata` and the common state are pickles. Only the plain data types that PyTorch and Megatron
+write there are made; Megatron's own classes become inert stand-ins, and anything else is refused.
+"""
+
+import io
+import pickle
+from argparse import Namespace
+from pathlib import Path, PosixPath
+from types import SimpleNamespace
+
+import torch
+
+_METADATA_MODULES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed._shard.sharded_tensor.metadata": {"TensorProperties", "MEM_FORMAT_ENCODING"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "Path"},
+}
+
+# Megatron's own plan classes carry nothing that is needed here, and need no Megatron this way.
+_INERT_IN_METADATA = ("megatron.core.dist_checkpointing.strategies.", "nvidia_resiliency_ext.")
+
+# What Megatron's training loop keeps beside the weights (its own list of safe classes).
+_INERT_IN_COMMON = ("megatron.", "signal.", "numpy.")
+_COMMON_CLASSES = [Namespace, SimpleNamespace, PosixPath, io.BytesIO]
+
+
+class _Inert:
+    """Stands for an object of a class that is not imported; does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        self.arguments = args
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def __repr__(self):
+        return f"{type(self).__name__}{self.arguments}"
+
+
+def _inert(name: str) -> type:
+    return type(name.rpartition(".")[2], (_Inert,), {})
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if name in _METADATA_MODULES.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module.startswith(_INERT_IN_METADATA):
+            return _inert(name)
+        raise pickle.UnpicklingError(
+            f"it wants to load {module}.{name}, which has no place in a checkpoint's metadata"
+        )
+
+
+def load_metadata(stream: io.BufferedIOBase):
+    """The `.metadata` file of a distributed checkpoint.
+
+    Raises:
+        pickle.UnpicklingError: it holds anything but PyTorch's description of a checkpoint.
+    """
+    return _MetadataUnpickler(stream).load()
+
+
+def load_common(source: Path | io.BytesIO, name: str) -> dict:
+    """Megatron's common state (`common.pt`, or the shard that replaced it).
+
+    Args:
+        source: a file, or its content.
+        name: for messages.
+
+    Raises:
+        ValueError: it holds an object that is neither plain data nor one of Megatron's own.
+    """
+    try:
+        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(source)
+        _rewind(source)
+        inert = [(_inert(full), full) for full in wanted if full.startswith(_INERT_IN_COMMON)]
+        # Leaving the block takes back whatever it names, also what Megatron had allowed before.
+        known = torch.serialization.get_safe_globals()
+        plain = [one for one in _COMMON_CLASSES if one not in known]
+        with torch.serialization.safe_globals([*plain, *inert]):
+            return torch.load(source, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), None)
+        reason = reason or str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{name} cannot be read as plain data ({reason.strip()}): it is damaged, or holds "
+            "objects that are not Megatron's; nothing of it was run"
+        ) from error
+
+
+def _rewind(source: Path | io.BytesIO) -> None:
+    if isinstance(source, io.BytesIO):
+        source.seek(0)

@@ -1,0 +1,102 @@
+"""An output folder that appears under its name only when it is complete, and the progress line."""
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def check_target(target: Path, source: Path, overwrite: bool) -> None:
+    """Refuse a target that exists, or whose replacement would destroy the source.
+
+    Raises:
+        ValueError: as said; the message says what to do.
+    """
+    if target.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ValueError(f"{target} is, or holds, the source {source}: name another target")
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target} exists: add --overwrite to replace it, or name another target")
+    if not target.resolve().parent.is_dir():
+        raise ValueError(f"{target}: there is no folder {target.resolve().parent} to write it into")
+
+
+def check_free_space(target: Path, needed: int) -> None:
+    """Refuse to start what cannot be finished.
+
+    Args:
+        needed: bytes of the tensors that will be written.
+
+    Raises:
+        ValueError: the disk has fewer bytes left.
+    """
+    free = shutil.disk_usage(target.resolve().parent).free
+    if free < needed:
+        raise ValueError(
+            f"{target}: {needed / 1e9:.1f} GB will be written, but its disk has only "
+            f"{free / 1e9:.1f} GB left"
+        )
+
+
+@contextlib.contextmanager
+def complete_or_absent(target: Path) -> Iterator[Path]:
+    """A folder beside the target to write into; renamed to it at the end, removed on any failure.
+
+    What stood at the target before stays there until then.
+    """
+    target = target.resolve()
+    unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
+    replaced = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        if target.exists():
+            target.rename(replaced)
+        try:
+            unfinished.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # A write that failed knows its file's number only.
+        raise OSError(error.errno, f"{error.strerror}; nothing was written", str(target)) from error
+    finally:
+        for leftover in (unfinished, replaced):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
+
+
+class Progress:
+    """A line on standard error every few seconds, and one at the end.
+
+    Args:
+        total: bytes that will be written.
+        shown: False prints nothing.
+        seconds: between two lines.
+    """
+
+    def __init__(self, total: int, shown: bool, seconds: float = 3.0):
+        self._total, self._done, self._shown, self._every = total, 0, shown, seconds
+        self._start = self._last = time.monotonic()
+
+    def add(self, count: int) -> None:
+        """Count bytes as done."""
+        self._done += count
+        now = time.monotonic()
+        if not self._shown or (self._done < self._total and now - self._last < self._every):
+            return
+        self._last = now
+        rate = self._done / max(now - self._start, 1e-6)
+        print(
+            f"converted {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB "
+            f"({rate / 1e6:,.0f} MB/s)",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,98 @@
+"""What a distributed checkpoint says that it holds, and whether its files are there in full."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+# Megatron's own, which tells its torch_dist format from torch's plain one.
+_CONFIG = "metadata.json"
+
+
+class StoredModel(NamedTuple):
+    """The model's part of a distributed checkpoint.
+
+    Args:
+        shapes: global shape of every tensor, by key.
+        content: what Megatron noted about how it was saved, for `sharded_state_dict`; None in
+            other formats than torch_dist, whose keys are not Megatron's.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    content: dict | None
+
+
+def read_checkpoint(directory: Path) -> StoredModel | None:
+    """Read a checkpoint's own description, and look at every file that it names.
+
+    Args:
+        directory: of one iteration.
+
+    Returns:
+        None where it is of a format without a description (one file a rank).
+
+    Raises:
+        ValueError: the folder, the description or a file is missing, cut off or unreadable; the
+            message names it.
+    """
+    if not directory.is_dir():
+        raise ValueError(
+            f"load: there is no checkpoint folder {directory}, though the tracker file or "
+            "--ckpt-step names it: set --ckpt-step to an iteration that is there"
+        )
+    is_torch_dist = (directory / _CONFIG).is_file()
+    if not (directory / ".metadata").is_file():
+        if not is_torch_dist:
+            return None
+        raise ValueError(
+            f"load: the checkpoint {directory} has no .metadata, so that its save did not finish "
+            "or it was not copied in full: copy it again, or set --ckpt-step to another iteration"
+        )
+    try:
+        metadata = FileSystemReader(directory).read_metadata()
+    # A damaged pickle raises whatever it happens to spell.
+    except Exception as error:
+        raise ValueError(_unreadable(directory, ".metadata", error)) from error
+    _check_files(directory, metadata)
+    try:
+        content = (
+            dist_checkpointing.load_content_metadata(str(directory)) if is_torch_dist else None
+        )
+    except Exception as error:
+        raise ValueError(_unreadable(directory, "its common state", error)) from error
+    shapes = {
+        key: tuple(entry.size)
+        for key, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and "optimizer" not in key
+    }
+    return StoredModel(shapes, (content or {}) if is_torch_dist else None)
+
+
+def _unreadable(directory: Path, part: str, error: Exception) -> str:
+    return (
+        f"load: {part} of the checkpoint {directory} cannot be read ({type(error).__name__}: "
+        f"{error}): copy the checkpoint again, or set --ckpt-step to another iteration"
+    )
+
+
+def _check_files(directory: Path, metadata: Metadata) -> None:
+    """Raise unless every file is as long as the last thing that is stored in it."""
+    lengths = {}
+    for index, info in (metadata.storage_data or {}).items():
+        end = info.offset + info.length
+        if end > lengths.get(info.relative_path, (0, ""))[0]:
+            lengths[info.relative_path] = end, index.fqn
+    for name, (length, key) in sorted(lengths.items()):
+        try:
+            found = (directory / name).stat().st_size
+        except FileNotFoundError:
+            found = None
+        if found is not None and found >= length:
+            continue
+        fault = "missing" if found is None else f"{found} bytes long and should be {length}"
+        raise ValueError(
+            f"load: the file {name} of the checkpoint {directory} is {fault} (it holds {key}): "
+            "copy it again, or set --ckpt-step to another iteration"
+        )

@@ -1,0 +1,49 @@
+"""The Transformers model: importing this registers it with AutoConfig, AutoModel and
+AutoModelForCausalLM. Megatron is not needed."""
+
+import shutil
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from kvshift_megatron.hf.configuration_kvshift import AUTO_MAP, KVShiftLlamaConfig
+from kvshift_megatron.hf.modeling_kvshift import (
+    KVShiftLlamaForCausalLM,
+    KVShiftLlamaModel,
+    KVShiftLlamaPreTrainedModel,
+)
+
+__all__ = [
+    "AUTO_MAP",
+    "KVShiftLlamaConfig",
+    "KVShiftLlamaForCausalLM",
+    "KVShiftLlamaModel",
+    "KVShiftLlamaPreTrainedModel",
+    "write_code",
+]
+
+_FILES = ("configuration_kvshift.py", "cache_kvshift.py", "modeling_kvshift.py")
+
+
+def write_code(folder: str | Path) -> list[Path]:
+    """Copy the model's source into an exported folder, as `save_pretrained` does.
+
+    With `AUTO_MAP` in its config.json, the folder then loads with ``trust_remote_code=True`` where
+    this package is not installed.
+
+    Returns:
+        The files written.
+    """
+    return [
+        Path(shutil.copyfile(Path(__file__).parent / name, Path(folder) / name)) for name in _FILES
+    ]
+
+
+AutoConfig.register(KVShiftLlamaConfig.model_type, KVShiftLlamaConfig)
+AutoModel.register(KVShiftLlamaConfig, KVShiftLlamaModel)
+AutoModelForCausalLM.register(KVShiftLlamaConfig, KVShiftLlamaForCausalLM)
+
+# So that save_pretrained writes the source and the auto_map too.
+KVShiftLlamaConfig.register_for_auto_class()
+KVShiftLlamaModel.register_for_auto_class("AutoModel")
+KVShiftLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,316 @@
+"""Decoding state of KV shifting: cache layers that also hold keys and values before the shift.
+
+A dynamic or static cache of Transformers stays what it is; only its still empty layers are replaced
+by the two classes here. So the state follows whatever generation does to the cache: reordering,
+selecting, cropping, resetting, handing it back.
+
+Letters in shapes: b batch, g KV heads, w window, s new tokens, n remembered tokens, d head_dim.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+
+class ShiftPlan(NamedTuple):
+    """Which tokens stand before which, for one forward pass; the same for all layers.
+
+    Indices count in [the last w - 1 tokens of the cache | the new tokens]. None stands for the
+    plain case: no token is masked, and all belong to one sequence.
+
+    Args:
+        earlier: int64 [b, s, w - 1]: where the 1st, 2nd, ... token before each new one is.
+        last: int64 [b, w - 1]: where the last tokens of the sequence are, in their order.
+        real: bool [b, s]: whether a new token is one, and not padding.
+    """
+
+    earlier: Tensor | None = None
+    last: Tensor | None = None
+    real: Tensor | None = None
+
+
+def pick(states: Tensor, index: Tensor) -> Tensor:
+    """states [b, g, t, d] at index [b, i] -> [b, g, i, d]."""
+    b, g, _, d = states.shape
+    return states.gather(2, index[:, None, :, None].expand(b, g, index.shape[1], d))
+
+
+def real_places(real: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the real tokens are.
+
+    Args:
+        real: bool [b, t].
+
+    Returns:
+        places [b, t]: the places of the real tokens in their order, then those of the others.
+        count [b, t]: how many real tokens there are up to and including each place.
+    """
+    return torch.argsort((~real).to(torch.int8), dim=-1, stable=True), real.cumsum(-1)
+
+
+def last_tokens(real: Tensor, how_many: int) -> Tensor:
+    """Places of the last real tokens, [b, how_many], in their order; each row has that many."""
+    places, count = real_places(real)
+    return places.gather(1, count[:, -1:] - how_many + torch.arange(how_many, device=real.device))
+
+
+class _History:
+    """Keys or values before the shift, far enough back to crop.
+
+    Args:
+        carry: [b, g, w - 1, d]: the last real tokens before those in `states`; zeros before the
+            first token of a sequence.
+        states: [b, g, n, d]: the last tokens of the cache, padding included.
+        real: bool [b, n]: which of them are no padding.
+    """
+
+    def __init__(self, carry: Tensor, states: Tensor, real: Tensor):
+        self.carry, self.states, self.real = carry, states, real
+
+    def __len__(self) -> int:
+        return self.states.shape[2]
+
+    def last_before(self, end: int) -> Tensor:
+        """The last w - 1 real tokens among `carry` and the first `end` of `states`."""
+        window = self.carry.shape[2]
+        real = torch.cat([self.real.new_ones(len(self.real), window), self.real[:, :end]], 1)
+        states = torch.cat([self.carry, self.states[:, :, :end]], 2)
+        return pick(states, last_tokens(real, window))
+
+    def append(self, states: Tensor, real: Tensor | None) -> None:
+        if real is None:
+            real = self.real.new_ones(states.shape[0], states.shape[2])
+        self.states = torch.cat([self.states, states], 2)
+        self.real = torch.cat([self.real, real], 1)
+
+    def forget(self, keep: int) -> None:
+        """Let go of all but the last `keep` tokens."""
+        start = len(self) - keep
+        if start > 0:
+            self.carry = self.last_before(start)
+            # Copies: a view would hold on to what is dropped.
+            self.states, self.real = self.states[:, :, start:].clone(), self.real[:, start:].clone()
+
+    def drop_last(self, tokens: int) -> None:
+        end = len(self) - tokens
+        self.states, self.real = self.states[:, :, :end], self.real[:, :end]
+
+    def map(self, function) -> None:
+        self.carry, self.states, self.real = map(function, (self.carry, self.states, self.real))
+
+
+class DynamicKVShiftLayer(DynamicLayer):
+    """DynamicLayer with the keys and values before the shift.
+
+    It can be cropped by at least the last `history` tokens, by any number within a sequence that
+    is no longer than that, and by any number after `activate_past_recording()` (until the next
+    crop, which lets go of what is more than `history` tokens back).
+
+    Args:
+        window: taps per key or value.
+        history: tokens; None for no limit.
+    """
+
+    def __init__(self, window: int, history: int | None):
+        super().__init__()
+        self.kv_shift_window = window
+        self.history = history
+        self.record_past = False
+        self._last: dict[str, Tensor] = {}
+        self._histories: dict[str, _History] = {}
+
+    def extend(self, new: dict[str, Tensor], plan: ShiftPlan) -> dict[str, Tensor]:
+        """Remember the new tokens and put the last ones before them.
+
+        Args:
+            new: "key" and/or "value" -> [b, g, s, d], before the shift.
+            plan: what `new` continues.
+
+        Returns:
+            The same names -> [b, g, w - 1 + s, d].
+        """
+        carried = self.kv_shift_window - 1
+        extended = {}
+        for kind, states in new.items():
+            if kind not in self._last:
+                if self.get_seq_length():
+                    raise ValueError(
+                        "past_key_values was filled by a model without KV shifting: start with an "
+                        "empty cache"
+                    )
+                zeros = states.new_zeros(*states.shape[:2], carried, states.shape[3])
+                real = torch.ones(len(states), 0, dtype=torch.bool, device=states.device)
+                self._last[kind] = zeros
+                self._histories[kind] = _History(zeros, states[:, :, :0], real)
+            extended[kind] = torch.cat([self._last[kind], states], 2)
+            self._last[kind] = last_of(extended[kind], plan, carried)
+            history = self._histories[kind]
+            history.append(states, plan.real)
+            # Not at every token: forgetting copies.
+            limited = self.history is not None and not self.record_past
+            if limited and len(history) > 2 * self.history:
+                history.forget(self.history)
+        return extended
+
+    def activate_past_recording(self) -> None:
+        """Forget nothing until the next crop."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As DynamicLayer's.
+
+        Raises:
+            ValueError: further back than this layer remembers.
+        """
+        removed = min(abs(tokens_to_remove), self.get_seq_length())
+        if tokens_to_remove <= 0:
+            for history in self._histories.values():
+                if removed > len(history) and removed < self.get_seq_length():
+                    raise ValueError(
+                        f"crop({tokens_to_remove}): the cache holds the unshifted keys and values "
+                        f"of its last {len(history)} tokens only: set kv_shift_cache_history in "
+                        "the model's configuration to that many tokens or to None, or call "
+                        "activate_past_recording() on the cache before it is filled"
+                    )
+        super().crop(tokens_to_remove)
+        if self.is_initialized and self.get_seq_length() == 0:
+            self._clear()
+            return
+        for kind, history in self._histories.items():
+            if removed:
+                history.drop_last(removed)
+                self._last[kind] = history.last_before(len(history))
+            if self.history is not None:
+                history.forget(self.history)
+
+    def reset(self) -> None:
+        super().reset()
+        self._clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map(lambda x: x[indices, ...])
+
+    def _clear(self) -> None:
+        self._last, self._histories = {}, {}
+
+    def _map(self, function) -> None:
+        self._last = {kind: function(states) for kind, states in self._last.items()}
+        for history in self._histories.values():
+            history.map(function)
+
+
+class StaticKVShiftLayer(StaticLayer):
+    """StaticLayer with the last w - 1 keys and values before the shift, at fixed addresses.
+
+    Like StaticLayer, it cannot be cropped.
+
+    Args:
+        max_cache_len: tokens.
+        window: taps per key or value.
+    """
+
+    def __init__(self, max_cache_len: int, window: int):
+        super().__init__(max_cache_len)
+        self.kv_shift_window = window
+        self._last: dict[str, Tensor] = {}
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        for kind, states in (("key", key_states), ("value", value_states)):
+            b, g, _, d = states.shape
+            self._last[kind] = states.new_zeros(b, g, self.kv_shift_window - 1, d)
+            # As StaticLayer does, for CUDA graphs.
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self._last[kind])
+
+    def extend(self, new: dict[str, Tensor], plan: ShiftPlan) -> dict[str, Tensor]:
+        """As DynamicKVShiftLayer.extend."""
+        if not self.is_initialized:
+            some = next(iter(new.values()))
+            self.lazy_initialization(new.get("key", some), new.get("value", some))
+        extended = {}
+        for kind, states in new.items():
+            extended[kind] = torch.cat([self._last[kind], states], 2)
+            self._last[kind].copy_(last_of(extended[kind], plan, self.kv_shift_window - 1))
+        return extended
+
+    def reset(self) -> None:
+        super().reset()
+        for states in self._last.values():
+            states.zero_()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._last = {k: x.index_select(0, beam_idx.to(x.device)) for k, x in self._last.items()}
+
+
+def last_of(extended: Tensor, plan: ShiftPlan, how_many: int) -> Tensor:
+    """The last real tokens of [b, g, w - 1 + s, d], as a tensor of its own."""
+    if plan.last is None:
+        return extended[:, :, extended.shape[2] - how_many :].clone()
+    return pick(extended, plan.last)
+
+
+def take_over(cache: Cache | None, config) -> None:
+    """Replace the empty plain layers of a cache by those that KV shifting needs, in place.
+
+    Args:
+        cache: DynamicCache or StaticCache, in use by this model or still empty.
+        config: the model's.
+
+    Raises:
+        ValueError: another kind of cache, or one that another model has filled.
+    """
+    if cache is None:
+        return
+    if not isinstance(getattr(cache, "layers", None), list):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}, which cannot hold the unshifted keys "
+            "and values that KV shifting continues from: pass a DynamicCache or a StaticCache"
+        )
+    window = config.kv_shift_window
+    if not cache.layers and getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
+        cache.layers.extend(DynamicLayer() for _ in range(config.num_hidden_layers))
+    if len(cache.layers) < config.num_hidden_layers:
+        raise ValueError(
+            f"past_key_values has {len(cache.layers)} layers, and the model has "
+            f"{config.num_hidden_layers}: create the cache with this model's configuration"
+        )
+    for index, layer in enumerate(cache.layers):
+        # By attribute: an exported folder brings classes of its own.
+        if hasattr(layer, "kv_shift_window"):
+            if layer.kv_shift_window != window:
+                raise ValueError(
+                    f"past_key_values is of a model with kv_shift_window={layer.kv_shift_window}, "
+                    f"and this one has {window}: start with an empty cache"
+                )
+        elif type(layer) is DynamicLayer and layer.get_seq_length() == 0:
+            cache.layers[index] = DynamicKVShiftLayer(window, config.kv_shift_cache_history)
+        elif type(layer) is StaticLayer and int(layer.get_seq_length()) == 0:
+            cache.layers[index] = StaticKVShiftLayer(layer.max_cache_len, window)
+            if layer.is_initialized:
+                cache.layers[index].lazy_initialization(layer.keys, layer.values)
+        elif type(layer) in (DynamicLayer, StaticLayer):
+            raise ValueError(
+                "past_key_values was filled without the unshifted keys and values that KV shifting "
+                "continues from (by another model, or from a tuple): start with an empty cache, or "
+                "continue from one that this model returned"
+            )
+        else:
+            raise ValueError(
+                f"past_key_values has layers of {type(layer).__name__}, which cannot hold the "
+                "unshifted keys and values that KV shifting continues from: use a DynamicCache or "
+                "a StaticCache (cache_implementation 'dynamic', 'offloaded', 'static' or "
+                "'offloaded_static')"
+            )

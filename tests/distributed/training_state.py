@@ -1,0 +1,243 @@
+"""A model and its optimizer: built for a case, saved, loaded, and read back as whole tensors.
+
+Saving and loading call Megatron's distributed checkpoints as megatron.training.checkpointing does.
+Reading goes its own way (canonical.py, and the optimizer's own tensors), so that it can judge them.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from tests.distributed import canonical, engine
+from tests.distributed.cases import Case
+
+# What an optimizer keeps of a parameter; "main" is what it works on, for bf16 a copy in fp32.
+_KINDS = ("main", "exp_avg", "exp_avg_sq")
+
+
+class TrainingState(NamedTuple):
+    case: Case
+    chunks: list[torch.nn.Module]
+    optimizer: object
+
+
+def start(case: Case) -> TrainingState:
+    """Canonical weights and an optimizer without a step, at the current layout."""
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+    chunks = engine.build(case)
+    config = chunks[0].config
+    for chunk in chunks:
+        canonical.fill(chunk)
+    if case.model.bf16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=case.model.bf16, use_distributed_optimizer=case.distributed_optimizer
+    )
+    chunks = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=1e-3,
+            min_lr=1e-3,
+            weight_decay=0.1,
+            clip_grad=1.0,
+            bf16=case.model.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=case.distributed_optimizer,
+        ),
+        chunks,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    return TrainingState(case, chunks, optimizer)
+
+
+def train(state: TrainingState, steps: range) -> list[float]:
+    """The losses of these steps, whose samples depend on the step's number alone."""
+    losses = []
+    for step in steps:
+        losses.append(engine._forward_backward(*state, step))
+        assert state.optimizer.step()[0]
+    return losses
+
+
+def save(state: TrainingState, directory: Path) -> None:
+    """Each rank writes its part; with a distributed optimizer, data-parallel ranks share theirs."""
+    if torch.distributed.get_rank() == 0:
+        directory.mkdir()
+    torch.distributed.barrier()
+    metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    if state.case.distributed_optimizer:
+        metadata["distrib_optim_sharding_type"] = "fully_reshardable"
+        metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
+    strategy = get_default_save_sharded_strategy("torch_dist")
+    if state.case.distributed_optimizer:
+        strategy = FullyParallelSaveStrategyWrapper(strategy, _data_parallel_group())
+    dist_checkpointing.save(
+        _sharded(state, metadata), str(directory), strategy, content_metadata=metadata
+    )
+
+
+def load(state: TrainingState, directory: Path) -> None:
+    """As `save`: with a distributed optimizer, data-parallel ranks read for one another."""
+    metadata = dist_checkpointing.load_content_metadata(str(directory))
+    strategy = None
+    if state.case.distributed_optimizer:
+        strategy = FullyParallelLoadStrategyWrapper(
+            get_default_load_sharded_strategy(str(directory)),
+            _data_parallel_group(),
+        )
+    loaded = dist_checkpointing.load(
+        _sharded(state, metadata, is_loading=True), str(directory), strategy
+    )
+    for i, chunk in enumerate(state.chunks):
+        chunk.load_state_dict(loaded[f"model{i}"])
+    state.optimizer.load_state_dict(loaded["optimizer"])
+
+
+def _sharded(state: TrainingState, metadata: dict, **is_loading) -> dict:
+    metadata = {**metadata, "dp_cp_group": _data_parallel_group()}
+    sharded = {
+        f"model{i}": _unwrapped(chunk).sharded_state_dict(metadata=metadata)
+        for i, chunk in enumerate(state.chunks)
+    }
+    optimizer = state.optimizer.sharded_state_dict(sharded, metadata=metadata, **is_loading)
+    return {**sharded, "optimizer": optimizer}
+
+
+def _data_parallel_group():
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+@torch.no_grad()
+def poison(state: TrainingState) -> None:
+    """NaN in everything that a checkpoint has to fill, and a number of steps that nobody took."""
+    for chunk in state.chunks:
+        for param in chunk.parameters():
+            param.fill_(torch.nan)
+    for optimizer in _optimizers(state):
+        inner = optimizer.optimizer
+        for main in (param for group in inner.param_groups for param in group["params"]):
+            main.fill_(torch.nan)
+            for kind, kept in inner.state.get(main, {}).items():
+                kept.fill_(-1 if kind == "step" else torch.nan)
+
+
+def whole(state: TrainingState) -> dict[str, Tensor]:
+    """Every parameter and what the optimizer keeps of it, unsharded, on every rank.
+
+    Returns:
+        {"param NAME", "main NAME", "exp_avg NAME", "exp_avg_sq NAME"} -> fp32; and "steps" -> the
+        numbers of steps that any parameter has taken, ascending.
+    """
+    kept = _kept_by_optimizer(state)
+    # The kinds together, behind the parameter's own dimensions: one exchange a parameter.
+    gathered = canonical.gather(
+        state.chunks, lambda param: torch.cat((param.float().unsqueeze(-1), kept[param]), -1)
+    )
+    result = {
+        f"{kind} {name}": tensor
+        for name, tensors in gathered.items()
+        for kind, tensor in zip(("param", *_KINDS), tensors.unbind(-1), strict=True)
+    }
+    steps = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(steps, _steps(state))
+    result["steps"] = torch.tensor(sorted(set().union(*steps)))
+    return result
+
+
+def _steps(state: TrainingState) -> set[float]:
+    return {
+        float(kept["step"])
+        for optimizer in _optimizers(state)
+        for kept in optimizer.optimizer.state.values()
+    }
+
+
+def _optimizers(state: TrainingState) -> list:
+    return getattr(state.optimizer, "chained_optimizers", [state.optimizer])
+
+
+def _kept_by_optimizer(state: TrainingState) -> dict[torch.nn.Parameter, Tensor]:
+    """Parameter -> [*its local shape, kinds]. Collective with a distributed optimizer."""
+    params = [param for chunk in state.chunks for param in chunk.parameters()]
+    result = {}
+    for optimizer in _optimizers(state):
+        of = _of_shards if state.case.distributed_optimizer else _of_whole_parameters
+        result |= of(optimizer, params)
+    return result
+
+
+def _of_whole_parameters(optimizer, params) -> dict:
+    result = {}
+    for param in params:
+        # Without a copy in fp32, the optimizer works on the parameter itself.
+        main = getattr(param, "main_param", None)
+        main = param if main is None else main
+        if main in optimizer.optimizer.state:
+            result[param] = _kinds(optimizer, main)
+    return result
+
+
+def _of_shards(optimizer, params) -> dict:
+    """Puts the data-parallel ranks' shards together."""
+    result = {}
+    mine = {param for buffer in optimizer.buffers for param in buffer.param_index_map}
+    for param in (param for param in params if param in mine):
+        whole = torch.zeros(param.numel(), len(_KINDS))
+        if param in optimizer.model_param_group_index_map:
+            part = optimizer._get_model_param_range_map(param)["param"]
+            group, order = optimizer.model_param_group_index_map[param]
+            main = optimizer.optimizer.param_groups[group]["params"][order]
+            whole[part.start : part.end] = _kinds(optimizer, main)
+        torch.distributed.all_reduce(whole, group=optimizer.data_parallel_group)
+        result[param] = whole.view(*param.shape, len(_KINDS))
+    return result
+
+
+def _kinds(optimizer, main: Tensor) -> Tensor:
+    kept = {**optimizer.optimizer.state[main], "main": main}
+    return torch.stack([kept[kind].detach() for kind in _KINDS], -1)
+
+
+def differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """What is not equal to the bit, one line a tensor."""
+    if actual.keys() != expected.keys():
+        return [f"only one of the two has {sorted(actual.keys() ^ expected.keys())}"]
+    return [
+        f"{name}: {list(actual[name].shape)} against {list(tensor.shape)}, largest difference "
+        f"{_largest_difference(actual[name], tensor)}"
+        for name, tensor in expected.items()
+        if not torch.equal(actual[name], tensor)
+    ]
+
+
+def _largest_difference(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().max()) if a.shape == b.shape else float("nan")

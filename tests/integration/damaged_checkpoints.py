@@ -1,0 +1,32 @@
+"""Damaged copies of a checkpoint; source and target are what --save and --load take."""
+
+import shutil
+from pathlib import Path
+
+_SHARD = "iter_0000002/__1_0.distcp"
+_METADATA = "iter_0000002/.metadata"
+
+
+def without_a_shard(source: Path, target: Path) -> None:
+    shutil.copytree(source, target)
+    (target / _SHARD).unlink()
+
+
+def with_a_short_shard(source: Path, target: Path) -> None:
+    shutil.copytree(source, target)
+    _cut(target / _SHARD)
+
+
+def without_metadata(source: Path, target: Path) -> None:
+    shutil.copytree(source, target)
+    (target / _METADATA).unlink()
+
+
+def with_short_metadata(source: Path, target: Path) -> None:
+    shutil.copytree(source, target)
+    _cut(target / _METADATA)
+
+
+def _cut(file: Path) -> None:
+    """The last tenth is missing."""
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 9 // 10])

@@ -1,0 +1,208 @@
+"""Megatron's own loop: checkpoints in the background, and ones that must not be loaded."""
+
+import json
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from tests.distributed.launch import torchrun
+from tests.integration.tiny_gpt import flags
+
+_RANKS = 2
+_STEPS = 2
+_LAYOUT = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+_OTHER_LAYOUT = {
+    "tensor_model_parallel_size": 1, "sequence_parallel": None, "pipeline_model_parallel_size": 2,
+}  # fmt: skip
+_DATA_PARALLEL = {"tensor_model_parallel_size": 1, "sequence_parallel": None}
+_ASYNC = {"async_save": True, "use_persistent_ckpt_worker": True, "async_strategy": "mcore"}
+_DISTRIBUTED_OPTIMIZER = {**_DATA_PARALLEL, "use_distributed_optimizer": True}
+_FULLY_RESHARDABLE = {**_DISTRIBUTED_OPTIMIZER, "dist_ckpt_optim_fully_reshardable": True}
+
+# Name -> (other flags, what the refusal has to hold) of loads from a whole checkpoint.
+OTHER_MODELS = {
+    "hidden size": (
+        {"hidden_size": 32},
+        ["decoder.final_layernorm.weight with the global shape [64]", "needs [32]"],
+    ),
+    "more layers": (
+        {"num_layers": 4},
+        ["decoder.layers.mlp.linear_fc1.", "with the global shape [2, 64]", "needs [4, 64]"],
+    ),
+    "fewer layers": (
+        {"num_layers": 1},
+        ["decoder.layers.mlp.linear_fc1.", "with the global shape [2, 64]", "needs [1, 64]"],
+    ),
+    "query groups": (
+        {"num_query_groups": 4},
+        ["self_attention.alpha_1 with the global shape [2, 2]", "needs [2, 4]"],
+    ),
+    "experts": (
+        {"num_experts": 2},
+        ["does not hold decoder.layers.", "which the model needs with the global shape ["],
+    ),
+    "window": ({"kv_shift_window": 3}, ["holds the taps alpha_1, alpha_2, beta_1", "alpha_3"]),
+    "variant": ({"kv_shift_variant": "gate"}, ["holds the taps alpha_1", "has alpha_logit"]),
+    "keys only": (
+        {"no_kv_shift_values": True},
+        ["holds the taps", "has alpha_1, alpha_2:"],
+    ),
+}
+# Name -> (the damage, what the refusal has to hold) of loads from a damaged copy.
+DAMAGED = {
+    "no-shard": ("without_a_shard", ["the file __1_0.distcp of the checkpoint", "is missing"]),
+    "short-shard": ("with_a_short_shard", ["the file __1_0.distcp", "bytes long and should be"]),
+    "no-metadata": ("without_metadata", ["has no .metadata"]),
+    "short-metadata": ("with_short_metadata", [".metadata of the checkpoint", "cannot be read"]),
+}
+
+
+def _plan(root) -> dict[str, dict]:
+    """Name -> what runs, in this order: later runs load what earlier ones saved."""
+    # One learning-rate schedule for all, also for those that resume.
+    common = {**_LAYOUT, "train_iters": 2 * _STEPS, "exit_interval": _STEPS}
+
+    def save(name, **others):
+        return {**common, "save": root / name, "save_interval": 1, **others}
+
+    def load(name, **others):
+        return {**common, "load": root / name, **others}
+
+    plan = {
+        "save": save("whole"),
+        "save-async": save("async", **_ASYNC),
+        "resume": load("whole"),
+        "resume-async": load("async", **_ASYNC, save=root / "async-2", save_interval=1),
+        "resume-elsewhere": load("whole", **_OTHER_LAYOUT),
+        "unbroken-optimizer": {**common, **_DISTRIBUTED_OPTIMIZER, "exit_interval": 2 * _STEPS},
+        "save-optimizer": save("optimizer", **_DISTRIBUTED_OPTIMIZER),
+        "resume-optimizer": load("optimizer", **_DISTRIBUTED_OPTIMIZER),
+        "save-reshardable": save("reshardable", **_FULLY_RESHARDABLE),
+        "resume-reshardable": load("reshardable", **_FULLY_RESHARDABLE),
+        "no folder": load("whole", ckpt_step=7),
+    }
+    plan |= {name: load("whole", **others) for name, (others, _) in OTHER_MODELS.items()}
+    before = {name: [damage, root / "whole", root / name] for name, (damage, _) in DAMAGED.items()}
+    plan |= {name: load(name) for name in DAMAGED}
+    return {
+        name: {"command": flags(**run), "before": list(map(str, before.get(name, [])))}
+        for name, run in plan.items()
+    }
+
+
+class Run(NamedTuple):
+    codes: list[int]
+    outputs: list[str]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def runs(directory) -> dict[str, Run]:
+    plan = directory / "plan.json"
+    plan.write_text(json.dumps(_plan(directory)))
+    launch = torchrun(
+        _RANKS,
+        ["-m", "tests.integration.forked_ranks", str(plan)],
+        timeout=600,
+        # Compiling a few steps takes longer than they do.
+        TORCHDYNAMO_DISABLE="1",
+    )
+    assert launch.returncode == 0, launch.stdout[-5000:]
+    ranks = range(_RANKS)
+    return {
+        name: Run(
+            [int((directory / f"{name}-{rank}.exit").read_text()) for rank in ranks],
+            [(directory / f"{name}-{rank}.log").read_text(errors="replace") for rank in ranks],
+        )
+        for name in json.loads(plan.read_text())
+    }
+
+
+def trained(run: Run, steps: int = _STEPS) -> list[str]:
+    """Each step's loss, as the last rank printed it."""
+    assert run.codes == [0] * _RANKS, run.outputs[0][-5000:]
+    lines = [line for line in run.outputs[-1].splitlines() if "lm loss" in line]
+    assert len(lines) == steps, run.outputs[-1][-5000:]
+    return [line.partition("lm loss: ")[2].partition("|")[0] for line in lines]
+
+
+def refused(run: Run, *parts: str) -> None:
+    """Every rank ended by itself, with the same sentence, before it loaded anything."""
+    assert all(code > 0 for code in run.codes), run.codes
+    for output in run.outputs:
+        last = [line for line in output.splitlines() if line.startswith("ValueError: load: ")]
+        assert len(last) == 1, output[-5000:]
+        for part in ["the checkpoint ", *parts]:
+            assert part in last[0]
+        assert "successfully loaded checkpoint" not in output
+
+
+def tensors(directory) -> dict[str, torch.Tensor]:
+    """Every tensor of a distributed checkpoint."""
+    reader = dcp.FileSystemReader(directory)
+    described = reader.read_metadata().state_dict_metadata
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in described.items()
+        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_checkpoint_written_in_the_background_is_the_same(runs, directory, step):
+    """The next step begins while the first one is being written."""
+    assert trained(runs["save-async"]) == trained(runs["save"])
+    assert "scheduled an async checkpoint save" in runs["save-async"].outputs[0]
+    name = f"iter_000000{step}"
+    ours, expected = tensors(directory / "async" / name), tensors(directory / "whole" / name)
+    assert ours.keys() == expected.keys()
+    assert [key for key in expected if not ours[key].equal(expected[key])] == []
+    assert any(".alpha_1" in key and "exp_avg" in key for key in ours)
+
+
+def test_a_checkpoint_written_in_the_background_is_resumed(runs):
+    losses = trained(runs["resume-async"])
+    assert losses == trained(runs["resume"]) != trained(runs["save"])
+
+
+def test_a_whole_checkpoint_is_loaded_at_another_layout(runs):
+    trained(runs["resume-elsewhere"])
+    assert "successfully loaded checkpoint" in runs["resume-elsewhere"].outputs[0]
+
+
+@pytest.mark.parametrize("name", ["optimizer", "reshardable"])
+def test_the_distributed_optimizer_is_resumed(runs, name):
+    """In its two formats, with the losses of an unbroken run."""
+    unbroken = trained(runs["unbroken-optimizer"], 2 * _STEPS)
+    assert trained(runs[f"save-{name}"]) == unbroken[:_STEPS]
+    assert "at iteration 2" in runs[f"resume-{name}"].outputs[0]
+    third, mean = trained(runs[f"resume-{name}"])
+    assert third == unbroken[2]
+    # The second line that a process prints is the mean of its first two losses.
+    assert float(mean) == pytest.approx((float(third) + float(unbroken[3])) / 2, abs=1.01e-6)
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_a_checkpoint_of_another_model_is_refused_with_key_and_shapes(runs, name):
+    refused(runs[name], "whole/iter_0000002", *OTHER_MODELS[name][1])
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_checkpoint_is_refused(runs, name):
+    refused(runs[name], f"{name}/iter_0000002", *DAMAGED[name][1])
+
+
+def test_a_folder_that_is_not_there_is_named(runs):
+    run = runs["no folder"]
+    assert all(code > 0 for code in run.codes)
+    for output in run.outputs:
+        assert "ValueError: load: there is no checkpoint folder" in output, output[-5000:]
+        assert "iter_0000007" in output
