@@ -101,6 +101,10 @@ def _add_to_megatron(parser: argparse.ArgumentParser) -> None:
         parser, "folder with config.json and safetensors", "the folder for Megatron's --load"
     )
     add_kv_shift_args(parser)
+    parser.epilog = (
+        "The flags of KV-shifting attention are for models without taps. Here --kv-shift-init is "
+        "identity where it is not given: the same function as before."
+    )
     parser.add_argument(
         "--no-kv-shift", action="store_true", help="Convert a vanilla model as a vanilla one."
     )
