@@ -125,13 +125,13 @@ def build(case: Case) -> list[torch.nn.Module]:
     return chunks
 
 
-def _train(case: Case) -> dict:
-    chunks = build(case)
+def prepare(case: Case, chunks: list[torch.nn.Module]) -> tuple[list[torch.nn.Module], object]:
+    """Canonical weights, Megatron's wrappers as the case has them, and an optimizer.
+
+    Returns:
+        (wrapped chunks, optimizer).
+    """
     config = chunks[0].config
-    result = {"losses": [], "grad_norms": []}
-    if case.model.kv_shift is not None:
-        vanilla = build(replace(case, model=replace(case.model, kv_shift=None)))
-        result["attention"] = attentions.of_model(chunks, vanilla)
     for chunk in chunks:
         canonical.fill(chunk)
     if case.model.bf16:
@@ -172,15 +172,24 @@ def _train(case: Case) -> dict:
         if len(chunks) == 1:
             config.no_sync_func, config.grad_sync_func = config.no_sync_func[0], None
             config.param_sync_func = None
+    return chunks, optimizer
 
+
+def _train(case: Case) -> dict:
+    chunks = build(case)
+    result = {"losses": [], "grad_norms": []}
+    if case.model.kv_shift is not None:
+        vanilla = build(replace(case, model=replace(case.model, kv_shift=None)))
+        result["attention"] = attentions.of_model(chunks, vanilla)
+    chunks, optimizer = prepare(case, chunks)
     for step in range(STEPS):
-        result["losses"].append(_forward_backward(case, chunks, optimizer, step))
+        result["losses"].append(forward_backward(case, chunks, optimizer, step))
         if step == 0 and not case.distributed_optimizer:
             result["grads"] = canonical.gather(chunks, lambda param: param.main_grad)
         success, grad_norm, _ = optimizer.step()
         assert success
         result["grad_norms"].append(float(grad_norm))
-    if ddp_config.overlap_param_gather:
+    if case.overlap and case.distributed_optimizer:
         for chunk in chunks:
             chunk.disable_forward_pre_hook(param_sync=True)
     result["params"] = canonical.gather(chunks, lambda param: param)
@@ -188,7 +197,7 @@ def _train(case: Case) -> dict:
     return result
 
 
-def _forward_backward(case: Case, chunks, optimizer, step: int) -> float:
+def forward_backward(case: Case, chunks, optimizer, step: int) -> float:
     """One step's gradients, left in main_grad; returns the mean loss over the global batch."""
     for chunk in chunks:
         chunk.zero_grad_buffer()

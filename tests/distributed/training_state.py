@@ -17,13 +17,6 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from tests.distributed import canonical, engine
@@ -42,34 +35,7 @@ class TrainingState(NamedTuple):
 def start(case: Case) -> TrainingState:
     """Canonical weights and an optimizer without a step, at the current layout."""
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    chunks = engine.build(case)
-    config = chunks[0].config
-    for chunk in chunks:
-        canonical.fill(chunk)
-    if case.model.bf16:
-        chunks = [Float16Module(config, chunk) for chunk in chunks]
-    ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=case.model.bf16, use_distributed_optimizer=case.distributed_optimizer
-    )
-    chunks = [
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0)
-        for i, chunk in enumerate(chunks)
-    ]
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=1e-3,
-            min_lr=1e-3,
-            weight_decay=0.1,
-            clip_grad=1.0,
-            bf16=case.model.bf16,
-            params_dtype=config.params_dtype,
-            use_distributed_optimizer=case.distributed_optimizer,
-        ),
-        chunks,
-    )
-    config.finalize_model_grads_func = finalize_model_grads
-    config.grad_scale_func = optimizer.scale_loss
+    chunks, optimizer = engine.prepare(case, engine.build(case))
     return TrainingState(case, chunks, optimizer)
 
 
@@ -77,7 +43,7 @@ def train(state: TrainingState, steps: range) -> list[float]:
     """The losses of these steps, whose samples depend on the step's number alone."""
     losses = []
     for step in steps:
-        losses.append(engine._forward_backward(*state, step))
+        losses.append(engine.forward_backward(*state, step))
         assert state.optimizer.step()[0]
     return losses
 

@@ -8,19 +8,18 @@ being a function of damaged_checkpoints.py. Beside it each rank of each run leav
 """
 
 import json
-import multiprocessing.util
 import os
 import signal
 import socket
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
 
 from kvshift_megatron import cpu, pretrain
 from tests.integration import damaged_checkpoints
+from tests.integration.forked_process import run_and_exit
 
 _SECONDS = 120  # for one run; the longest takes a few
 
@@ -42,38 +41,14 @@ def main(plan: Path) -> None:
             if run["before"]:
                 damage, *arguments = run["before"]
                 getattr(damaged_checkpoints, damage)(*map(Path, arguments))
-            # A rendezvous of its own, which no other run has left keys in.
             with socket.create_server(("localhost", 0)) as server:
                 store.set(name, str(server.getsockname()[1]))
-        port = store.get(name).decode()
+        port = int(store.get(name))
         child = os.fork()
         if child == 0:
-            _run(plan.with_name(f"{name}-{rank}.log"), port, run["command"])
+            log = plan.with_name(f"{name}-{rank}.log")
+            run_and_exit(pretrain.main, run["command"], log, port)
         plan.with_name(f"{name}-{rank}.exit").write_text(str(_wait(child)))
-
-
-def _run(log: Path, port: str, command: list[str]) -> None:
-    """One rank of one run, in a process of its own; does not return."""
-    os.environ |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False"}
-    output = os.open(log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.argv[1:] = command
-    code = 0
-    try:
-        pretrain.main()
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        print(error, file=sys.stderr)
-    except BaseException:
-        code = 1
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Ends the processes that Megatron has started to save; they would outlive this one.
-    multiprocessing.util._exit_function()
-    # What ends the parent, such as its launcher's handlers, is not the child's to run.
-    os._exit(code)
 
 
 def _wait(child: int) -> int:

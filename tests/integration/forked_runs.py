@@ -10,11 +10,11 @@ import json
 import os
 import socket
 import sys
-import traceback
 from pathlib import Path
 
 from kvshift_megatron import cpu
 from tests.integration import record_losses
+from tests.integration.forked_process import run_and_exit
 
 
 def main(plan: Path) -> None:
@@ -31,33 +31,13 @@ def main(plan: Path) -> None:
     for name, command in json.loads(plan.read_text()).items():
         child = os.fork()
         if child == 0:
-            _run(plan.parent / name, command)
+            with socket.create_server(("localhost", 0)) as server:
+                port = server.getsockname()[1]
+            output = plan.parent / name
+            command = [str(output.with_suffix(".json")), *command]
+            run_and_exit(record_losses.main, command, output.with_suffix(".log"), port)
         _, status = os.waitpid(child, 0)
         plan.with_name(f"{name}.exit").write_text(str(os.waitstatus_to_exitcode(status)))
-
-
-def _run(output: Path, command: list[str]) -> None:
-    """One run in a process of its own, with a rendezvous of its own; does not return."""
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
-    log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.argv[1:] = [str(output.with_suffix(".json")), *command]
-    code = 0
-    try:
-        record_losses.main()
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        print(error, file=sys.stderr)
-    except BaseException:
-        code = 1
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # What ends the parent, such as its tests' or launcher's handlers, is not the child's to run.
-    os._exit(code)
 
 
 if __name__ == "__main__":
