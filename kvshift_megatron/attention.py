@@ -214,9 +214,7 @@ class KVShiftSelfAttention(SelfAttention):
         sharded = make_sharded_tensors_for_checkpoint(
             own_parameters,
             prefix,
-            tensor_parallel_layers_axis_map=dict.fromkeys(taps, 0)
-            if self.taps_are_sharded
-            else {},
+            tensor_parallel_layers_axis_map=dict.fromkeys(taps, 0) if self.taps_are_sharded else {},
             sharded_offsets=sharded_offsets,
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],

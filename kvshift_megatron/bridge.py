@@ -59,6 +59,9 @@ class TapMapping(AutoMapping):
 class KVShiftLlamaBridge(MegatronModelBridge):
     """KVShiftLlamaForCausalLM <-> Megatron's GPTModel with KV-shifting attention in every layer."""
 
+    # The model's code, which a saved folder brings along.
+    ADDITIONAL_FILE_PATTERNS = ("*_kvshift.py",)
+
     def provider_bridge(self, hf_pretrained: Any) -> GPTModelProvider:
         """The provider of a configuration; its built model is checked layer by layer.
 

@@ -65,6 +65,12 @@ class KVShiftLlamaConfig(LlamaConfig):
         self._check_kv_shift()
         self._check_the_rest()
 
+    def save_pretrained(self, *args, **kwargs):
+        """As PretrainedConfig's; the folder is for AutoModel and AutoModelForCausalLM alike."""
+        if self._auto_class is not None:
+            self.auto_map = AUTO_MAP | (getattr(self, "auto_map", None) or {})
+        super().save_pretrained(*args, **kwargs)
+
     def _check_kv_shift(self):
         variant, window = self.kv_shift_variant, self.kv_shift_window
         if variant not in VARIANTS:

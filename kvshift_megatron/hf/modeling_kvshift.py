@@ -34,7 +34,7 @@ from transformers.models.mixtral.modeling_mixtral import (
 from transformers.utils.generic import merge_with_config_defaults
 
 from .cache_kvshift import ShiftPlan, last_tokens, pick, real_places, take_over
-from .configuration_kvshift import AUTO_MAP, KVShiftLlamaConfig
+from .configuration_kvshift import KVShiftLlamaConfig
 
 
 class KVShiftLlamaAttention(LlamaAttention):
@@ -190,12 +190,6 @@ class KVShiftLlamaPreTrainedModel(LlamaPreTrainedModel):
             init.normal_(module.down_proj, std=std)
         elif isinstance(module, MixtralTopKRouter):
             init.normal_(module.weight, std=std)
-
-    def save_pretrained(self, *args, **kwargs):
-        """As PreTrainedModel's; the folder loads with AutoModel and AutoModelForCausalLM alike."""
-        if self._auto_class is not None:
-            self.config.auto_map = AUTO_MAP | (getattr(self.config, "auto_map", None) or {})
-        super().save_pretrained(*args, **kwargs)
 
 
 class KVShiftLlamaModel(KVShiftLlamaPreTrainedModel, LlamaModel):

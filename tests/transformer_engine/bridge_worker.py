@@ -18,7 +18,8 @@ from megatron.bridge import AutoBridge
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import kvshift_megatron.bridge  # noqa: F401  (registers)
 from kvshift_megatron.attention import KVShiftSelfAttention
@@ -125,6 +126,13 @@ def hugging_face_model(case: Case) -> KVShiftLlamaForCausalLM:
             if parameter.dim() == 1:
                 parameter.normal_(1.0, 0.5)
     return model.eval()
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Bridge does not save a model whose folder has no tokenizer."""
+    words = {f"t{token}": token for token in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 def build(bridge: AutoBridge, case: Case) -> torch.nn.Module:
