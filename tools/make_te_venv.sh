@@ -41,13 +41,13 @@ shared=$(cd "$(site_packages "$venv")" && pwd)
 # addsitedir and not the bare path: it also reads the .pth files there (this package's own).
 echo "import site; site.addsitedir('$shared')" >"$here/shared.pth"
 
-pip "$te_venv" install einops onnxscript onnx pydantic omegaconf
+pip "$te_venv" install einops onnxscript onnx pydantic omegaconf requests scipy "pulp<4"
 # Without dependencies: these name builds of PyTorch and CUDA packages that are there already, and
 # Megatron-Bridge dozens of packages that building a model does not need.
 pip "$te_venv" install "${from_wheels[@]}"
 pip "$te_venv" install --no-deps \
     "transformer-engine==$te_version" "transformer-engine-cu13==$te_version" \
-    nvdlfw-inspect nvidia-cudnn-frontend "megatron-bridge==$bridge_version"
+    nvdlfw-inspect nvidia-cudnn-frontend nvidia-modelopt "megatron-bridge==$bridge_version"
 
 # Transformer Engine looks for cuDNN beside itself.
 if [ ! -e "$here/nvidia" ]; then

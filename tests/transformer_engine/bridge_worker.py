@@ -50,13 +50,21 @@ _LLAMA3 = {
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration and where it goes; plant damages the Megatron model before it comes back."""
+    """A configuration and where it goes.
+
+    Args:
+        fields: of the configuration.
+        te: Transformer Engine's layers.
+        plant: damage the Megatron model before it comes back.
+        save: also as a folder of files, from a folder with a tokenizer.
+    """
 
     fields: dict = field(default_factory=dict)
     tp: int = 2
     pp: int = 1
     te: bool = False
     plant: bool = False
+    save: bool = False
 
     @property
     def runs(self) -> bool:
@@ -65,7 +73,7 @@ class Case:
 
 
 CASES = {
-    "tap-sharded": Case({"kv_shift_window": 3, "qk_norm": True}),
+    "tap-sharded": Case({"kv_shift_window": 3, "qk_norm": True}, save=True),
     "tap-whole": Case({"num_key_value_heads": 1, "kv_shift_variant": "gate"}),
     "tied-biases": Case({"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "llama3-qkv-bias": Case({"rope_parameters": _LLAMA3, "qkv_bias": True}),
@@ -93,6 +101,8 @@ def run(case: Case, folder: Path) -> dict:
     reference = hugging_face_model(case)
     if torch.distributed.get_rank() == 0:
         reference.save_pretrained(folder)
+        if case.save:
+            save_tokenizer(folder)
     torch.distributed.barrier()
     bridge = AutoBridge.from_hf_pretrained(folder)
     model = build(bridge, case)
@@ -101,6 +111,8 @@ def run(case: Case, folder: Path) -> dict:
         first = shifting[0]
         first.alpha_1.data, first.alpha_2.data = first.alpha_2.data, first.alpha_1.data
     exported = dict(bridge.export_hf_weights([model], cpu=True, show_progress=False))
+    if case.save:
+        bridge.save_hf_pretrained([model], folder / "saved", show_progress=False)
     expected = reference.state_dict()
     if case.fields.get("tie_word_embeddings"):
         del expected["lm_head.weight"]

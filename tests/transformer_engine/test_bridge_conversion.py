@@ -6,16 +6,22 @@ TE-free layers are run as well; Transformer Engine's layers are built on the CPU
 import json
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+import kvshift_megatron.hf  # noqa: F401  (registers)
 from tests.distributed.launch import torchrun
 from tests.transformer_engine import bridge_worker
 from tests.transformer_engine.bridge_worker import CASES
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def output(tmp_path_factory):
+    return tmp_path_factory.mktemp("bridge")
+
+
+@pytest.fixture(scope="module")
+def results(output):
     """Case -> the results of its two ranks, from one launch."""
-    output = tmp_path_factory.mktemp("bridge")
     worker = ["-m", "kvshift_megatron.cpu", bridge_worker.__file__, str(output)]
     launch = torchrun(2, worker, timeout=600)
     assert launch.returncode == 0, launch.stdout[-5000:]
@@ -32,6 +38,16 @@ def test_every_weight_comes_back_and_the_logits_agree(results, name):
         assert result["shifting_layers"] == 2 // CASES[name].pp
         if CASES[name].runs:
             assert result["logits"] < 1e-5
+
+
+def test_a_saved_folder_is_whole(results, output):
+    """It loads with its own code, and with the weights that went in."""
+    saved, source = output / "tap-sharded" / "saved", output / "tap-sharded"
+    ours = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True).state_dict()
+    expected = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    assert ours.keys() == expected.keys()
+    assert all(ours[name].equal(tensor) for name, tensor in expected.items())
+    assert (saved / "tokenizer.json").is_file()
 
 
 def test_a_planted_error_is_seen(results):
