@@ -3,7 +3,8 @@
 import pytest
 
 
-@pytest.fixture(scope="session")
+# Of the package and not of the session: other packages' tests make process groups of their own.
+@pytest.fixture(scope="package")
 def megatron_rank():
     from tests.unit.single_process import seed_everything, single_process
 
