@@ -11,6 +11,7 @@ NOT_IN_MATRIX = {
     "tests/integration/": "this project's entry point, which needs 0.19 (`make test`)",
     "tests/transformer_engine/": "`make test-te`, in an environment of its own",
     "tests/unit/test_induction_": "the demo, which trains through the entry point",
+    "tests/unit/test_configs.py": "flags of the entry point",
     "tests/unit/test_check_stock_megatron.py": "a tool for checkouts of Megatron-LM",
     "tests/distributed/test_lost_rank.py": "torch.distributed alone",
     "tests/distributed/test_resharding.py": "0.19's checkpoints (`make test`)",

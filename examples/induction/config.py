@@ -8,13 +8,13 @@
 """
 
 import re
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-CONFIG_DIR = Path(__file__).parent / "configs"
+from examples import flags as megatron_flags
+from examples.flags import Flags
 
-Flags = dict[str, object]
+CONFIG_DIR = Path(__file__).parent / "configs"
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,8 @@ class Model:
         return f"TP {self.flags.get('tensor-model-parallel-size', 1)}{sequence_parallel}"
 
     def argv(self) -> list[str]:
-        """The flags as a command line: true is a bare flag, false is left out, lists spread."""
-        words = []
-        for name, value in self.flags.items():
-            if value is False:
-                continue
-            words.append(f"--{name}")
-            if value is not True:
-                words += [str(v) for v in (value if isinstance(value, list) else [value])]
-        return words
+        """The flags as a command line."""
+        return megatron_flags.command_line(self.flags)
 
 
 @dataclass(frozen=True)
@@ -80,36 +73,18 @@ class Config:
         return self.models[0].flags["vocab-size"]
 
 
-def resolve(name: str) -> Path:
-    """The file behind --config: a name in configs/, or a path.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-    path = CONFIG_DIR / f"{name}.toml"
-    if not path.is_file():
-        path = Path(name)
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob("*.toml")))
-        raise ValueError(f"--config {name}: neither one of {known} nor a file")
-    return path
-
-
 def load(name: str, steps: int | None = None) -> Config:
     """Reads and checks a configuration.
 
     Args:
-        name: see `resolve`.
+        name: a name in configs/, or a path.
         steps: replaces train-iters if given.
 
     Raises:
         ValueError: naming the file and the field that is missing, unknown or wrong.
     """
-    path = resolve(name)
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path.name}: {error}") from error
+    path = megatron_flags.find(name, CONFIG_DIR, "--config")
+    raw = megatron_flags.read(path)
     if steps is not None:
         if steps < 1:
             raise ValueError(f"--steps must be at least 1, got {steps}")

@@ -12,16 +12,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism; ranks count tensor parallel fastest, then data, then pipeline."""
+    """Degrees of parallelism; ranks count TP fastest, then CP, then data, then pipeline."""
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     vp: int | None = None
+    cp: int = 1
 
     @property
     def world(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.dp * self.pp
 
 
 @contextmanager
@@ -36,6 +37,7 @@ def fake_rank(layout: Layout, rank: int) -> Iterator[None]:
             layout.tp,
             layout.pp,
             virtual_pipeline_model_parallel_size=layout.vp,
+            context_parallel_size=layout.cp,
             create_gloo_process_groups=False,
         )
         yield

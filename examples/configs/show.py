@@ -1,0 +1,67 @@
+"""Prints the Megatron flags of a model on a layout, one a line.
+
+    python -m examples.configs.show MODEL LAYOUT [--nproc N] [--set FLAG[=VALUE] ...]
+
+The lines are the command line of `kvshift_megatron.pretrain`, less the data and where to save. The
+sizes that follow from them go to standard error. Exit status: 0, or 2 for a mistake.
+"""
+
+import argparse
+import sys
+from argparse import Namespace
+
+from examples.configs import check, config
+from examples.flags import option
+
+
+def parse_arguments(argv: list[str] | None) -> Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.configs.show", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("model", help="a name in models/ or a TOML file")
+    parser.add_argument("layout", help="a name in layouts/ or a TOML file")
+    parser.add_argument("--nproc", type=int, help="processes in all, instead of the layout's")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FLAG[=VALUE]",
+        help="a flag of Megatron or of KV shifting, without its dashes; wins over both files, and "
+        "FLAG=false leaves it out",
+    )
+    return parser.parse_args(argv)
+
+
+def summary(run: config.Run, args: Namespace) -> str:
+    """One line with the sizes that follow from the flags."""
+    dp = check.data_parallel_size(run, args)
+    micro_batches = args.global_batch_size // (args.micro_batch_size * dp)
+    return (
+        f"{run.model} on {run.layout}: nproc {run.nproc} = "
+        f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} "
+        f"x CP {args.context_parallel_size} x DP {dp}; "
+        f"{args.train_iters} steps of {args.global_batch_size} x {args.seq_length} tokens, "
+        f"{micro_batches} micro-batches each"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    arguments = parse_arguments(argv)
+    try:
+        overrides = dict(config.parse_override(text) for text in arguments.set)
+        run = config.load(arguments.model, arguments.layout, overrides, arguments.nproc)
+        args = check.check(run)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(summary(run, args), file=sys.stderr)
+    for name, value in run.flags.items():
+        if words := option(name, value):
+            print(*words)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
