@@ -5,9 +5,7 @@ nobody asks for are ignored, and keys that are missing from a state dict only le
 lenient attempt. What else does not fit stops it too, but as an error from deep inside the load.
 """
 
-import re
 from argparse import Namespace
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -18,9 +16,7 @@ from kvshift_megatron.attention import KVShiftSelfAttention
 from kvshift_megatron.checkpoint_files import StoredModel, read_checkpoint
 from kvshift_megatron.checkpoint_shapes import compare_shapes
 from kvshift_megatron.config import KVShiftConfig
-from kvshift_megatron.taps import tap_names
-
-_TAP_KEY = re.compile(r"\.self_attention\.((?:alpha|beta)_(?:\d+|logit))$")
+from kvshift_megatron.taps import tap_in_key, tap_names, taps_among
 
 
 def check_checkpoint(model: list[torch.nn.Module], kv_shift: KVShiftConfig | None) -> None:
@@ -102,12 +98,6 @@ def stored_taps(directory: Path) -> set[str] | None:
     return None if stored is None else taps_among(stored.shapes)
 
 
-def taps_among(keys: Iterable[str]) -> set[str]:
-    """Names of the taps that a checkpoint's keys speak of."""
-    matches = (_TAP_KEY.search(key) for key in keys)
-    return {match.group(1) for match in matches if match}
-
-
 def compare_taps(
     directory: Path, stored: set[str], kv_shift: KVShiftConfig | None, args: Namespace
 ) -> bool:
@@ -147,7 +137,7 @@ def compare_taps(
 
 
 def _refuse_taps(module, state_dict, prefix, *_):
-    taps = [key for key in state_dict if _TAP_KEY.search(key)]
+    taps = [key for key in state_dict if tap_in_key(key)]
     if taps:
         raise ValueError(
             f"the state dict holds taps of KV shifting ({taps[0]} and {len(taps) - 1} more), and "

@@ -3,6 +3,9 @@
 Nothing here knows about ranks; attention.py slices by query group.
 """
 
+import re
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +14,7 @@ from kvshift_megatron.arguments import megatron_args
 from kvshift_megatron.config import KVShiftConfig
 
 _MEGATRON_DEFAULT_SEED = 1234
+_KEY = re.compile(r"\.self_attention\.((?:alpha|beta)_(?:\d+|logit))$")
 
 
 def tap_names(kv_shift: KVShiftConfig) -> dict[str, tuple[str, ...]]:
@@ -28,6 +32,17 @@ def tap_names(kv_shift: KVShiftConfig) -> dict[str, tuple[str, ...]]:
         else:
             names[kind] = tuple(f"{kind}_{j}" for j in range(1, kv_shift.window + 1))
     return names
+
+
+def tap_in_key(key: str) -> str | None:
+    """The tap that a parameter's or checkpoint's key is of; None for anything else."""
+    match = _KEY.search(key)
+    return match.group(1) if match else None
+
+
+def taps_among(keys: Iterable[str]) -> set[str]:
+    """Names of the taps that a model's or checkpoint's keys speak of."""
+    return {tap for key in keys if (tap := tap_in_key(key))}
 
 
 def initial_values(

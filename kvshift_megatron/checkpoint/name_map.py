@@ -11,7 +11,6 @@ read this table; nothing else in the package spells a weight's name.
 A row is the smallest set of tensors that can be converted alone.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -138,7 +137,6 @@ def expand(layout: str, architecture: Architecture) -> Iterator[Row]:
 
 _MEGATRON_LAYER = "decoder.layers.{layer}."
 _HF_LAYER = "model.layers.{layer}."
-_TAP = re.compile(r"\.self_attention\.(alpha|beta)_(\d+|logit)$")
 
 
 def _plain(megatron: str, axes: str, hf: str, transform: Transform = Identity()) -> Row:
@@ -299,8 +297,3 @@ def _expert_row(linear: str, axes: str, hf: tuple[str, ...], transform: Transfor
         axes=tuple(axes.split()),
     )
     return Row((name,), tuple(_HF_LAYER + one for one in hf), transform)
-
-
-def is_tap(megatron_name: str) -> bool:
-    """Whether a name of Megatron's, or a key of a checkpoint, is that of a tap."""
-    return _TAP.search(megatron_name) is not None

@@ -15,7 +15,7 @@ from kvshift_megatron.checkpoint.megatron_arguments import (
     architecture_from_arguments,
     kv_shift_from_arguments,
 )
-from kvshift_megatron.checkpoint.name_map import Row, expand, is_tap
+from kvshift_megatron.checkpoint.name_map import Row, expand
 from kvshift_megatron.checkpoint.output import (
     Progress,
     check_free_space,
@@ -30,6 +30,7 @@ from kvshift_megatron.checkpoint.tokenizer_files import (
     token_ids,
 )
 from kvshift_megatron.checkpoint.torch_dist import Location, TorchDistReader
+from kvshift_megatron.taps import taps_among
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def read_architecture(
     if embedding is None or projection is None:
         missing = "embedding.word_embeddings.weight" if embedding is None else "attention layers"
         raise ValueError(f"{reader.path} holds no {missing}: it is no checkpoint of a GPT model")
-    taps = {key.rpartition(".")[2] for key in filter(is_tap, reader.weights())}
+    taps = taps_among(reader.weights())
     kv_shift = kv_shift_from_arguments(arguments, taps, variant, reader.path)
     architecture = architecture_from_arguments(
         arguments, kv_shift, reader.dtype(projection), vocab_size, embedding.shape[0], reader.path

@@ -12,7 +12,7 @@ from kvshift_megatron.checkpoint import baichuan
 from kvshift_megatron.checkpoint.architecture import Architecture
 from kvshift_megatron.checkpoint.hf_config import architecture_from_config, layout_of
 from kvshift_megatron.checkpoint.megatron_arguments import arguments_from_architecture
-from kvshift_megatron.checkpoint.name_map import LAYOUTS_WITH_TAPS, Row, expand, is_tap
+from kvshift_megatron.checkpoint.name_map import LAYOUTS_WITH_TAPS, Row, expand
 from kvshift_megatron.checkpoint.norm_head_padding import FIELD, UnpaddedFolder
 from kvshift_megatron.checkpoint.output import (
     Progress,
@@ -25,7 +25,7 @@ from kvshift_megatron.checkpoint.tokenizer_files import SUBFOLDER, carry_token_i
 from kvshift_megatron.checkpoint.torch_dist import split_layer
 from kvshift_megatron.checkpoint.torch_dist_writer import Piece, write_torch_dist
 from kvshift_megatron.config import KVShiftConfig
-from kvshift_megatron.taps import initial_values, resolve_seed
+from kvshift_megatron.taps import initial_values, resolve_seed, tap_in_key
 
 # Older Transformers saved these beside the weights; they follow from the configuration.
 _DERIVED = ".rotary_emb.inv_freq"
@@ -178,7 +178,7 @@ class HFTable:
             )
 
     def _is_new(self, row: Row) -> bool:
-        return self._new_taps is not None and is_tap(row.megatron[0].te)
+        return self._new_taps is not None and tap_in_key(row.megatron[0].te) is not None
 
     def read(self, i: int) -> tuple[Tensor, ...]:
         """Megatron's tensors of row i."""
