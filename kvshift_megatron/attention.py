@@ -181,9 +181,10 @@ class KVShiftSelfAttention(SelfAttention):
 
     def taps(self) -> dict[str, Tensor]:
         """The taps this rank applies: {"alpha": fp32 [window, ng], "beta": ...}, differentiable."""
+        # Stacked first: a cast of each would be a kernel of each.
         flat = torch.stack(
-            [getattr(self, name).float() for names in self._tap_names.values() for name in names]
-        )
+            [getattr(self, name) for names in self._tap_names.values() for name in names]
+        ).float()
         if not self.taps_are_sharded:
             # One reduction for all taps; in fp32 whatever the parameters' dtype.
             flat = copy_to_tensor_model_parallel_region(flat, group=self.pg_collection.tp)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvshift_megatron.ops.implementation import implementation
 from kvshift_megatron.ops.reference import shift_ref
 
 Taps = Tensor | Sequence[Tensor]
@@ -42,10 +43,29 @@ def kv_shift(
     """
     _check("key", key, "alpha", alpha)
     _check("value", value, "beta", beta)
+    shifted = [(x, taps) for x, taps in ((key, alpha), (value, beta)) if taps is not None]
+    if shifted and implementation([x for x, _ in shifted]) == "triton":
+        outputs = _by_triton(shifted, position)
+    else:
+        outputs = [shift_ref(x, taps, position) for x, taps in shifted]
+    outputs = iter(outputs)
     return (
-        key if alpha is None else shift_ref(key, alpha, position),
-        value if beta is None else shift_ref(value, beta, position),
+        key if alpha is None else next(outputs),
+        value if beta is None else next(outputs),
     )
+
+
+def _by_triton(shifted: list[tuple[Tensor, Taps]], position: Tensor | None) -> list[Tensor]:
+    # Imported late: Triton is not everywhere.
+    from kvshift_megatron.ops.triton_shift import triton_shift
+
+    inputs, taps = zip(*shifted)
+    taps = [tap if isinstance(tap, Tensor) else torch.stack(list(tap)) for tap in taps]
+    is_thd = inputs[0].dim() == 3
+    if is_thd:
+        inputs = [x.unsqueeze(1) for x in inputs]
+    outputs = triton_shift(inputs, [tap.float() for tap in taps], position)
+    return [x.squeeze(1) for x in outputs] if is_thd else outputs
 
 
 def _check(x_name: str, x: Tensor, taps_name: str, taps: Taps | None) -> None:
