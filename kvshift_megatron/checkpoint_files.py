@@ -9,6 +9,22 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 # Megatron's own, which tells its torch_dist format from torch's plain one.
 _CONFIG = "metadata.json"
+# Only Megatron's torch_dist has an object of this name (a file, in older releases).
+_COMMON_STATE = "common_state"
+_REMEDY = "copy it again, or set --ckpt-step to another iteration"
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint is not there, not whole or not readable.
+
+    Args:
+        fault: what is wrong, with the checkpoint's folder.
+        remedy: in the imperative.
+    """
+
+    def __init__(self, fault: str, remedy: str):
+        super().__init__(f"load: {fault}: {remedy}")
+        self.fault = fault
 
 
 class StoredModel(NamedTuple):
@@ -34,34 +50,46 @@ def read_checkpoint(directory: Path) -> StoredModel | None:
         None where it is of a format without a description (one file a rank).
 
     Raises:
-        ValueError: the folder, the description or a file is missing, cut off or unreadable; the
-            message names it.
+        DamagedCheckpointError: the folder, the description or a file is missing, cut off or
+            unreadable; the message names it.
     """
     if not directory.is_dir():
-        raise ValueError(
-            f"load: there is no checkpoint folder {directory}, though the tracker file or "
-            "--ckpt-step names it: set --ckpt-step to an iteration that is there"
+        raise DamagedCheckpointError(
+            f"there is no checkpoint folder {directory}, though the tracker file or --ckpt-step "
+            "names it",
+            "set --ckpt-step to an iteration that is there",
         )
     is_torch_dist = (directory / _CONFIG).is_file()
     if not (directory / ".metadata").is_file():
-        if not is_torch_dist:
+        if not is_torch_dist and any(directory.glob("mp_rank_*")):
             return None
-        raise ValueError(
-            f"load: the checkpoint {directory} has no .metadata, so that its save did not finish "
-            "or it was not copied in full: copy it again, or set --ckpt-step to another iteration"
+        raise DamagedCheckpointError(
+            f"the checkpoint {directory} has no .metadata, so that its save did not finish or it "
+            "was not copied in full",
+            _REMEDY,
         )
     try:
         metadata = FileSystemReader(directory).read_metadata()
+        if not isinstance(metadata, Metadata):
+            raise TypeError(f"it holds a {type(metadata).__name__}")
     # A damaged pickle raises whatever it happens to spell.
     except Exception as error:
-        raise ValueError(_unreadable(directory, ".metadata", error)) from error
+        raise _unreadable(directory, ".metadata", error) from error
+    keys = [key.split("/")[0] for key in metadata.state_dict_metadata]
+    is_megatrons = _COMMON_STATE in keys or (directory / "common.pt").is_file()
+    if is_megatrons and not is_torch_dist:
+        raise DamagedCheckpointError(
+            f"the checkpoint {directory} has no {_CONFIG}, so that its save did not finish or it "
+            "was not copied in full",
+            _REMEDY,
+        )
     _check_files(directory, metadata)
     try:
         content = (
             dist_checkpointing.load_content_metadata(str(directory)) if is_torch_dist else None
         )
     except Exception as error:
-        raise ValueError(_unreadable(directory, "its common state", error)) from error
+        raise _unreadable(directory, "its common state", error) from error
     shapes = {
         key: tuple(entry.size)
         for key, entry in metadata.state_dict_metadata.items()
@@ -70,10 +98,10 @@ def read_checkpoint(directory: Path) -> StoredModel | None:
     return StoredModel(shapes, (content or {}) if is_torch_dist else None)
 
 
-def _unreadable(directory: Path, part: str, error: Exception) -> str:
-    return (
-        f"load: {part} of the checkpoint {directory} cannot be read ({type(error).__name__}: "
-        f"{error}): copy the checkpoint again, or set --ckpt-step to another iteration"
+def _unreadable(directory: Path, part: str, error: Exception) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
+        f"{part} of the checkpoint {directory} cannot be read ({type(error).__name__}: {error})",
+        _REMEDY,
     )
 
 
@@ -92,7 +120,6 @@ def _check_files(directory: Path, metadata: Metadata) -> None:
         if found is not None and found >= length:
             continue
         fault = "missing" if found is None else f"{found} bytes long and should be {length}"
-        raise ValueError(
-            f"load: the file {name} of the checkpoint {directory} is {fault} (it holds {key}): "
-            "copy it again, or set --ckpt-step to another iteration"
+        raise DamagedCheckpointError(
+            f"the file {name} of the checkpoint {directory} is {fault} (it holds {key})", _REMEDY
         )

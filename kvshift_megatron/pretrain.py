@@ -13,12 +13,13 @@ import sys
 import time
 from argparse import Namespace
 
-from kvshift_megatron import cpu
+from kvshift_megatron import cpu, watching
 from kvshift_megatron.arguments import (
     add_kv_shift_args,
     add_vanilla_twin_arg,
     kv_shift_config_from_args,
 )
+from kvshift_megatron.faults.arguments import add_faults_args, check_faults_args
 
 
 def main() -> None:
@@ -40,22 +41,27 @@ def main() -> None:
     from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+    from kvshift_megatron import dataset_helpers
+    from kvshift_megatron.faults.guard import Guard
     from kvshift_megatron.training_step import TrainingStep
     from kvshift_megatron.training_task import embedding_ranks, load_task
 
+    dataset_helpers.use_built()
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     task = load_task(args.task_module)
     # Megatron builds the data on some ranks only where the provider says that it can tell which.
     task.datasets_provider.is_distributed = True
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    pretrain(
-        pretrain_cfg_container_from_args(args, _model_config(args)),
-        task.datasets_provider,
-        ModelType.encoder_or_decoder,
-        TrainingStep(task),
-        store=store,
-        get_embedding_ranks=embedding_ranks,
-    )
+    config = _model_config(args)
+    with Guard(args) as guard, watching.watch(args, config):
+        pretrain(
+            pretrain_cfg_container_from_args(args, config),
+            task.datasets_provider,
+            ModelType.encoder_or_decoder,
+            guard.of(TrainingStep(task)),
+            store=store,
+            get_embedding_ranks=embedding_ranks,
+        )
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -69,10 +75,12 @@ def _parse_and_check() -> Namespace:
             "this entry point needs megatron-core 0.19 (use kvshift_megatron.layer_specs in your "
             f"own script on older releases): {error}"
         ) from error
+    from kvshift_megatron.faults.fallback import settle_checkpoint
     from kvshift_megatron.training_task import load_task
     from kvshift_megatron.validation import check_args, check_transformer_config
 
     def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        add_faults_args(watching.add_watching_args(parser))
         add_vanilla_twin_arg(add_kv_shift_args(parser)).add_argument(
             "--task-module",
             default=None,
@@ -101,10 +109,18 @@ def _parse_and_check() -> Namespace:
             "hybrid_layer_pattern: this entry point trains GPT models: run Megatron-LM's "
             "pretrain_hybrid.py with --spec kvshift_megatron.finished_specs hybrid_stack_spec"
         )
+    if args.use_cpu_initialization and not (cpu.is_enabled() or args.use_torch_fsdp2):
+        raise ValueError(
+            "use_cpu_initialization: Megatron leaves a model that it builds on the CPU there: drop "
+            "--use-cpu-initialization"
+        )
     check_args(args)
+    watching.check_watching_args(args)
+    check_faults_args(args)
     if kv_shift_config_from_args(args) is not None:
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
         check_transformer_config(Namespace(**{**vars(args), "num_query_groups": groups}))
+    settle_checkpoint(args)
     return parse_and_validate_args(add_args)
 
 

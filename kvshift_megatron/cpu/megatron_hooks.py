@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from kvshift_megatron.cpu import flags
+from kvshift_megatron.dataset_helpers import HELPERS
 
-_HELPER = "megatron.core.datasets.helpers_cpp"
 ASYNC_MODULE = "megatron.core.dist_checkpointing.strategies.async_utils"
 
 
@@ -70,17 +70,6 @@ def allow_no_cuda(original: Callable) -> Callable:
         return original(*args, **kwargs)
 
     return initialize_megatron
-
-
-def skip_if_built(original: Callable) -> Callable:
-    """Runs ``make`` only when the dataset helper does not import (a wheel has no Makefile)."""
-
-    @functools.wraps(original)
-    def compile_helpers() -> None:
-        if importlib.util.find_spec(_HELPER) is None:
-            original()
-
-    return compile_helpers
 
 
 def filled_arguments(original: Callable) -> Callable:
@@ -177,7 +166,7 @@ class MegatronFinder(importlib.abc.MetaPathFinder):
         self.after_import = after_import
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname == _HELPER:
+        if fullname == HELPERS:
             return self._find_helper(path)
         if fullname not in self.names:
             return None
@@ -195,8 +184,8 @@ class MegatronFinder(importlib.abc.MetaPathFinder):
 
     @staticmethod
     def _find_helper(path: Any) -> Any:
-        spec = importlib.machinery.PathFinder.find_spec(_HELPER, path)
+        spec = importlib.machinery.PathFinder.find_spec(HELPERS, path)
         if spec is None:
             elsewhere = [os.path.join(p, "megatron", "core", "datasets") for p in sys.path]
-            spec = importlib.machinery.PathFinder.find_spec(_HELPER, elsewhere)
+            spec = importlib.machinery.PathFinder.find_spec(HELPERS, elsewhere)
         return spec

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from kvshift_megatron.cpu import devices, megatron_hooks, stand_ins
+from kvshift_megatron.dataset_helpers import skip_if_built
 
 _ABSENT = object()
 _RNG_MODULE = "megatron.core.tensor_parallel.random"
@@ -138,7 +139,7 @@ def table() -> list[Substitution]:
                "megatron.training.initialize.initialize_megatron"),
         *_wrap("warms up with random tensors of a rank's shape, which must not move the weights",
                s.keep_random_state, "megatron.training.initialize.set_jit_fusion_options"),
-        *_wrap("runs make, and a wheel has no Makefile", h.skip_if_built,
+        *_wrap("runs make, and a wheel has no Makefile", skip_if_built,
                "megatron.core.datasets.utils.compile_helpers"),
         *_wrap("the defaults name Transformer Engine and NCCL", h.filled_arguments,
                "megatron.training.arguments.parse_args"),

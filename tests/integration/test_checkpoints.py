@@ -50,7 +50,7 @@ OTHER_MODELS = {
         ["holds the taps", "has alpha_1, alpha_2:"],
     ),
 }
-# Name -> (the damage, what the refusal has to hold) of loads from a damaged copy.
+# Name -> (the damage, what the refusal has to hold) of loads from a damaged copy, by iteration.
 DAMAGED = {
     "no-shard": ("without_a_shard", ["the file __1_0.distcp of the checkpoint", "is missing"]),
     "short-shard": ("with_a_short_shard", ["the file __1_0.distcp", "bytes long and should be"]),
@@ -85,7 +85,8 @@ def _plan(root) -> dict[str, dict]:
     }
     plan |= {name: load("whole", **others) for name, (others, _) in OTHER_MODELS.items()}
     before = {name: [damage, root / "whole", root / name] for name, (damage, _) in DAMAGED.items()}
-    plan |= {name: load(name) for name in DAMAGED}
+    plan |= {name: load(name, ckpt_step=_STEPS) for name in DAMAGED}
+    plan["fall back"] = load("short-shard")
     return {
         name: {"command": flags(**run), "before": list(map(str, before.get(name, [])))}
         for name, run in plan.items()
@@ -196,8 +197,18 @@ def test_a_checkpoint_of_another_model_is_refused_with_key_and_shapes(runs, name
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_checkpoint_is_refused(runs, name):
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused(runs, name):
     refused(runs[name], f"{name}/iter_0000002", *DAMAGED[name][1])
+
+
+def test_the_newest_one_is_passed_over_where_it_is_damaged(runs):
+    """More of this: tests/faults."""
+    (second,) = trained(runs["fall back"], 1)
+    first, mean = trained(runs["save"])
+    assert float(mean) == pytest.approx((float(first) + float(second)) / 2, abs=1.01e-6)
+    warning = "WARNING: load: the file __1_0.distcp of the checkpoint"
+    assert warning in runs["fall back"].outputs[0]
+    assert "short-shard at iteration 1" in runs["fall back"].outputs[0]
 
 
 def test_a_folder_that_is_not_there_is_named(runs):

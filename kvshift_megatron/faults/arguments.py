@@ -1,0 +1,87 @@
+"""The flags of this package, and what cannot be honoured."""
+
+import argparse
+from argparse import Namespace
+
+ON_SAVE_FAILURE = ("stop", "continue")
+
+
+def add_faults_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group of flags to Megatron's parser."""
+    group = parser.add_argument_group("faults")
+    group.add_argument(
+        "--on-save-failure",
+        choices=ON_SAVE_FAILURE,
+        default="stop",
+        help="What becomes of the run where a checkpoint cannot be written. Default: stop.",
+    )
+    group.add_argument(
+        "--hang-timeout-seconds",
+        type=float,
+        default=None,
+        metavar="SECONDS",
+        help="A run that makes no progress for so long ends and names the rank that hangs; 0: "
+        "never. Default: half of Megatron's time-out of a collective operation, which would end "
+        "it without a name.",
+    )
+    return parser
+
+
+def hang_timeout(args: Namespace) -> float:
+    """Seconds; 0 where no hang is to be noticed.
+
+    Args:
+        args: Megatron's.
+
+    Raises:
+        ValueError: out of range, or too long to come before Megatron's own time-out.
+    """
+    asked = args.hang_timeout_seconds
+    collective = 60.0 * args.distributed_timeout_minutes
+    after_init = args.distributed_timeout_seconds_after_init
+    if after_init is not None:
+        collective = min(collective, after_init)
+    if args.inprocess_restart:
+        if asked:
+            raise ValueError(
+                f"hang_timeout_seconds={asked:g} with inprocess_restart, which has time-outs of "
+                "its own and needs the process alive: drop --hang-timeout-seconds"
+            )
+        return 0.0
+    if args.fake_process_group:
+        return 0.0  # there are no other ranks
+    if asked is None:
+        return collective / 2
+    if asked < 0:
+        raise ValueError(f"hang_timeout_seconds={asked:g}: expected seconds above 0, or 0 for none")
+    if asked >= collective:
+        raise ValueError(
+            f"hang_timeout_seconds={asked:g} is not below Megatron's time-out of a collective "
+            f"operation, {collective:g} s, which would end the run without a name: lower it, or "
+            "raise --distributed-timeout-minutes"
+        )
+    return asked
+
+
+def check_faults_args(args: Namespace) -> None:
+    """Raise ValueError for a setting that cannot be honoured.
+
+    Args:
+        args: Megatron's, as parsed.
+    """
+    hang_timeout(args)
+    if args.on_save_failure != "continue" or args.save is None:
+        return
+    obstacles = {
+        f"ckpt_format {args.ckpt_format}": args.ckpt_format != "torch_dist",
+        "non_persistent_ckpt_type local": args.non_persistent_ckpt_type == "local",
+        "async_strategy nvrx": args.async_save and args.async_strategy == "nvrx",
+        f"save {args.save}": "://" in args.save,
+    }
+    for name, is_set in obstacles.items():
+        if is_set:
+            raise ValueError(
+                f"on_save_failure=continue with {name}: the ranks cannot agree there that a save "
+                "has failed: use --on-save-failure stop, or --ckpt-format torch_dist into a "
+                "folder, with --async-strategy mcore if --async-save is on"
+            )

@@ -1,0 +1,63 @@
+"""Background processes end with the rank that started them, however it ends.
+
+Saving a checkpoint starts processes (a queue's manager, a writer) that wait for their rank for
+ever. torchrun ends those of the ranks that it ends, but not those of the rank that was killed.
+"""
+
+import ctypes
+import multiprocessing
+import multiprocessing.managers
+import os
+import signal
+import sys
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+_async_loop = None  # Megatron's
+
+
+def die_with_parent() -> None:
+    """Have Linux kill this process as soon as the thread that started it is gone."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(1)  # gone already
+
+
+def install() -> None:
+    """Replace what starts processes, in this process, once."""
+    global _async_loop
+    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+
+    if _async_loop is not None:
+        return
+    _async_loop = async_utils.PersistentAsyncCaller.async_loop
+    async_utils.PersistentAsyncCaller.async_loop = staticmethod(async_loop)
+    filesystem_async.get_write_results_queue = get_write_results_queue
+
+
+def async_loop(*args: Any) -> None:
+    """Megatron's, of the process that writes in the background. A spawned one starts without."""
+    die_with_parent()
+    if _async_loop is None:
+        from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+        PersistentAsyncCaller.async_loop(*args)
+    else:
+        _async_loop(*args)
+
+
+def get_write_results_queue(mp_mode: str = "spawn") -> Any:
+    """As Megatron's: the one queue that says what has been written."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        context = multiprocessing.get_context(mp_mode)
+        manager = multiprocessing.managers.SyncManager(ctx=context)
+        with filesystem_async._disable_gc():
+            manager.start(die_with_parent)
+        filesystem_async._results_queue = manager.Queue()
+    return filesystem_async._results_queue

@@ -1,0 +1,24 @@
+"""Peak dense bf16 FLOP/s by GPU, for MFU. A GPU that is not here has none: give --gpu-peak-tflops.
+
+From NVIDIA's data sheets, dense: half of what they state with sparsity, at the full power limit.
+"""
+
+import re
+
+# As torch.cuda.get_device_name says -> (TFLOP/s, data sheet). The first match counts.
+_PEAKS = (
+    (r"\bGB200\b", 2500.0, "NVIDIA GB200 NVL72: 5 PFLOPS a GPU with sparsity"),
+    (r"\bB200\b", 2250.0, "NVIDIA HGX B200: 4.5 PFLOPS a GPU with sparsity"),
+    (r"\bH200 NVL\b", 835.5, "NVIDIA H200: NVL, 1,671 TFLOPS with sparsity"),
+    (r"\bG?H200\b", 989.4, "NVIDIA H200: SXM, 1,979 TFLOPS with sparsity; GH200 likewise"),
+    (r"\bH100 NVL\b", 835.5, "NVIDIA H100: NVL, 1,671 TFLOPS with sparsity"),
+    (r"\bH100 PCIe\b", 756.5, "NVIDIA H100: PCIe, 1,513 TFLOPS with sparsity"),
+    (r"\bH[18]00\b", 989.4, "NVIDIA H100: SXM, 1,979 TFLOPS with sparsity; H800 likewise"),
+    (r"\bA[18]00\b", 312.0, "NVIDIA A100: 312 TFLOPS, every form; A800 likewise"),
+    (r"\bL40S\b", 362.0, "NVIDIA L40S: 362 TFLOPS"),
+)
+
+
+def peak_tflops(name: str) -> float | None:
+    """Dense bf16 TFLOP/s of a GPU by the name that CUDA gives it; None where it is not known."""
+    return next((peak for pattern, peak, _ in _PEAKS if re.search(pattern, name)), None)

@@ -1,0 +1,67 @@
+"""The folder of a save: empty at the start, and what it replaces is kept until it counts."""
+
+import pytest
+
+from kvshift_megatron.faults.fallback import TRACKER, choose, fault_of
+from kvshift_megatron.faults.folders import Folder
+from tests.faults.test_fallback import cut, root, save, shard  # noqa: F401
+
+
+@pytest.fixture
+def folder(root):  # noqa: F811
+    return Folder(root, 6)
+
+
+def test_a_new_folder_is_made_and_removed_again(root):  # noqa: F811
+    folder = Folder(root / "deeper", 8)
+    folder.begin()
+    assert folder.path == root / "deeper" / "iter_0000008" and folder.path.is_dir()
+    assert folder.newest() is None
+    (folder.path / "__0_0.distcp").write_bytes(b"half")
+    assert folder.give_up() == f"{folder.path} was removed."
+    assert not folder.path.exists()
+
+
+def test_half_a_save_is_cleared_away(root, folder):  # noqa: F811
+    (folder.path / ".metadata").unlink()
+    folder.begin()
+    assert list(folder.path.iterdir()) == []
+    assert not list(root.glob("*.replaced"))
+
+
+def test_a_whole_one_is_kept_until_the_new_one_counts(root, folder):  # noqa: F811
+    before = shard(root, 6).read_bytes()
+    folder.begin()
+    assert list(folder.path.iterdir()) == []
+    (folder.path / "__0_0.distcp").write_bytes(b"half")
+    assert folder.give_up() == f"{folder.path} was put back as it was."
+    assert fault_of(folder.path) is None and shard(root, 6).read_bytes() == before
+    assert folder.newest() == 6
+
+    folder.begin()
+    folder.path.rmdir()
+    save(folder.path)
+    folder.complete()
+    assert fault_of(folder.path) is None and not list(root.glob("*.replaced"))
+
+
+def test_a_run_that_is_killed_meanwhile_gets_it_back(root, folder):  # noqa: F811
+    folder.begin()
+    (folder.path / "__0_0.distcp").write_bytes(b"half")
+    instead, (warning,) = choose(root)
+    assert instead is None and "is put back as it was before" in warning
+    assert fault_of(folder.path) is None and not list(root.glob("*.replaced"))
+
+
+def test_two_interrupted_saves_in_a_row_do_not_lose_it(root, folder):  # noqa: F811
+    folder.begin()
+    (folder.path / "__0_0.distcp").write_bytes(b"half")
+    Folder(root, 6).begin()
+    assert choose(root)[0] is None and fault_of(folder.path) is None
+
+
+def test_a_damaged_copy_is_not_put_back(root, folder):  # noqa: F811
+    folder.begin()
+    cut(root / "iter_0000006.replaced" / "__0_0.distcp")
+    assert choose(root)[0] == 4
+    assert (root / TRACKER).read_text() == "6"

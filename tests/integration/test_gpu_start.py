@@ -1,0 +1,27 @@
+"""What a run on a GPU meets at its start, as far as it can be seen without one."""
+
+import sys
+
+import pytest
+from megatron.core.datasets import utils
+
+from kvshift_megatron import cpu, dataset_helpers, pretrain
+from tests.integration.tiny_gpt import flags
+
+
+def test_a_model_that_would_stay_on_the_cpu_is_refused(monkeypatch):
+    assert not cpu.is_enabled()
+    monkeypatch.setattr(sys, "argv", ["pretrain", *flags(use_cpu_initialization=True)])
+    with pytest.raises(ValueError, match=r"use_cpu_initialization: .* drop --use-cpu-init"):
+        pretrain._parse_and_check()
+
+
+def test_helpers_are_compiled_only_where_they_are_missing(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(utils, "compile_helpers", lambda: compiled.append(True))
+    dataset_helpers.use_built()
+    utils.compile_helpers()
+    assert not compiled
+    monkeypatch.setattr(dataset_helpers, "HELPERS", "megatron.core.datasets.no_such_module")
+    utils.compile_helpers()
+    assert compiled == [True]
