@@ -41,8 +41,9 @@ def shift_errors(
     leaves, arguments, taps, grads = {}, {}, {}, {}
     for kind in "kv":
         leaf = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
-        # Queries, keys and values of a query group side by side.
-        beside = torch.cat((leaf, leaf), dim=-1).split(shape[-1], dim=-1)[1]
+        # Queries, keys and values of a query group side by side: few queries, or many.
+        parts = 9 if shape[-1] == 40 else 2
+        beside = torch.cat((leaf,) * parts, dim=-1).split(shape[-1], dim=-1)[1]
         leaves[kind], arguments[kind] = leaf, beside if kind == "k" else leaf
         taps[kind] = torch.randn(window, shape[-2], generator=generator).to(device).requires_grad_()
         grads[kind] = torch.randn(shape, generator=generator).to(device, dtype)

@@ -44,7 +44,8 @@ def implementation(inputs: Sequence[Tensor]) -> str:
 
 @functools.cache
 def _why_not_triton(device: str, dtype: torch.dtype, alike: bool, interpreted: bool) -> str | None:
-    if device != "cuda" and not interpreted:
+    # Tensors without data stand for a GPU's: their memory is what is asked about.
+    if device not in ("cuda", "meta") and not interpreted:
         return f"the tensors are on the {device} device, not on a GPU"
     if dtype not in _TRITON_DTYPES:
         return f"the kernels are for bf16, fp16 and fp32, not {dtype}"

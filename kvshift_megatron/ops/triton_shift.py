@@ -23,9 +23,11 @@ def triton_shift(
         position: int [s], or None.
 
     Returns:
-        As many tensors: contiguous. For the backward pass the inputs are kept, and nothing else.
+        As many tensors: contiguous. For the backward pass the inputs are kept, and nothing else;
+        copies of them where they are small parts of a tensor that would be kept whole.
     """
-    if torch.compiler.is_compiling():
+    inputs = [x.clone() if _keeps_much_else(x, len(inputs)) else x for x in inputs]
+    if torch.compiler.is_compiling() or inputs[0].is_meta:
         return _shift_operator(list(inputs), list(taps), position)
     # A registered operator costs the host several times this, in every layer of every pass.
     return _Shift.apply(position, *inputs, *taps)
@@ -134,6 +136,15 @@ def _differentiate(ctx, output_grads: list[Tensor]):
 
 
 _shift_operator.register_autograd(_differentiate, setup_context=_keep_inputs)
+
+
+def _keeps_much_else(x: Tensor, count: int) -> bool:
+    """Whether more than half of the memory behind x is none of the `count` inputs.
+
+    With few query groups keys and values are little of mixed_qkv, which nothing else needs by then:
+    a copy of them costs less than the queries.
+    """
+    return x.untyped_storage().nbytes() > 2 * count * x.numel() * x.element_size()
 
 
 def _launch(inputs: Sequence[Tensor], taps: Sequence[Tensor], position: Tensor | None):

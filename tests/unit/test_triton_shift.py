@@ -55,3 +55,31 @@ def test_a_cpu_takes_the_reference_and_a_forced_choice_is_honoured_or_refused(mo
     monkeypatch.setenv("KVSHIFT_IMPLEMENTATION", "fast")
     with pytest.raises(ValueError, match="auto, reference or triton, not 'fast'"):
         kv_shift(x, x, taps, taps)
+
+
+def saved_bytes(queries: int) -> int:
+    """Memory kept for the backward pass, beyond the shifted tensors, of one layer on a GPU."""
+    tokens, groups, head = 64, 4, 32
+    mixed = torch.empty(
+        tokens, 1, groups, (queries + 2) * head, device="meta", dtype=torch.bfloat16
+    ).requires_grad_()
+    _, key, value = (mixed * 1).split([queries * head, head, head], dim=-1)
+    taps = torch.empty(2, groups, device="meta", requires_grad=True)
+    kept = {}
+
+    def keep(tensor):
+        if tensor.dim() == 4:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = kv_shift(key, value, taps, taps)
+    assert [x.shape for x in outputs] == [key.shape, value.shape]
+    return sum(kept.values()) // (tokens * groups * head * 2)
+
+
+def test_no_more_than_the_raw_keys_and_values_is_kept_for_the_backward_pass():
+    """In keys: mixed_qkv as it is with one query head a group; copies of two with twelve."""
+    assert implementation([torch.empty(2, 1, 1, 8, device="meta")]) == "triton"
+    assert saved_bytes(queries=1) == 3
+    assert saved_bytes(queries=12) == 2
