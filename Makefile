@@ -14,13 +14,15 @@ TE_WHEELS ?= ../shared/wheels
 VERSIONS := 0.17.1 0.18.2 0.19.2
 MATRIX_FLAGS :=
 
-.PHONY: help setup demo test test-matrix test-te lint clean
+.PHONY: help setup demo test test-matrix test-te test-gpu test-slurm lint clean
 
 help:
 	@echo "make demo   train with KV shifting through Megatron's loop and show the result (minutes)"
 	@echo "make test   run the tests (CPU, gloo)"
 	@echo "make test-matrix  run the layer, layout and spec tests on every release of VERSIONS"
 	@echo "make test-te  run the tests of the Transformer Engine layer (wheels from TE_WHEELS)"
+	@echo "make test-gpu  run the layer, its kernels and the training loop on a GPU (as test-te)"
+	@echo "make test-slurm  run the Slurm script on a cluster of its own (root; installs Debian's Slurm)"
 	@echo "make lint   run the linter"
 	@echo "make clean  remove the virtual environments and the demo's output"
 
@@ -55,6 +57,13 @@ $(TE_READY): $(READY) tools/make_te_venv.sh
 
 test-te: $(TE_READY)
 	$(TE_VENV)/bin/python -m pytest tests/transformer_engine
+
+test-gpu: $(TE_READY)
+	$(TE_VENV)/bin/python -m pytest tests/gpu
+
+test-slurm: $(READY)
+	bash tests/slurm/install.sh
+	$(PYTHON_IN_VENV) -m pytest tests/slurm
 
 clean:
 	rm -rf $(VENV) $(TE_VENV) examples/induction/output

@@ -1,0 +1,115 @@
+"""The first thing a job does: claims its run directory and opens an attempt in it.
+
+    python -m examples.slurm.begin <arguments of pretrain.sbatch>
+
+Prints variables for the batch script. Needs nothing but Python's own library, as it runs beside
+Slurm's commands and not in a container. Exit status: 0, or 2 where the job must not go on.
+"""
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from examples.slurm import claim, settings, status
+from examples.slurm.settings import Settings
+from examples.slurm.status import Attempt, Status, attempt_directory
+
+
+def begin(job: Settings) -> Path:
+    """Opens an attempt.
+
+    Returns:
+        Its directory. It holds the configuration already, where an earlier attempt of this job
+        resolved one: a job keeps it.
+
+    Raises:
+        ValueError: the directory is another job's, or this job has had its attempts.
+    """
+    job.run.mkdir(parents=True, exist_ok=True)
+    claim.take(job.run, job.job, job.cluster)
+    try:
+        return _open_attempt(job)
+    except ValueError:
+        claim.give_back(job.run, job.job, job.cluster)
+        raise
+
+
+def _open_attempt(job: Settings) -> Path:
+    known = status.read(job.run)
+    newest = status.newest_checkpoint(job.run)
+    for attempt in known.attempts:
+        if attempt.state == "running":
+            attempt.state, attempt.message = "lost", "it ended without a word, as with its node"
+    status.write(job.run, known)
+    earlier = known.of_job(job.job)
+    _check(job, earlier, newest)
+    number = 1 + max((attempt.number for attempt in known.attempts), default=0)
+    directory = attempt_directory(job.run, number)
+    directory.mkdir(parents=True, exist_ok=True)
+    if earlier:
+        resolved = attempt_directory(job.run, earlier[0].number) / status.FLAGS
+        if resolved.exists():
+            shutil.copy(resolved, directory / status.FLAGS)
+    status.write(job.run, Status([*known.attempts, Attempt(job.job, number, newest)]))
+    return directory
+
+
+def _check(job: Settings, earlier: list[Attempt], newest: int) -> None:
+    if len(earlier) >= job.max_attempts:
+        raise ValueError(
+            f"job {job.job} has had its {len(earlier)} attempts (--max-attempts) and is at step "
+            f"{newest}: look at why it was interrupted so often, then submit it again"
+        )
+    # Lower is progress, too: a damaged checkpoint was passed over, and a new one saved since.
+    if earlier and newest == earlier[-1].start:
+        raise ValueError(
+            f"no progress: attempt {earlier[-1].number} ({earlier[-1].state}) started from step "
+            f"{earlier[-1].start}, and the newest checkpoint is of step {newest}: the next one "
+            "would repeat it; look at its logs, or save more often (--save-interval)"
+        )
+
+
+def own_flags(job: Settings) -> list[list[str]]:
+    """What the script adds to the configuration: flags, each with its values."""
+    checkpoints = str(job.run / status.CHECKPOINTS)
+    flags = [
+        ["--save", checkpoints],
+        ["--load", checkpoints],  # without a checkpoint Megatron starts from the beginning
+        ["--tensorboard-dir", str(job.run / "tensorboard")],
+        ["--metrics-file", str(job.run / "metrics.jsonl")],
+        # Save, and end with exit status 0, on a signal that does nothing to who does not listen: it
+        # goes to every process, and Python stops listening a while before it ends.
+        ["--exit-signal", "SIGURG"],
+        ["--exit-signal-handler"],
+    ]
+    for word in job.megatron:
+        if word.startswith("--"):
+            flags.append([word])
+        elif flags[-1][0] == "--exit-signal-handler":
+            raise ValueError(f"{word}: expected flags of kvshift_megatron.pretrain after --")
+        else:
+            flags[-1].append(word)
+    return flags
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    try:
+        job = settings.read(argv)
+        flags = own_flags(job)
+        directory = begin(job)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    (directory / "own_flags.txt").write_text("".join(" ".join(words) + "\n" for words in flags))
+    values = {"run": job.run, "attempt": directory, "job": job.job,
+              "ranks_per_node": job.ranks_per_node}  # fmt: skip
+    for name, value in values.items():
+        print(f"{name}={shlex.quote(str(value))}")
+    print(f"show=({shlex.join(job.show)})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

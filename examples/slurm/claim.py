@@ -1,0 +1,97 @@
+"""Who may use a run directory: one job at a time.
+
+The file `owner` in it holds the job's id and cluster. A job that was requeued is the same job. A
+file that a dead job left is taken over, once Slurm says that the job is over.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+FILE = "owner"
+_OVER = ("", "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL",
+         "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT")  # fmt: skip
+
+
+def take(directory: Path, job: str, cluster: str) -> None:
+    """Claims the directory for the job.
+
+    Args:
+        directory: exists.
+        job: as Slurm's commands name it; `12_3` for a task of an array.
+        cluster: Slurm's name of the cluster; empty where it gives none.
+
+    Raises:
+        ValueError: another job that is not over holds the directory, or nobody can tell.
+    """
+    owner = directory / FILE
+    mine = f"{job} {cluster}\n"
+    candidate = directory / f"{FILE}.{job}"
+    candidate.write_text(mine)
+    try:
+        # Bounded: every round but the last takes away the claim of a job that is over.
+        for _ in range(10):
+            try:
+                os.link(candidate, owner)  # complete when it appears, and only where none is
+                return
+            except FileExistsError:
+                pass
+            try:
+                found = owner.read_text()
+            except FileNotFoundError:
+                continue  # given back in this moment
+            if found == mine:
+                return
+            _refuse_unless_over(directory, found, cluster)
+            _take_away(owner, found, directory / f"{FILE}.stale.{job}")
+    finally:
+        candidate.unlink()
+    raise ValueError(f"{owner}: other jobs keep taking the directory: use a directory of your own")
+
+
+def give_back(directory: Path, job: str, cluster: str) -> None:
+    """Ends the job's claim; without effect if the directory is not its own."""
+    owner = directory / FILE
+    if owner.exists() and owner.read_text() == f"{job} {cluster}\n":
+        owner.unlink()
+
+
+def _take_away(owner: Path, stale: str, aside: Path) -> None:
+    """Removes a claim of a job that is over, and no other one that came in between."""
+    try:
+        owner.rename(aside)  # of two jobs that try, one gets the file
+    except FileNotFoundError:
+        return
+    if aside.read_text() != stale:
+        os.link(aside, owner)
+    aside.unlink()
+
+
+def _refuse_unless_over(directory: Path, found: str, cluster: str) -> None:
+    job, _, owner_cluster = found.strip().partition(" ")
+    if owner_cluster != cluster:
+        raise ValueError(
+            f"{directory} is in use by job {job} of cluster {owner_cluster or '(no name)'}, which "
+            f"this one cannot ask about: remove {directory / FILE} if that job is over"
+        )
+    if state := state_of(job):
+        raise ValueError(
+            f"{directory} is in use by job {job} ({state.lower()}): wait for it, cancel it, or use "
+            "another directory"
+        )
+
+
+def state_of(job: str) -> str | None:
+    """The state of a job that Slurm still has in its queue; None where it is over.
+
+    Raises:
+        ValueError: Slurm does not answer.
+    """
+    # All states: left to itself squeue hides suspended jobs, which go on.
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Of one job that has left its memory, Slurm says that the id is invalid.
+    if result.returncode and "Invalid job id" not in result.stderr:
+        raise ValueError(f"squeue cannot say whether job {job} is over: {result.stderr.strip()}")
+    state = result.stdout.strip()
+    return None if state in _OVER else state

@@ -1,0 +1,116 @@
+"""The command line of pretrain.sbatch, and what Slurm says about the job."""
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+# What the script sets itself, below the run directory, or what it follows the run by.
+_OWN_FLAGS = ("--save", "--load", "--tensorboard-dir", "--metrics-file", "--exit-signal",
+              "--exit-signal-handler")  # fmt: skip
+_USAGE = (
+    "sbatch [Slurm's options] examples/slurm/pretrain.sbatch RUN_DIRECTORY MODEL LAYOUT "
+    "[options] [-- flags of kvshift_megatron.pretrain]"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (usage: {_USAGE})")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One job's settings.
+
+    Attributes:
+        run: the run directory, absolute; of an array's task, its own below the given one.
+        job: the job as Slurm's commands name it.
+        cluster: Slurm's name of the cluster, may be empty.
+        nodes: of the job.
+        ranks_per_node: one a GPU.
+        show: arguments of `python -m examples.configs.show`.
+        megatron: flags for kvshift_megatron.pretrain that win over the configuration's.
+        max_attempts: starts of this job, the first one included.
+        retry_failures: a failed attempt that made progress is started again too.
+    """
+
+    run: Path
+    job: str
+    cluster: str
+    nodes: int
+    ranks_per_node: int
+    show: list[str]
+    megatron: list[str]
+    max_attempts: int
+    retry_failures: bool
+
+
+def read(argv: list[str], environment: dict[str, str] | None = None) -> Settings:
+    """The settings of the job that this process belongs to.
+
+    Args:
+        argv: the batch script's arguments.
+        environment: the variables that Slurm sets; of this process where not given.
+
+    Raises:
+        ValueError: a mistake on the command line, in a sentence.
+    """
+    environment = dict(os.environ) if environment is None else environment
+    own, megatron = _split(argv)
+    options = _parser().parse_args(own)
+    run, job = Path(options.run_directory).resolve(), environment["SLURM_JOB_ID"]
+    given = {word.partition("=")[0] for word in megatron}
+    given |= {f"--{text.partition('=')[0]}" for text in options.set}
+    if blanks := [word for word in (*megatron, str(run)) if word.split() != [word]]:
+        raise ValueError(f"{blanks[0]!r}: neither a path nor a flag's value may hold a blank")
+    if taken := sorted(given & set(_OWN_FLAGS)):
+        raise ValueError(f"{taken[0]}: the script sets it, in the run directory: leave it out")
+    if "--save-interval" not in given:
+        raise ValueError("--save-interval is missing after --: steps between two checkpoints")
+    if task := environment.get("SLURM_ARRAY_TASK_ID"):
+        if "--seed" in given:
+            raise ValueError("--seed: in an array the task's number is the seed: leave it out")
+        run, megatron = run / f"seed-{task}", [*megatron, "--seed", task]
+        # The bare id is the whole array's for one of its tasks.
+        job = f"{environment['SLURM_ARRAY_JOB_ID']}_{task}"
+    nodes = int(environment["SLURM_JOB_NUM_NODES"])
+    ranks = options.ranks_per_node or int(environment.get("SLURM_GPUS_ON_NODE") or 0)
+    if ranks < 1:
+        raise ValueError(
+            "the job has no GPUs: ask for them (--gpus-per-node), or say --ranks-per-node"
+        )
+    if options.max_attempts < 1:
+        raise ValueError(f"--max-attempts must be at least 1, got {options.max_attempts}")
+    overrides = [*options.set, *(["no-kv-shift"] if options.vanilla else [])]
+    show = [options.model, options.layout, "--nproc", str(nodes * ranks)]
+    return Settings(
+        run=run,
+        job=job,
+        cluster=environment.get("SLURM_CLUSTER_NAME", ""),
+        nodes=nodes,
+        ranks_per_node=ranks,
+        show=[*show, *(word for text in overrides for word in ("--set", text))],
+        megatron=megatron,
+        max_attempts=options.max_attempts,
+        retry_failures=options.retry_failures,
+    )
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    cut = argv.index("--") if "--" in argv else len(argv)
+    return argv[:cut], argv[cut + 1 :]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="pretrain.sbatch", add_help=False, allow_abbrev=False)
+    parser.add_argument("run_directory")
+    parser.add_argument("model")
+    parser.add_argument("layout")
+    parser.add_argument("--vanilla", action="store_true")
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--ranks-per-node", type=int)
+    parser.add_argument("--max-attempts", type=int, default=20)
+    parser.add_argument("--retry-failures", action="store_true")
+    return parser

@@ -1,0 +1,114 @@
+"""What became of a run: `status.json` in its directory.
+
+    python -m examples.slurm.status RUN_DIRECTORY
+
+Only the job that holds the directory writes it. The command needs nothing but Python's own library.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+FILE = "status.json"
+CHECKPOINTS = "checkpoints"
+FLAGS = "flags.txt"
+
+
+@dataclass
+class Attempt:
+    """One start of the run.
+
+    Attributes:
+        job: as Slurm's commands name it.
+        number: counts the attempts of all jobs in this directory, from 1.
+        start: iteration of the newest checkpoint when it started; 0 where there was none.
+        end: the same when it ended; None while it runs, and where it was cut off.
+        state: running, completed, failed, requeued, terminated (by Slurm: cancelled, out of time
+            or requeued by it), or lost (it ended without a word).
+        message: why, in a sentence.
+    """
+
+    job: str
+    number: int
+    start: int
+    end: int | None = None
+    state: str = "running"
+    message: str = ""
+
+
+@dataclass
+class Status:
+    """All attempts, oldest first."""
+
+    attempts: list[Attempt] = field(default_factory=list)
+
+    def of_job(self, job: str) -> list[Attempt]:
+        """The attempts of one job: its first start and its requeues."""
+        return [attempt for attempt in self.attempts if attempt.job == job]
+
+
+def read(directory: Path) -> Status:
+    """The status of a run directory, empty for a new one.
+
+    Raises:
+        ValueError: the file is not one that `write` wrote.
+    """
+    try:
+        stored = json.loads((directory / FILE).read_text())
+        return Status([Attempt(**attempt) for attempt in stored["attempts"]])
+    except FileNotFoundError:
+        return Status()
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{directory / FILE} does not hold the status of a run ({error}): use a directory of "
+            "your own for the run"
+        ) from error
+
+
+def write(directory: Path, status: Status) -> None:
+    """Stores the status, whole or not at all."""
+    temporary = directory / f"{FILE}.new"
+    temporary.write_text(json.dumps(asdict(status), indent=1) + "\n")
+    os.replace(temporary, directory / FILE)
+
+
+def attempt_directory(directory: Path, number: int) -> Path:
+    """Where an attempt's files are, below the run directory."""
+    return directory / "attempts" / f"{number:03d}"
+
+
+def newest_checkpoint(directory: Path) -> int:
+    """The iteration that Megatron's tracker names in a run directory; 0 where there is none.
+
+    Also 0 where it cannot be read: the run itself says at its start what it does about that.
+    """
+    tracker = directory / CHECKPOINTS / "latest_checkpointed_iteration.txt"
+    try:
+        return int(tracker.read_text())
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def main(argv: list[str]) -> int:
+    """Prints the attempts; returns the exit status."""
+    if len(argv) != 1:
+        print(__doc__, file=sys.stderr)
+        return 2
+    directory = Path(argv[0])
+    try:
+        status, newest = read(directory), newest_checkpoint(directory)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for attempt in status.attempts:
+        end = "" if attempt.end is None else f" to {attempt.end}"
+        words = f"attempt {attempt.number}, job {attempt.job}: from step {attempt.start}{end}"
+        print(f"{words}, {attempt.state}{attempt.message and ': ' + attempt.message}")
+    print(f"newest checkpoint: step {newest}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

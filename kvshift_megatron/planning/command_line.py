@@ -1,0 +1,157 @@
+"""The command line of tools/plan_cluster.py."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+from kvshift_megatron.planning import gpus
+from kvshift_megatron.planning.estimate import Assumptions, estimate
+
+_LISTED = 12
+_FINALISTS = 3
+
+
+def parse_arguments(argv: list[str] | None) -> Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="plan_cluster.py",
+        description="What a configuration needs of a cluster: memory, messages, FLOPs, time.",
+    )
+    parser.add_argument("model", help="a name in examples/configs/models or a TOML file")
+    parser.add_argument("layout", help="a name in examples/configs/layouts or a TOML file")
+    parser.add_argument("--nproc", type=int, help="processes in all, instead of the layout's")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FLAG[=VALUE]",
+        help="a flag of Megatron or of KV shifting, as for examples.configs.show",
+    )
+    parser.add_argument("--gpu", default="h100-80gb", help=f"one of {', '.join(gpus.GPUS)}")
+    parser.add_argument(
+        "--gpu-set",
+        action="append",
+        default=[],
+        metavar="FIELD=NUMBER",
+        help="memory (bytes), flops (dense bf16 FLOP/s), memory_bandwidth, nvlink, network "
+        "(bytes/s, one direction), node (GPUs)",
+    )
+    for field in dataclasses.fields(Assumptions):
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=float,
+            default=field.default,
+            metavar="NUMBER",
+            help=f"assumed; default {field.default:g}",
+        )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw memory by stage there")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="propose layouts that fit, best first, and plan the best",
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time; default 2")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    arguments = parse_arguments(argv)
+    try:
+        return _run(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: Namespace) -> int:
+    from examples.configs import check, config
+    from examples.flags import command_line
+    from kvshift_megatron.planning.dry_run import prepare
+    from kvshift_megatron.planning.layout import Layout
+    from kvshift_megatron.planning.picture import draw
+    from kvshift_megatron.planning.plan import plan
+    from kvshift_megatron.planning.report import report, twin_difference
+
+    start = time.monotonic()
+    gpu = gpus.find(arguments.gpu, arguments.gpu_set)
+    assumed = Assumptions(
+        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Assumptions)}
+    )
+    for path in (arguments.json, arguments.png):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no directory {path.parent}")
+    overrides = dict(config.parse_override(text) for text in arguments.set)
+    run = config.load(arguments.model, arguments.layout, overrides, arguments.nproc)
+    prepare()
+    if arguments.search:
+        run = _best(run, gpu, assumed, arguments.jobs)
+    layout = Layout.of(check.check(run), run.nproc)
+    planned = plan(command_line(run.flags), layout, arguments.jobs)
+    title = f"{run.model} on {run.layout}"
+    print(report(planned, title, arguments.gpu, gpu, assumed))
+    times = estimate(planned, gpu, assumed)
+    print(
+        f"\nPlanned in {time.monotonic() - start:.0f} s, at most "
+        f"{planned['peak_rss'] / 2**30:.1f} GiB a process, {arguments.jobs} at a time."
+    )
+    if arguments.json is not None:
+        everything = {
+            "title": title,
+            "flags": run.flags,
+            "gpu": {"name": arguments.gpu, **dataclasses.asdict(gpu)},
+            "assumed": dataclasses.asdict(assumed),
+            "estimate": times,
+            "twin_estimate": (
+                estimate(planned, gpu, assumed, twin=True) if planned["twin_stages"] else None
+            ),
+            "added_by_kv_shift": twin_difference(planned) if planned["twin_stages"] else None,
+            **planned,
+        }
+        unfinished = arguments.json.with_name(arguments.json.name + ".tmp")
+        unfinished.write_text(json.dumps(everything, indent=1) + "\n")
+        unfinished.rename(arguments.json)
+    if arguments.png is not None:
+        draw(planned, f"{title}: {layout.describe()}", arguments.gpu, gpu, assumed, arguments.png)
+    return 0 if times["fits"] else 1
+
+
+def _best(run, gpu: gpus.GPU, assumed: Assumptions, jobs: int):
+    """Prints the layouts that fit; returns the run with the best of those built for real."""
+    from examples.configs import check
+    from examples.flags import command_line
+    from kvshift_megatron.planning.plan import plan
+    from kvshift_megatron.planning.search import search
+
+    args = check.parse(run)
+    found = search(command_line, run.flags, args, run.nproc, gpu, assumed, jobs)
+    print(f"Layouts that fit, best first by the quick models ({len(found)} in all):")
+    for candidate, times in found[:_LISTED]:
+        print(
+            f"  {times['step']:9.4g} s, {times['free_bytes'] / 1e9:5.1f} GB free: "
+            f"{candidate.describe()}"
+        )
+    print("The first of them, every stage built:")
+    built = []
+    for candidate, _ in found[:_FINALISTS]:
+        flags = candidate.flags(run.flags, args.num_layers)
+        planned = plan(command_line(flags), candidate.layout, jobs, stages_only=True)
+        times = estimate(planned, gpu, assumed)
+        print(
+            f"  {times['step']:9.4g} s, {times['free_bytes'] / 1e9:5.1f} GB free, "
+            f"MFU {times['mfu']:.1%}: {candidate.describe()}",
+            flush=True,
+        )
+        built.append((not times["fits"], times["step"], len(built), flags))
+    missed, _, _, flags = min(built)
+    if missed:
+        raise ValueError(
+            "none of the first layouts fits when it is built: ask for more room with --reserve"
+        )
+    print()
+    return dataclasses.replace(run, flags=flags, layout="the layout that was found")

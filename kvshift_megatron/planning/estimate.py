@@ -1,0 +1,127 @@
+"""The one thing that is not counted: how long a step takes. A model, and here is all of it.
+
+    micro-batch  = (matmul FLOPs + half of the attention FLOPs, which the counter takes as if
+                   nothing were masked) / (peak x matmul_efficiency)
+                   + bytes of pointwise operations / (memory bandwidth x memory_efficiency)
+                   + messages of TP, CP and PP, none of them hidden
+    pipeline     = micro-batch x (micro-batches + (PP - 1) / chunks a stage), of the slowest stage
+    data         = gradients and parameters over DP; with overlap_grad_reduce only what the backward
+                   of the last micro-batch does not hide, with overlap_param_gather likewise for the
+                   forward of the first
+    optimizer    = its bytes / (memory bandwidth x memory_efficiency), and the remaining messages
+
+A message takes latency + its bytes on the wire / (link x link_efficiency); the link is NVLink where
+the group lies within a node, else the network. MFU is Megatron's num_floating_point_operations over
+the step's time and the GPUs' peak.
+"""
+
+from dataclasses import dataclass
+
+from kvshift_megatron.planning.gpus import GPU
+from kvshift_megatron.planning.traffic import wire_bytes
+
+# Bytes that a pointwise operation moves for each element: two 16-bit operands, one result.
+_POINTWISE_BYTES = 6
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What hardware reaches of its data sheet; change them to what was measured.
+
+    Attributes:
+        matmul_efficiency, memory_efficiency, link_efficiency: fractions of the peak.
+        latency: seconds a message, whatever its size.
+        reserve: bytes of a GPU that are not the model's: CUDA's context, NCCL's buffers, the
+            workspaces of libraries, the allocator's gaps.
+    """
+
+    matmul_efficiency: float = 0.6
+    memory_efficiency: float = 0.8
+    link_efficiency: float = 0.75
+    latency: float = 15e-6
+    reserve: float = 6e9
+
+
+def estimate(planned: dict, gpu: GPU, assumed: Assumptions = Assumptions(), twin: bool = False):
+    """Seconds of a step, by part.
+
+    Args:
+        planned: what plan returned.
+        gpu, assumed: hardware.
+        twin: of the vanilla twin.
+
+    Returns:
+        matmul, pointwise, messages (each a micro-batch, slowest stage), bubble, data, optimizer,
+        step: seconds; mfu; tokens_per_second of all ranks; fits and free_bytes of the fullest rank.
+    """
+    stages = planned["twin_stages"] if twin else planned["stages"]
+    layout, figures = planned["layout"], planned["figures"]
+    parts = max((_stage(stage, planned, gpu, assumed) for stage in stages), key=lambda p: p["work"])
+    bubble = parts["work"] * (layout["pp"] - 1) / stages[0]["chunks"]
+    step = parts["work"] * layout["micro_batches"] + bubble + parts["data"] + parts["optimizer"]
+    free = gpu.memory - assumed.reserve - max(stage["peak_bytes"] for stage in stages)
+    tokens = figures["global_batch_size"] * figures["seq_length"]
+    flops = figures["megatron_flops_per_step"]
+    return {
+        **parts,
+        "bubble": bubble,
+        "step": step,
+        "mfu": flops / (step * layout["world_size"] * gpu.flops),
+        "tokens_per_second": tokens / step,
+        "fits": free >= 0,
+        "free_bytes": free,
+    }
+
+
+def _stage(stage: dict, planned: dict, gpu: GPU, assumed: Assumptions) -> dict[str, float]:
+    layout, figures = planned["layout"], planned["figures"]
+    micro_batches = layout["micro_batches"]
+    bandwidth = gpu.memory_bandwidth * assumed.memory_efficiency
+    matmul, pointwise = {}, {}
+    for during, work in stage["work"].items():
+        flops = work.get("matmul", 0) + work.get("attention", 0) / 2
+        matmul[during] = flops / (gpu.flops * assumed.matmul_efficiency) / micro_batches
+        pointwise[during] = (
+            work.get("elementwise", 0) * _POINTWISE_BYTES / bandwidth / micro_batches
+        )
+    pointwise.pop("optimizer", None)  # counted by its bytes below
+    messages, scatter, gather, rest = 0.0, 0.0, 0.0, 0.0
+    for row in stage["traffic"]:
+        seconds = _seconds(row, layout, gpu, assumed)
+        if row["group"] in ("TP", "CP", "PP") and row["during"] != "optimizer":
+            messages += seconds / micro_batches
+        elif row["group"] == "DP" and row["operation"] == "all-gather":
+            gather += seconds
+        elif row["group"] == "DP":
+            scatter += seconds
+        else:
+            rest += seconds
+    if figures["overlap_grad_reduce"]:
+        scatter = max(0.0, scatter - matmul.get("backward", 0.0))
+    if figures["overlap_param_gather"]:
+        gather = max(0.0, gather - matmul.get("forward", 0.0))
+    state = stage["main_parameter_bytes"] + stage["moment_bytes"] + stage["other_optimizer_bytes"]
+    # Read and written once, with the part of the gradients that belongs to it.
+    moved = 2 * state + stage["moment_bytes"]
+    return {
+        "matmul": sum(matmul.values()),
+        "pointwise": sum(pointwise.values()),
+        "messages": messages,
+        "work": sum(matmul.values()) + sum(pointwise.values()) + messages,
+        "data": scatter + gather,
+        "optimizer": moved / bandwidth + rest,
+    }
+
+
+def _seconds(row: dict, layout: dict, gpu: GPU, assumed: Assumptions) -> float:
+    """Of all messages of a row, one after the other."""
+    # Ranks between neighbours of the group.
+    stride = {
+        "TP": 1,
+        "CP": layout["tp"],
+        "DP": layout["tp"],  # with context parallelism a group of both
+        "PP": layout["tp"] * layout["cp"] * layout["dp"],
+    }.get(row["group"], 1)
+    within_node = stride * row["ranks"] <= gpu.node or layout["world_size"] <= gpu.node
+    link = gpu.nvlink if within_node else gpu.network
+    return row["messages"] * assumed.latency + wire_bytes(row) / (link * assumed.link_efficiency)

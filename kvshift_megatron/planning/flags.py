@@ -1,0 +1,92 @@
+"""The command line of a dry run: the user's, less what only a GPU can do."""
+
+from argparse import Namespace
+
+# They change speed, and nothing that is counted. Flag -> how many values it takes.
+_LEFT_OUT = {
+    "--transformer-impl": 1,
+    "--distributed-backend": 1,
+    "--attention-backend": 1,
+    "--use-flash-attn": 0,
+    "--cross-entropy-fusion-impl": 1,
+    "--tp-comm-overlap": 0,
+    "--use-sharp": 0,
+    "--use-nccl-ub": 0,
+    "--nccl-communicator-config-path": 1,
+    "--log-energy": 0,
+    "--mock-data": 0,
+    "--data-path": -1,
+    "--split": 1,
+    "--save": 1,
+    "--load": 1,
+    "--tensorboard-dir": 1,
+    "--dataloader-type": 1,
+    "--rerun-mode": 1,
+    "--log-interval": 1,
+    "--fake-process-group": 0,
+    "--disable-jit-fuser": 0,
+}
+
+_ADDED = (
+    "--fake-process-group",
+    # Compiled functions would be compiled; what they keep for the backward pass is the same.
+    "--disable-jit-fuser",
+    # Batches come from meta_device.samples.
+    "--dataloader-type", "external",
+    # No value is there to be validated.
+    "--rerun-mode", "disabled",
+    "--log-interval", "1000000",
+)  # fmt: skip
+
+_REFUSED = {
+    "--sft": "where packed documents end is known from the data only; plan without packing",
+    "--dataloader-inter-document-masking": "where packed documents end is known from the data "
+    "only; plan without packing",
+    "--num-experts": "how many tokens each expert gets is known from the data only; only dense "
+    "models can be planned",
+    "--use-tp-pp-dp-mapping": "only Megatron's default order of ranks can be planned",
+    "--rampup-batch-size": "plan the final batch size, with --global-batch-size",
+    "--use-precision-aware-optimizer": "its optimizer is Transformer Engine's, which cannot be "
+    "built here; plan without it for an upper bound",
+}
+
+
+def dry_run_flags(words: tuple[str, ...]) -> list[str]:
+    """The command line that a dry run parses.
+
+    Args:
+        words: of the command line of kvshift_megatron.pretrain.
+
+    Raises:
+        ValueError: a flag whose cost cannot be counted without a GPU or data.
+    """
+    kept, skip = [], 0
+    for word in words:
+        if word.startswith("--"):
+            flag = word.partition("=")[0]
+            if flag in _REFUSED:
+                raise ValueError(f"{flag} cannot be planned: {_REFUSED[flag]}")
+            skip = 0
+            if flag in _LEFT_OUT:
+                skip = _LEFT_OUT[flag] if "=" not in word else 0
+                continue
+        elif skip:
+            skip -= 1
+            continue
+        kept.append(word)
+    return [*kept, *_ADDED]
+
+
+def undo_cpu_choices(args: Namespace, words: tuple[str, ...], kernels: str) -> None:
+    """Takes back what the CPU layer chose for a CPU, in validated arguments.
+
+    Args:
+        words: the user's, whose choices stay.
+        kernels: gpu or cpu.
+    """
+    # Weights go to the "GPU" at once; on the host they would take memory.
+    args.use_cpu_initialization = False
+    # Megatron switches it off for a fake process group; it adds a message to a step.
+    args.check_for_nan_in_loss_and_grad = "--no-check-for-nan-in-loss-and-grad" not in words
+    if kernels == "gpu" and "--no-bias-swiglu-fusion" not in words:
+        args.bias_swiglu_fusion = True

@@ -1,0 +1,160 @@
+"""Counts the training steps of a run of Megatron's loop, dry or real.
+
+    torchrun ... -m kvshift_megatron.planning.observe FOLDER <flags of kvshift_megatron.pretrain>
+
+is a real run, on GPUs or on a CPU, that leaves FOLDER/rank-N.json: what `plan` says about a rank,
+counted with the same counters where it really ran, and on a GPU the allocator's own peak. It is
+there to be compared with the plan.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from kvshift_megatron.planning.counting import StepCounter
+from kvshift_megatron.planning.memory import LiveStorages, SavedTensors, follow_resizes
+from kvshift_megatron.planning.static_memory import static_bytes, static_tensors
+
+
+class EnoughSteps(Exception):
+    """All steps that were asked for have been counted."""
+
+
+class StepObserver:
+    """Stands around Megatron's `train_step`.
+
+    Args:
+        micro_batches: of each step, counted one after the other; then EnoughSteps is raised. None
+            counts every step as it comes and lets the run end by itself. The first step differs
+            from all others: the optimizer gets its state, and parameters are not gathered yet.
+
+    Attributes:
+        steps: what was counted, a step each.
+        static: after the last step; see static_bytes.
+    """
+
+    def __init__(self, micro_batches: list[int] | None = None):
+        self._micro_batches = micro_batches
+        self.steps: list[dict] = []
+        self.static: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Counts the steps of Megatron's loop in the block."""
+        from megatron.training import training
+
+        real = training.train_step
+
+        def train_step(forward_step_func, data_iterator, model, optimizer, *rest, **keywords):
+            number = len(self.steps)
+            with contextlib.ExitStack() as stack:
+                if self._micro_batches is None:
+                    count = training.get_num_microbatches()
+                else:
+                    count = self._micro_batches[number]
+                    stack.enter_context(
+                        mock.patch.object(training, "get_num_microbatches", lambda: count)
+                    )
+                step = _Step(model, optimizer, count)
+                result = step.run(
+                    real, forward_step_func, data_iterator, model, optimizer, *rest, **keywords
+                )
+            self.steps.append(step.counted())
+            self.static = static_bytes(model, optimizer)
+            if self._micro_batches is not None and len(self.steps) == len(self._micro_batches):
+                raise EnoughSteps
+            return result
+
+        with mock.patch.object(training, "train_step", train_step):
+            yield
+
+
+class _Step:
+    """One training step and its counters."""
+
+    def __init__(self, model, optimizer, micro_batches: int):
+        parameters = [p for chunk in model for p in chunk.module.parameters()]
+        self._device = parameters[0].device.type
+        self._storages = LiveStorages(self._device, static_tensors(model, optimizer))
+        self._saved = SavedTensors(parameters)
+        self._counter = StepCounter(self._storages)
+        self._micro_batches = micro_batches
+        self._forward_saves: list[int] = []
+        self._forward_leaves: list[int] = []
+        self._before_optimizer = (0, 0)
+
+    def run(self, real, forward_step_func, data_iterator, model, optimizer, *rest, **keywords):
+        """Megatron's train_step with the counters on."""
+
+        def forward_step(*arguments):
+            before, alive = self._saved.now, self._storages.now
+            with self._counter.during("forward"):
+                output = forward_step_func(*arguments)
+            self._forward_saves.append(self._saved.now - before)
+            self._forward_leaves.append(self._storages.now - alive)
+            return output
+
+        optimizer_step = optimizer.step
+
+        def step():
+            self._before_optimizer = (self._storages.peak, self._allocator_peak())
+            self._storages.peak = self._storages.now
+            with self._counter.during("optimizer"):
+                return optimizer_step()
+
+        if self._device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with (
+            mock.patch.object(optimizer, "step", step),
+            follow_resizes(self._storages),
+            self._saved,
+            self._counter,
+        ):
+            return real(forward_step, data_iterator, model, optimizer, *rest, **keywords)
+
+    def _allocator_peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self._device == "cuda" else 0
+
+    def counted(self) -> dict:
+        """What was counted: bytes, messages, FLOPs; see StepCounter and Traffic.rows."""
+        peak, allocator_peak = self._before_optimizer
+        work = {}
+        for (during, what), number in self._counter.work.items():
+            work.setdefault(during, {})[what] = number
+        return {
+            "micro_batches": self._micro_batches,
+            "saved_per_forward": self._forward_saves,
+            "alive_after_forward": self._forward_leaves,
+            "saved_peak": self._saved.peak,
+            "live_peak": peak,
+            "live_peak_in_optimizer": self._storages.peak,
+            "allocator_peak": allocator_peak,
+            "work": work,
+            "traffic": self._counter.traffic.rows(),
+        }
+
+
+def main() -> None:
+    """Runs kvshift_megatron.pretrain and leaves what was counted."""
+    from kvshift_megatron import cpu, pretrain
+
+    folder = Path(sys.argv.pop(1))
+    folder.mkdir(parents=True, exist_ok=True)
+    cpu.enable()
+    observer = StepObserver()
+    with observer.installed():
+        pretrain.main()
+    path = folder / f"rank-{os.environ.get('RANK', '0')}.json"
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps({"static": observer.static, "steps": observer.steps}))
+    unfinished.rename(path)
+
+
+if __name__ == "__main__":
+    main()

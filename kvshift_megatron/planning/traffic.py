@@ -1,0 +1,130 @@
+"""What a rank sends: every c10d operation, its group and its bytes."""
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Operation -> (what it is called in a report, which argument holds what this rank contributes).
+_OPERATIONS = {
+    "allreduce_": ("all-reduce", 0),
+    "allreduce_coalesced_": ("all-reduce", 0),
+    "reduce_": ("reduce", 0),
+    "broadcast_": ("broadcast", 0),
+    "_allgather_base_": ("all-gather", 1),
+    "allgather_": ("all-gather", 1),
+    "allgather_into_tensor_coalesced_": ("all-gather", 1),
+    "_reduce_scatter_base_": ("reduce-scatter", 1),
+    "reduce_scatter_": ("reduce-scatter", 1),
+    "reduce_scatter_tensor_coalesced_": ("reduce-scatter", 1),
+    "alltoall_base_": ("all-to-all", 1),
+    "alltoall_": ("all-to-all", 1),
+    "gather_": ("gather", 1),
+    "scatter_": ("scatter", 1),
+    "send": ("send", 0),
+}
+# They move no payload of this rank's.
+_SILENT = {"recv_", "recv_any_source_", "barrier", "monitored_barrier_"}
+
+# The beginning of Megatron's name for a group -> what it is called in a report.
+_GROUPS = (
+    ("TENSOR_MODEL_PARALLEL", "TP"),
+    ("CONTEXT_PARALLEL", "CP"),
+    ("PIPELINE_MODEL_PARALLEL", "PP"),
+    ("EMBEDDING", "embedding"),
+    ("EXPERT_DATA_PARALLEL", "expert DP"),
+    ("EXPERT", "EP"),
+    ("DATA_PARALLEL", "DP"),
+    ("INTRA_PARTIAL_DATA_PARALLEL", "DP"),
+    ("INTRA_DISTRIBUTED_OPTIMIZER", "optimizer"),
+    ("MODEL_PARALLEL", "model"),
+)
+
+# Bytes a rank puts on the wire for one byte of its contribution, in a group of n ranks, with ring
+# algorithms (an all-reduce is a reduce-scatter and an all-gather).
+_WIRE = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-gather": lambda n: n - 1,
+    "all-to-all": lambda n: (n - 1) / n,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One row of the traffic: where from in the step, over which group, which operation."""
+
+    during: str
+    group: str
+    operation: str
+    ranks: int
+
+
+class Traffic:
+    """Adds up the messages of a rank.
+
+    Attributes:
+        totals: Kind -> [messages, bytes that this rank contributes].
+    """
+
+    def __init__(self):
+        self.totals: dict[Kind, list[int]] = defaultdict(lambda: [0, 0])
+
+    def add(self, func, args: tuple, during: str) -> None:
+        """Record one operation of the c10d namespace; groups of one rank send nothing.
+
+        Raises:
+            NotImplementedError: an operation that nothing is known about.
+        """
+        name = func.overloadpacket.__name__
+        if name in _SILENT:
+            return
+        if name not in _OPERATIONS:
+            raise NotImplementedError(f"c10d operation {name}: its traffic cannot be counted yet")
+        group = group_of(args)
+        if group.size() == 1:
+            return
+        operation, position = _OPERATIONS[name]
+        tensors = _tensors(args[position])
+        total = self.totals[Kind(during, group_name(group), operation, group.size())]
+        total[0] += 1
+        total[1] += sum(tensor.nbytes for tensor in tensors)
+
+    def rows(self) -> list[dict]:
+        """[{during, group, operation, ranks, messages, bytes}], in a fixed order."""
+        return [
+            asdict(kind) | {"messages": messages, "bytes": size}
+            for kind, (messages, size) in sorted(self.totals.items(), key=lambda row: str(row[0]))
+        ]
+
+
+def wire_bytes(row: dict) -> float:
+    """Bytes that a rank puts on the wire for a row of `Traffic.rows`."""
+    return row["bytes"] * _WIRE.get(row["operation"], lambda n: 1.0)(row["ranks"])
+
+
+def group_of(args: tuple) -> dist.ProcessGroup:
+    """The process group among an operation's arguments."""
+    for argument in args:
+        if isinstance(argument, torch.ScriptObject):
+            try:
+                return dist.ProcessGroup.unbox(argument)
+            except RuntimeError:  # another class, such as the reduction
+                continue
+    raise NotImplementedError("a c10d operation without a process group cannot be counted")
+
+
+def group_name(group: dist.ProcessGroup) -> str:
+    """TP, CP, ... of one of Megatron's groups; world for the default one."""
+    for beginning, name in _GROUPS:
+        if group.group_desc.startswith(beginning):
+            return name
+    return "world" if group.group_desc in ("default_pg", "undefined", "") else group.group_desc
+
+
+def _tensors(argument) -> list[Tensor]:
+    if isinstance(argument, Tensor):
+        return [argument]
+    return [tensor for part in argument for tensor in _tensors(part)]

@@ -1,0 +1,96 @@
+"""A real run of kvshift_megatron.pretrain that leaves what it measured in ways of its own.
+
+Beside the planner's counters, and not with them: the bytes of Megatron's buffers and of the
+optimizer's state by their names, messages by the recorder of tests/distributed, and what a forward
+pass leaves allocated by torch's profiler.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+from megatron.training import training
+from torch.profiler import ProfilerActivity, profile
+
+from kvshift_megatron import pretrain
+from kvshift_megatron.planning.observe import StepObserver
+from kvshift_megatron.planning.traffic import group_of
+from tests.distributed.traffic import Recorder
+
+_WHICH_STEP = 2  # from 0; the first differs from all others
+
+
+class _BetweenRanks(Recorder):
+    """Leaves out what a rank says to itself."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d" and group_of(args).size() == 1:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def main() -> None:
+    """sys.argv: FOLDER and the flags of the run, of at least three iterations."""
+    folder = Path(sys.argv.pop(1))
+    independent: dict = {}
+    observer = StepObserver()
+    measure = mock.patch.object(training, "train_step", _measured(training.train_step, independent))
+    with measure, observer.installed():
+        pretrain.main()
+    counted = {"static": observer.static, "steps": observer.steps, "independent": independent}
+    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(counted))
+
+
+def _measured(real, result: dict):
+    number = -1
+
+    def train_step(forward_step_func, data_iterator, model, optimizer, *rest, **keywords):
+        nonlocal number
+        number += 1
+        if number != _WHICH_STEP:
+            return real(forward_step_func, data_iterator, model, optimizer, *rest, **keywords)
+        left = []
+
+        def forward_step(*arguments):
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+                output = forward_step_func(*arguments)
+            allocated = sum(event.self_cpu_memory_usage for event in profiler.events())
+            # The output is autograd's only where the next operation keeps it.
+            left.append([allocated, output[0].nbytes])
+            return output
+
+        with _BetweenRanks(1 << 60) as recorder:
+            answer = real(forward_step, data_iterator, model, optimizer, *rest, **keywords)
+        result["left_allocated"] = left
+        result["traffic"] = [[name, size] for name, _, size in recorder.log]
+        result.update(_by_name(model, optimizer))
+        return answer
+
+    return train_step
+
+
+def _by_name(model, optimizer) -> dict[str, int]:
+    """Bytes of what Megatron's objects are known to hold."""
+    buffers = [b for chunk in model for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    parameters = [p for chunk in model for p in chunk.parameters()]
+    kept = {
+        "parameters": sum(p.numel() for p in parameters),
+        "gradient_bytes": sum(b.numel * b.grad_data.element_size() for b in buffers),
+    }
+    if all(b.param_data is not None for b in buffers):
+        kept["parameter_bytes"] = sum(b.numel * b.param_data.element_size() for b in buffers)
+    else:
+        kept["parameter_bytes"] = sum(p.numel() * p.element_size() for p in parameters)
+    main, moments, steps = 0, 0, 0
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        groups = getattr(part, "shard_fp32_from_float16_groups", None)
+        if groups is None:
+            groups = getattr(part, "fp32_from_float16_groups", [])
+        main += sum(p.numel() * 4 for group in groups for p in group)
+        for state in part.optimizer.state.values():
+            moments += sum(state[name].numel() * 4 for name in ("exp_avg", "exp_avg_sq"))
+            steps += 4  # torch's Adam counts steps in an fp32 scalar of its own
+    return kept | {"main_parameter_bytes": main, "moment_bytes": moments,
+                   "other_optimizer_bytes": steps}  # fmt: skip

@@ -1,0 +1,78 @@
+"""The tool's output, and what it is made of."""
+
+import json
+
+import pytest
+
+from kvshift_megatron.planning import command_line
+from tests.planning.planned_cases import MANY
+
+
+def test_two_short_steps_say_what_a_long_one_costs(plan_folder):
+    lines = json.loads((plan_folder / "lines.json").read_text())
+    for exact, line in zip(lines["exact"], lines["extrapolated"], strict=True):
+        for name in ("work", "saved_per_micro_batch", "saved_peak", "state_bytes"):
+            assert line[name] == exact[name], name
+        assert _sorted(line["traffic"]) == _sorted(exact["traffic"])
+        assert line["peak_bytes"] == pytest.approx(exact["peak_bytes"], rel=0.01)
+        sends = [row for row in exact["traffic"] if row["group"] == "PP"]
+        assert sends[0]["messages"] >= 2 * MANY
+
+
+def _sorted(rows):
+    return sorted(map(str, map(sorted, (row.items() for row in rows))))
+
+
+def test_exit_status_says_whether_it_fits(plan_folder):
+    assert json.loads((plan_folder / "plan.exit").read_text()) == [0, 1, 0]
+    text = (plan_folder / "plan.txt").read_text()
+    assert text.count("  FITS: ") == text.count("  DOES NOT FIT: ") == 1
+
+
+def test_what_kv_shifting_adds(plan_folder):
+    plan = json.loads((plan_folder / "plan.json").read_text())
+    for stage in plan["added_by_kv_shift"]:
+        assert stage["parameters"] == 4 * 4 * 2  # layers, taps, groups
+        assert stage["matmul_flops"] == 0
+        assert stage["pointwise_elements"] > 0
+        messages = {kind: n for kind, (n, _) in stage["traffic"].items() if n}
+        assert messages == {}  # without context parallelism it sends nothing
+
+
+def test_counted_flops_are_megatron_s(plan_folder):
+    plan = json.loads((plan_folder / "plan.json").read_text())
+    forward = [stage["work"]["forward"] for stage in plan["stages"]]
+    flops = 3 * sum(work["matmul"] + work["attention"] / 2 for work in forward)
+    replicas = plan["layout"]["dp"]
+    assert flops * replicas == pytest.approx(plan["figures"]["megatron_flops_per_step"], rel=1e-6)
+
+
+def test_files(plan_folder):
+    plan = json.loads((plan_folder / "plan.json").read_text())
+    assert plan["layout"]["pp"] == len(plan["stages"]) == len(plan["twin_stages"]) == 2
+    assert plan["stages"][0]["in_flight"] == pytest.approx(2, abs=0.1)
+    assert plan["figures"]["megatron_activation_bytes"] > 0
+    assert (plan_folder / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(plan_folder.glob("*.tmp"))
+
+
+def test_search_proposes_the_fastest_that_fits(plan_folder):
+    text = (plan_folder / "search.txt").read_text()
+    proposals, built = text.split("The first of them, every stage built:")
+    seconds = [float(line.split()[0]) for line in proposals.splitlines() if " GB free: TP" in line]
+    assert len(seconds) > 5 and seconds == sorted(seconds)
+    assert " GB free, MFU" in built and "  FITS: " in built
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["20b", "8x80gb"], "model 20b: neither one of"),
+        (["10m", "8x80gb", "--gpu", "abacus"], "--gpu abacus: not one of"),
+        (["10m", "8x80gb", "--json", "/nowhere/plan.json"], "there is no directory /nowhere"),
+    ],
+)
+def test_mistakes_are_one_sentence(argv, words, capsys):
+    assert command_line.main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and words in said and said.count("\n") == 1
