@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvshift_megatron.cp_exchange import HistoryExchange
 from kvshift_megatron.ops import kv_shift, shift_wide
+from kvshift_megatron.ops.implementation import take_reference
 
 
 def context_parallel_group(
@@ -43,8 +44,8 @@ def shift_across_boundaries(
         (key, value) as kv_shift's.
 
     Raises:
-        ValueError: a chunk holds fewer tokens than the window looks back, or the sequence cannot
-            be cut into 2C equal chunks.
+        ValueError: a chunk holds fewer tokens than the window looks back, the sequence cannot be
+            cut into 2C equal chunks, or kernels are forced that cannot do this.
 
     Parallelism: a chunk's predecessors come from the neighbouring ranks, window - 1 tokens a chunk
     (and document), keys and values in one message; see cp_exchange.py.
@@ -56,6 +57,7 @@ def shift_across_boundaries(
             position = document_positions(cu_seqlens, tokens)[1]
         return kv_shift(key, value, alpha, beta, position)
 
+    take_reference("the kernels do not take the chunks of context parallelism")
     shifted = [(x, taps) for x, taps in ((key, alpha), (value, beta)) if taps is not None]
     back = len(shifted[0][1]) - 1
     if cu_seqlens is None:

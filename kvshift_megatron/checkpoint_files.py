@@ -72,6 +72,10 @@ def read_checkpoint(directory: Path) -> StoredModel | None:
         metadata = FileSystemReader(directory).read_metadata()
         if not isinstance(metadata, Metadata):
             raise TypeError(f"it holds a {type(metadata).__name__}")
+    except OSError as error:
+        raise ValueError(
+            f"load: the checkpoint {directory} cannot be read ({error}): see to the file system"
+        ) from error
     # A damaged pickle raises whatever it happens to spell.
     except Exception as error:
         raise _unreadable(directory, ".metadata", error) from error

@@ -4,6 +4,7 @@ The file `owner` in it holds the job's id and cluster. A job that was requeued i
 file that a dead job left is taken over, once Slurm says that the job is over.
 """
 
+import fcntl
 import os
 import subprocess
 from pathlib import Path
@@ -28,7 +29,10 @@ def take(directory: Path, job: str, cluster: str) -> None:
     mine = f"{job} {cluster}\n"
     candidate = directory / f"{FILE}.{job}"
     candidate.write_text(mine)
+    lock = (directory / f".{FILE}.lock").open("w")
     try:
+        # Two jobs that find the same stale claim take it over one after the other.
+        fcntl.flock(lock, fcntl.LOCK_EX)
         # Bounded: every round but the last takes away the claim of a job that is over.
         for _ in range(10):
             try:
@@ -45,6 +49,7 @@ def take(directory: Path, job: str, cluster: str) -> None:
             _refuse_unless_over(directory, found, cluster)
             _take_away(owner, found, directory / f"{FILE}.stale.{job}")
     finally:
+        lock.close()
         candidate.unlink()
     raise ValueError(f"{owner}: other jobs keep taking the directory: use a directory of your own")
 

@@ -24,7 +24,7 @@ class Facts:
         terminated: Slurm is ending the job, and decides itself what becomes of it.
         start, end: iteration of the newest checkpoint before and after.
         total: iterations that the run is to reach.
-        stops_early: the user set --exit-interval, to end before that.
+        stops_early: the newest checkpoint is where --exit-interval asks to end.
         attempts: of this job, this one included.
         max_attempts, retry_failures: see Settings.
     """
@@ -94,14 +94,16 @@ def end(attempt: Path, code: int, warned: bool, terminated: bool, argv: list[str
     path = attempt / status.FLAGS
     if path.exists():
         flags = [line.replace("=", " ", 1).split() for line in path.read_text().splitlines()]
+        newest = status.newest_checkpoint(job.run)
+        interval = int(_flag(flags, "--exit-interval") or 0)
         facts = Facts(
             code=code,
             warned=warned,
             terminated=terminated,
             start=current.start,
-            end=status.newest_checkpoint(job.run),
+            end=newest,
             total=int(_flag(flags, "--train-iters")),
-            stops_early=_flag(flags, "--exit-interval") is not None,
+            stops_early=interval > 0 and newest > current.start and newest % interval == 0,
             attempts=len(known.of_job(job.job)),
             max_attempts=job.max_attempts,
             retry_failures=job.retry_failures,

@@ -67,6 +67,12 @@ def read(argv: list[str], environment: dict[str, str] | None = None) -> Settings
         raise ValueError(f"{blanks[0]!r}: neither a path nor a flag's value may hold a blank")
     if taken := sorted(given & set(_OWN_FLAGS)):
         raise ValueError(f"{taken[0]}: the script sets it, in the run directory: leave it out")
+    for flag in ("--ckpt-step", "--finetune"):
+        if flag in given:
+            raise ValueError(
+                f"{flag}: every start of the job would go back to it: leave it out, or start from "
+                "another checkpoint by --pretrained-checkpoint"
+            )
     if "--save-interval" not in given:
         raise ValueError("--save-interval is missing after --: steps between two checkpoints")
     if task := environment.get("SLURM_ARRAY_TASK_ID"):

@@ -36,7 +36,8 @@ A checkpoint is whole if its two descriptions can be read and every file has its
 Megatron's --verify-integrity the files' hashes are written and compared, too.
 
 Saves are agreed on by all ranks in Megatron's default format torch_dist, in the background only
-with --async-strategy mcore. Elsewhere a failed save ends the run as Megatron does, and `continue`
+with --async-strategy mcore --use-persistent-ckpt-worker (without the worker Megatron saves in the
+foreground). Elsewhere a failed save ends the run as Megatron does, and `continue`
 is refused. Logs that other parts write to a full disk are not covered.
 
 A hang is a stretch of training or evaluation without a new forward step. Saves, loading and the

@@ -3,6 +3,7 @@
 import argparse
 from argparse import Namespace
 
+DIAGNOSIS = 5  # beats that it takes at most
 ON_SAVE_FAILURE = ("stop", "continue")
 
 
@@ -25,6 +26,11 @@ def add_faults_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "it without a name.",
     )
     return parser
+
+
+def beat(timeout: float) -> float:
+    """Seconds between two reports of a rank: six within a time-out, one in ten seconds at least."""
+    return min(timeout / 6, 10.0)
 
 
 def hang_timeout(args: Namespace) -> float:
@@ -54,11 +60,12 @@ def hang_timeout(args: Namespace) -> float:
         return collective / 2
     if asked < 0:
         raise ValueError(f"hang_timeout_seconds={asked:g}: expected seconds above 0, or 0 for none")
-    if asked >= collective:
+    if asked and asked + DIAGNOSIS * beat(asked) >= collective:
         raise ValueError(
-            f"hang_timeout_seconds={asked:g} is not below Megatron's time-out of a collective "
-            f"operation, {collective:g} s, which would end the run without a name: lower it, or "
-            "raise --distributed-timeout-minutes"
+            f"hang_timeout_seconds={asked:g} and up to {DIAGNOSIS * beat(asked):g} s to find out "
+            f"who hangs are not below Megatron's time-out of a collective operation, "
+            f"{collective:g} s, which would end the run without a name: lower it, or raise "
+            "--distributed-timeout-minutes"
         )
     return asked
 
@@ -83,5 +90,6 @@ def check_faults_args(args: Namespace) -> None:
             raise ValueError(
                 f"on_save_failure=continue with {name}: the ranks cannot agree there that a save "
                 "has failed: use --on-save-failure stop, or --ckpt-format torch_dist into a "
-                "folder, with --async-strategy mcore if --async-save is on"
+                "folder, and with --async-save also --async-strategy mcore "
+                "--use-persistent-ckpt-worker"
             )

@@ -41,7 +41,7 @@ class Diagnosis(NamedTuple):
     hanging: dict[int, str]
     otherwise: str = (
         "no rank is behind the others: all wait for an operation that does not end (a GPU or the "
-        "network; --flight-recorder-dump-path records them)"
+        "network; with --hang-timeout-seconds 0 NCCL's own time-out leaves its records of them)"
     )
 
 

@@ -20,8 +20,8 @@ from kvshift_megatron.checkpoint_files import DamagedCheckpointError, read_check
 from kvshift_megatron.faults import agreement
 
 TRACKER = "latest_checkpointed_iteration.txt"
-# Behind the name of a whole checkpoint while one of the same iteration is being saved.
-REPLACED = ".replaced"
+# Before the name of a whole checkpoint while one of the same iteration is being saved.
+REPLACED = "replaced."
 
 
 def settle_checkpoint(args: Namespace) -> None:
@@ -79,7 +79,7 @@ def choose(root: Path, verify_integrity: bool = False) -> tuple[int | None, list
     fault = fault_of(newest, verify_integrity)
     if fault is None:
         return None, []
-    replaced = newest.with_name(newest.name + REPLACED)
+    replaced = newest.with_name(REPLACED + newest.name)
     if replaced.is_dir() and fault_of(replaced, verify_integrity) is None:
         shutil.rmtree(newest, ignore_errors=True)
         replaced.rename(newest)

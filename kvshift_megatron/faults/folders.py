@@ -31,7 +31,8 @@ class Folder:
 
     def __init__(self, root: Path, iteration: int, release: bool = False):
         self.path = root / ("release" if release else f"iter_{iteration:07d}")
-        self._replaced = self.path.with_name(self.path.name + REPLACED)
+        self._replaced = self.path.with_name(REPLACED + self.path.name)
+        self._begun = False
 
     def begin(self) -> None:
         """Make it, empty: the files of two saves together would pass for one.
@@ -47,6 +48,7 @@ class Folder:
                 self.path.rename(self._replaced)
             else:
                 shutil.rmtree(self.path)
+        self._begun = True
         self.path.mkdir(parents=True, exist_ok=True)
 
     def complete(self) -> None:
@@ -55,6 +57,8 @@ class Folder:
 
     def give_up(self) -> str:
         """Remove what has been written, and put back what it would have replaced; in words."""
+        if not self._begun:
+            return f"{self.path} is as it was."
         shutil.rmtree(self.path, ignore_errors=True)
         if self.path.exists():
             return f"What was written could not be removed from {self.path}; it has no .metadata."

@@ -1,5 +1,6 @@
 """What stands around Megatron's training while it runs."""
 
+import multiprocessing
 import os
 import sys
 from argparse import Namespace
@@ -58,6 +59,11 @@ class Guard:
             finite.explain(error.code)
         # Megatron's loop ends with sys.exit(0) at an exit interval or signal.
         is_well = error is None or (isinstance(error, SystemExit) and not error.code)
+        if not is_well:
+            # Python would ask them with SIGTERM, which they may have been told to ignore, and wait.
+            for child in multiprocessing.active_children():
+                if child.daemon:
+                    child.kill()
         if is_well and self._saves.unsaved is not None:
             if os.environ.get("RANK", "0") == "0":
                 message = f"kvshift_megatron: ERROR: {self._saves.unsaved}"

@@ -75,6 +75,9 @@ class Saves:
         checkpointing.save_checkpoint = self._save_checkpoint(checkpointing.save_checkpoint)
         training.save_checkpoint = checkpointing.save_checkpoint
         dist_checkpointing.save = self._save(dist_checkpointing.save)
+        checkpointing.cleanup_old_non_persistent_checkpoint = self._clean(
+            checkpointing.cleanup_old_non_persistent_checkpoint
+        )
         checkpointing.schedule_async_save = self._schedule(checkpointing.schedule_async_save)
         training.maybe_finalize_async_save = self._finalize(training.maybe_finalize_async_save)
 
@@ -84,13 +87,15 @@ class Saves:
             from megatron.training import get_args
 
             save_dir = folders.save_dir(get_args(), kwargs.get("non_persistent_ckpt", False))
+            phase = f"saving the checkpoint of iteration {iteration}"
             if save_dir is None:
-                original(iteration, *args, **kwargs)
+                with self.progress.entering(phase):
+                    original(iteration, *args, **kwargs)
                 return
             folder = folders.Folder(save_dir, iteration, kwargs.get("release", False))
             self._current = save = Save(iteration, folder)
             try:
-                with self.progress.entering(f"saving the checkpoint of iteration {iteration}"):
+                with self.progress.entering(phase):
                     self._through(save, functools.partial(original, iteration, *args, **kwargs))
             except SaveFailedError as error:
                 self._failed(error)
@@ -138,6 +143,16 @@ class Saves:
             return request
 
         return save
+
+    def _clean(self, original: Callable) -> Callable:
+        """The folder that a save begins with is the newest, and not one to keep instead of one."""
+
+        @functools.wraps(original)
+        def clean(save_dir: Any, leave_ckpt_num: int = 1, do_async: bool = False) -> Any:
+            begun = self._current is not None
+            return original(save_dir, leave_ckpt_num + begun, do_async)
+
+        return clean
 
     def _schedule(self, original: Callable) -> Callable:
         @functools.wraps(original)

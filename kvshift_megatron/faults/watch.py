@@ -21,11 +21,10 @@ import torch
 from torch.distributed import distributed_c10d as c10d
 
 from kvshift_megatron.faults import progress as progress_module
+from kvshift_megatron.faults.arguments import DIAGNOSIS, beat
 from kvshift_megatron.faults.diagnosis import Diagnosis, Report, diagnose
 from kvshift_megatron.faults.progress import TIMED, Progress
 
-_BEATS = 6  # reports within a time-out
-_LONGEST_BEAT = 10.0  # seconds
 _PATIENCE = 15.0  # seconds, with the store
 _VERDICT = "verdict"
 
@@ -56,7 +55,7 @@ class Watch(threading.Thread):
         super().__init__(name="hang watch", daemon=True)
         self.store, self.rank, self.world_size = store, rank, world_size
         self.timeout, self.progress = timeout, progress
-        self.beat = min(timeout / _BEATS, _LONGEST_BEAT)
+        self.beat = beat(timeout)
         self._main = threading.get_ident()
         self._ended = threading.Event()
         self._beats = 0
@@ -138,6 +137,10 @@ class Watch(threading.Thread):
     def _reports(self) -> dict[int, Report]:
         def read() -> dict[int, Report]:
             keys = {rank: f"rank {rank}" for rank in range(self.world_size)}
+            # One request for all, where all have reported: thousands of them take too long.
+            if self.store.check(list(keys.values())):
+                texts = self.store.multi_get(list(keys.values()))
+                return {rank: Report(*json.loads(text)) for rank, text in zip(keys, texts)}
             there = {rank: key for rank, key in keys.items() if self.store.check([key])}
             return {rank: Report(*json.loads(self.store.get(key))) for rank, key in there.items()}
 
@@ -150,9 +153,10 @@ class Watch(threading.Thread):
         occasion = f"{progress_module.iteration()} {phase}"
         said = _VERDICT if ends else f"warned {occasion}"
         number = self._ask(lambda: self.store.add(f"reporters {occasion}", 1))
-        first = self._reports()
+        # Two will do; the others only wait for what these find.
+        first = self._reports() if number <= 2 else {}
         # Long enough for every rank to report again; the next takes over from a silent reporter.
-        for _ in range(3 if number == 1 else 5):
+        for _ in range(3 if number == 1 else DIAGNOSIS):
             if self._ended.wait(self.beat) or self.progress.since != stretch:
                 return
             self._publish()

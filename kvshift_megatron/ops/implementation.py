@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 VARIABLE = "KVSHIFT_IMPLEMENTATION"
 IMPLEMENTATIONS = ("reference", "triton")
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -42,6 +42,14 @@ def implementation(inputs: Sequence[Tensor]) -> str:
     return name
 
 
+def take_reference(reason: str) -> None:
+    """Note that only the reference can serve; refuse where another one is forced."""
+    if os.environ.get(VARIABLE) == "triton":
+        raise ValueError(f"{VARIABLE}=triton: {reason}: set it to auto or reference")
+    if not torch.compiler.is_compiling():
+        _log("reference", reason)
+
+
 @functools.cache
 def _why_not_triton(device: str, dtype: torch.dtype, alike: bool, interpreted: bool) -> str | None:
     # Tensors without data stand for a GPU's: their memory is what is asked about.
@@ -51,7 +59,7 @@ def _why_not_triton(device: str, dtype: torch.dtype, alike: bool, interpreted: b
         return f"the kernels are for bf16, fp16 and fp32, not {dtype}"
     if not alike:
         return "the kernels take keys and values of one shape, dtype and device"
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         return "triton is not installed"
     return None
 

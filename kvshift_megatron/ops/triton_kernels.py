@@ -24,11 +24,11 @@ def _shift(
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     channels = tl.arange(0, BLOCK_D)[None, :]
     sample, group = tl.program_id(1) // groups, tl.program_id(1) % groups
+    sample = sample.to(tl.int64)  # offsets do not fit in 32 bits
     is_row, is_channel = rows < tokens, channels < HEAD
     before = rows
     if PACKED:
         before = tl.load(position + rows, mask=is_row, other=0)
-    # A long sequence's offsets do not fit in 32 bits.
     row = rows[:, None].to(tl.int64)
     source = x + sample * x_b + group * x_g + channels
     current = tl.load(source + row * x_s, mask=is_row[:, None] & is_channel, other=0.0)
@@ -51,6 +51,7 @@ def _shift_backward(
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     channels = tl.arange(0, BLOCK_D)[None, :]
     sample, group = tl.program_id(1) // groups, tl.program_id(1) % groups
+    sample = sample.to(tl.int64)  # offsets do not fit in 32 bits
     is_row, is_channel = rows < tokens, channels < HEAD
     row = rows[:, None].to(tl.int64)
     inside = is_row[:, None] & is_channel

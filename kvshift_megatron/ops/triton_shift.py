@@ -45,7 +45,7 @@ def _forward(
         shift_kernel[grid](
             *arguments[0],
             *arguments[-1],
-            inputs[0] if position is None else position,
+            inputs[0] if position is None else position.contiguous(),
             *sizes,
             **constants,
         )
@@ -71,7 +71,7 @@ def _backward(
         shift_backward_kernel[grid](
             *arguments[0],
             *arguments[-1],
-            inputs[0] if position is None else position,
+            inputs[0] if position is None else position.contiguous(),
             *sizes,
             **constants,
         )
@@ -86,6 +86,7 @@ class _Shift(torch.autograd.Function):
         return tuple(_forward(inputs_and_taps[:half], inputs_and_taps[half:], position))
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, *output_grads):
         position, *inputs_and_taps = ctx.saved_tensors
         half = len(output_grads)

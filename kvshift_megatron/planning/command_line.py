@@ -13,6 +13,8 @@ from kvshift_megatron.planning.estimate import Assumptions, estimate
 
 _LISTED = 12
 _FINALISTS = 3
+# Built at most, where some do not fit after all.
+_TRIED = 10
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
@@ -79,6 +81,8 @@ def _run(arguments: Namespace) -> int:
     from kvshift_megatron.planning.report import report, twin_difference
 
     start = time.monotonic()
+    if arguments.jobs < 1:
+        raise ValueError(f"--jobs {arguments.jobs}: expected at least 1")
     gpu = gpus.find(arguments.gpu, arguments.gpu_set)
     assumed = Assumptions(
         **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Assumptions)}
@@ -130,28 +134,35 @@ def _best(run, gpu: gpus.GPU, assumed: Assumptions, jobs: int):
 
     args = check.parse(run)
     found = search(command_line, run.flags, args, run.nproc, gpu, assumed, jobs)
-    print(f"Layouts that fit, best first by the quick models ({len(found)} in all):")
+    print(f"Layouts that should fit, best first by the quick models ({len(found)} in all):")
     for candidate, times in found[:_LISTED]:
         print(
             f"  {times['step']:9.4g} s, {times['free_bytes'] / 1e9:5.1f} GB free: "
             f"{candidate.describe()}"
         )
     print("The first of them, every stage built:")
-    built = []
-    for candidate, _ in found[:_FINALISTS]:
+    fitting = []
+    for candidate, _ in found[:_TRIED]:
         flags = candidate.flags(run.flags, args.num_layers)
-        planned = plan(command_line(flags), candidate.layout, jobs, stages_only=True)
+        try:
+            planned = plan(command_line(flags), candidate.layout, jobs, stages_only=True)
+        except ValueError as error:
+            print(f"  refused: {candidate.describe()}: {error}", flush=True)
+            continue
         times = estimate(planned, gpu, assumed)
         print(
             f"  {times['step']:9.4g} s, {times['free_bytes'] / 1e9:5.1f} GB free, "
             f"MFU {times['mfu']:.1%}: {candidate.describe()}",
             flush=True,
         )
-        built.append((not times["fits"], times["step"], len(built), flags))
-    missed, _, _, flags = min(built)
-    if missed:
+        if times["fits"]:
+            fitting.append((times["step"], len(fitting), flags))
+        if len(fitting) == _FINALISTS:
+            break
+    if not fitting:
         raise ValueError(
-            "none of the first layouts fits when it is built: ask for more room with --reserve"
+            f"none of the first {_TRIED} layouts fits when it is built: take more GPUs with --nproc"
         )
+    flags = min(fitting)[-1]
     print()
     return dataclasses.replace(run, flags=flags, layout="the layout that was found")

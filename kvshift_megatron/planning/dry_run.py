@@ -86,8 +86,8 @@ def count(ranks: list[DryRank], jobs: int = 2) -> list[dict]:
                 while waiting and len(running) < jobs:
                     number, rank = waiting.pop()
                     running[_start(rank, Path(folder) / str(number))] = (number, time.monotonic())
-                for pid in list(_ended(running)):
-                    number, _ = running.pop(pid)
+                # All at once: those that have ended are no longer there to be killed.
+                for number in [running.pop(pid)[0] for pid in list(_ended(running))]:
                     _raise_if_failed(Path(folder) / str(number), ranks[number])
                 time.sleep(0.02)
         finally:

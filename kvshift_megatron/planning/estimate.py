@@ -121,7 +121,11 @@ def _seconds(row: dict, layout: dict, gpu: GPU, assumed: Assumptions) -> float:
         "CP": layout["tp"],
         "DP": layout["tp"],  # with context parallelism a group of both
         "PP": layout["tp"] * layout["cp"] * layout["dp"],
+        # The first stage and the last.
+        "embedding": layout["tp"] * layout["cp"] * layout["dp"] * max(1, layout["pp"] - 1),
     }.get(row["group"], 1)
     within_node = stride * row["ranks"] <= gpu.node or layout["world_size"] <= gpu.node
-    link = gpu.nvlink if within_node else gpu.network
+    # A ring leaves a node through the adapters of all its ranks there; a message through one.
+    adapters = 1 if row["operation"] == "send" else max(1, gpu.node // stride)
+    link = gpu.nvlink if within_node else min(gpu.nvlink, adapters * gpu.network)
     return row["messages"] * assumed.latency + wire_bytes(row) / (link * assumed.link_efficiency)

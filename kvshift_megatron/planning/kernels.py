@@ -10,12 +10,15 @@ are known; `cpu`: what torch's kernels on a CPU keep, to compare a plan with a r
                  (with context parallelism: all ranks'       context parallelism: no log-sum-exp)
                  keys and values)
     RMSNorm      input, one fp32 a token                     fp32 copies (torch's decomposition)
-    shift        keys and values                             fp32 copies (the reference)
+    shift        keys and values (with context               fp32 copies (the reference)
+                 parallelism: fp32 copies)
     SwiGLU       its input                                   its parts
     (--no-bias-swiglu-fusion: as on the cpu)
 
 Under context parallelism (p2p) Transformer Engine's attention keeps its own keys and values and not
-all ranks'. With --recompute-modules layernorm, or FP8, it differs too.
+all ranks', and passes them and their gradients on by sends, where this package's gathers and
+reduce-scatters: other messages and, backward, fewer bytes. With --recompute-modules layernorm, or
+FP8, it differs too.
 """
 
 import os
@@ -24,7 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvshift_megatron.ops.implementation import VARIABLE
+from kvshift_megatron.ops.implementation import HAS_TRITON, VARIABLE
 
 aten = torch.ops.aten
 
@@ -42,6 +45,11 @@ def use(kernels: str) -> None:
         # Tensors without data get a GPU's kernels unless told otherwise.
         os.environ[VARIABLE] = "reference"
     else:
+        if not HAS_TRITON and os.environ.get(VARIABLE) != "reference":
+            raise ValueError(
+                "a GPU's kernels of the shift are Triton's, which is not installed: pip install "
+                f"triton, or set {VARIABLE}=reference to plan without them"
+            )
         sdpa.scaled_dot_product_attention = _on_gpu
         core_attention.blockwise_attention = whole_attention
         torch.nn.functional.rms_norm = _rms_norm(torch.nn.functional.rms_norm)

@@ -20,5 +20,10 @@ _PEAKS = (
 
 
 def peak_tflops(name: str) -> float | None:
-    """Dense bf16 TFLOP/s of a GPU by the name that CUDA gives it; None where it is not known."""
+    """Dense bf16 TFLOP/s of a GPU by the name that CUDA gives it; None where it is not known.
+
+    A part of a GPU (MIG) is not.
+    """
+    if " MIG " in name:
+        return None
     return next((peak for pattern, peak, _ in _PEAKS if re.search(pattern, name)), None)

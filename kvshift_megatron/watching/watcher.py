@@ -133,8 +133,14 @@ class Watcher:
 
     def start_telemetry(self) -> None:
         """Start this node's sampler on its first rank, and the summary on the writing rank."""
-        gpus = job_gpus()
-        if self._args.no_gpu_telemetry or self._path is None or not gpus:
+        if self._args.no_gpu_telemetry or self._path is None:
+            return
+        try:
+            gpus = job_gpus()
+        except (AttributeError, RuntimeError) as error:
+            print(f"kvshift_megatron: WARNING: no GPU telemetry: {error}", flush=True)
+            return
+        if not gpus:
             return
         interval_s = self._args.gpu_telemetry_interval
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:

@@ -40,6 +40,7 @@ def test_the_time_out_is_half_of_megatrons():
     [
         ("-1", {}, "expected seconds above 0"),
         ("600", {}, "not below Megatron's time-out of a collective operation, 600 s"),
+        ("580", {}, "and up to 50 s to find out"),
         ("60", {"distributed_timeout_seconds_after_init": 60}, "--distributed-timeout-minutes"),
         ("60", {"inprocess_restart": True}, "drop --hang-timeout-seconds"),
     ],

@@ -26,7 +26,7 @@ def test_half_a_save_is_cleared_away(root, folder):  # noqa: F811
     (folder.path / ".metadata").unlink()
     folder.begin()
     assert list(folder.path.iterdir()) == []
-    assert not list(root.glob("*.replaced"))
+    assert not list(root.glob("replaced.*"))
 
 
 def test_a_whole_one_is_kept_until_the_new_one_counts(root, folder):  # noqa: F811
@@ -42,7 +42,38 @@ def test_a_whole_one_is_kept_until_the_new_one_counts(root, folder):  # noqa: F8
     folder.path.rmdir()
     save(folder.path)
     folder.complete()
-    assert fault_of(folder.path) is None and not list(root.glob("*.replaced"))
+    assert fault_of(folder.path) is None and not list(root.glob("replaced.*"))
+
+
+def test_one_that_cannot_be_put_aside_stays(root, folder, monkeypatch):  # noqa: F811
+    def refuse(*_):
+        raise OSError(39, "Directory not empty")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(folder.path), "rename", refuse)
+        with pytest.raises(OSError, match="not empty"):
+            folder.begin()
+    assert folder.give_up() == f"{folder.path} is as it was."
+    assert fault_of(folder.path) is None
+
+
+def test_megatrons_clean_up_keeps_the_last_whole_one(root, folder):  # noqa: F811
+    """Of non-persistent checkpoints it keeps the newest folder; a save that begins has made one."""
+    from megatron.training import checkpointing
+
+    from kvshift_megatron.faults.progress import Progress
+    from kvshift_megatron.faults.saving import Save, Saves
+
+    saves = Saves(goes_on=False, progress=Progress())
+    clean = saves._clean(checkpointing.cleanup_old_non_persistent_checkpoint)
+    folder.begin()  # puts a whole one aside, whose name Megatron must not take for a number
+    saves._current = Save(8, Folder(root, 8))
+    saves._current.folder.begin()
+    clean(root)
+    assert {path.name for path in root.glob("iter_*")} == {"iter_0000006", "iter_0000008"}
+    saves._current = None
+    clean(root)
+    assert [path.name for path in root.glob("iter_*")] == ["iter_0000008"]
 
 
 def test_a_run_that_is_killed_meanwhile_gets_it_back(root, folder):  # noqa: F811
@@ -50,7 +81,7 @@ def test_a_run_that_is_killed_meanwhile_gets_it_back(root, folder):  # noqa: F81
     (folder.path / "__0_0.distcp").write_bytes(b"half")
     instead, (warning,) = choose(root)
     assert instead is None and "is put back as it was before" in warning
-    assert fault_of(folder.path) is None and not list(root.glob("*.replaced"))
+    assert fault_of(folder.path) is None and not list(root.glob("replaced.*"))
 
 
 def test_two_interrupted_saves_in_a_row_do_not_lose_it(root, folder):  # noqa: F811
@@ -62,6 +93,6 @@ def test_two_interrupted_saves_in_a_row_do_not_lose_it(root, folder):  # noqa: F
 
 def test_a_damaged_copy_is_not_put_back(root, folder):  # noqa: F811
     folder.begin()
-    cut(root / "iter_0000006.replaced" / "__0_0.distcp")
+    cut(root / "replaced.iter_0000006" / "__0_0.distcp")
     assert choose(root)[0] == 4
     assert (root / TRACKER).read_text() == "6"

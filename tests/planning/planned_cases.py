@@ -81,7 +81,9 @@ def run_commands(folder: Path) -> None:
         mock.patch.object(search, "RECOMPUTE", {"none": {}}),
         mock.patch.object(command_line, "_FINALISTS", 1),
     ):
-        codes.append(command_line.main(["10m", "8x80gb", "--search", "--gpu-set", "node=2"]))
+        codes.append(
+            command_line.main(["10m", "8x80gb", "--nproc", "4", "--search", "--gpu-set", "node=2"])
+        )
     (folder / "plan.exit").write_text(json.dumps(codes))
 
 

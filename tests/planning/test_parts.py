@@ -181,7 +181,7 @@ def test_estimate_by_hand():
 def test_estimate_of_links_bubble_and_overlap():
     two_nodes = planned(world_size=16)
     two_nodes["stages"][0]["traffic"] = [row("all-gather", 16, 1e9, messages=0)]
-    assert estimate(two_nodes, GPU, PERFECT)["messages"] == pytest.approx(15e9 / 1e10 / 2)
+    assert estimate(two_nodes, GPU, PERFECT)["messages"] == pytest.approx(15e9 / 8e10 / 2)
     piped = planned(pp=4)
     assert estimate(piped, GPU, PERFECT)["bubble"] == pytest.approx(3 * (1.8 + 0.21) / 2)
     data = planned()

@@ -57,6 +57,10 @@ def _fewer_in_flight(rank):
     step["saved_peak"] -= max(step["saved_per_forward"])
 
 
+def _lower_peak(rank):
+    rank["steps"][2]["live_peak"] *= 0.9
+
+
 def _lost_message(rank):
     rank["steps"][2]["traffic"].pop()
 
@@ -77,6 +81,7 @@ def _half_the_attention(rank):
         (_less_saved, "saved"),
         (_less_saved, "allocated"),
         (_fewer_in_flight, "saved"),
+        (_lower_peak, "saved"),
         (_lost_message, "traffic"),
         (_longer_message, "traffic"),
         (_half_the_attention, "work"),

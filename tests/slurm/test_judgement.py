@@ -44,6 +44,7 @@ CASES = {
     "cancelled": ({"code": 143, "terminated": True}, "fail", "terminated", "Slurm ended the job"),
     "cancelled, and saved": ({"terminated": True}, "fail", "terminated", "Slurm ended the job"),
     "--exit-interval": ({"stops_early": True}, "done", "completed", "as --exit-interval asks"),
+    "--exit-interval, interrupted before it": ({}, "requeue", "requeued", "was interrupted"),
     "--exit-interval, failed": ({"stops_early": True, "code": 1}, "fail", "failed", "status 1"),
 }  # fmt: skip
 

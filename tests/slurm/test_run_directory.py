@@ -129,6 +129,8 @@ def test_the_command_line():
         (["run", "m"], {}, "the following arguments are required: layout .usage: sbatch"),
         (["run", "m", "l", "--nodes=2", *_FLAGS], {}, "unrecognized arguments: --nodes=2"),
         (["run", "m", "l"], {}, "--save-interval is missing after --"),
+        (["run", "m", "l", *_FLAGS, "--ckpt-step", "5"], {}, "--ckpt-step: every start of the job"),
+        (["run", "m", "l", "--set", "finetune", *_FLAGS], {}, "--finetune: every start"),
         (["run", "m", "l", *_FLAGS, "--save=x"], {}, "--save: the script sets it"),
         (["run", "m", "l", *_FLAGS, "--data-path", "a b"], {}, "'a b': neither a path nor"),
         (["run", "m", "l", *_FLAGS], {"SLURM_GPUS_ON_NODE": ""}, "the job has no GPUs"),
