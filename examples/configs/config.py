@@ -7,6 +7,7 @@ No flag may be in both: a model says what is trained, a layout only how. The key
 [common] and [models.NAME] are Megatron's flags without the dashes.
 """
 
+import argparse
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,21 @@ class Run:
     layout: str
     nproc: int
     flags: Flags
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What names a run on a command line: model, layout, --nproc and --set."""
+    parser.add_argument("model", help="a name in examples/configs/models, or a TOML file")
+    parser.add_argument("layout", help="a name in examples/configs/layouts, or a TOML file")
+    parser.add_argument("--nproc", type=int, help="processes in all, instead of the layout's")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FLAG[=VALUE]",
+        help="a flag of Megatron or of KV shifting, without its dashes; wins over both files, and "
+        "FLAG=false leaves it out",
+    )
 
 
 def load(model: str, layout: str, overrides: Flags | None = None, nproc: int | None = None) -> Run:

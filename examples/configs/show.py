@@ -19,17 +19,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.configs.show", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("model", help="a name in models/ or a TOML file")
-    parser.add_argument("layout", help="a name in layouts/ or a TOML file")
-    parser.add_argument("--nproc", type=int, help="processes in all, instead of the layout's")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FLAG[=VALUE]",
-        help="a flag of Megatron or of KV shifting, without its dashes; wins over both files, and "
-        "FLAG=false leaves it out",
-    )
+    config.add_arguments(parser)
     return parser.parse_args(argv)
 
 

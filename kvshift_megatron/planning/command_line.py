@@ -19,20 +19,14 @@ _TRIED = 10
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
     """The command line."""
+    # Of the checkout, which the tool is part of: an installed package has no examples.
+    from examples.configs import config
+
     parser = argparse.ArgumentParser(
         prog="plan_cluster.py",
         description="What a configuration needs of a cluster: memory, messages, FLOPs, time.",
     )
-    parser.add_argument("model", help="a name in examples/configs/models or a TOML file")
-    parser.add_argument("layout", help="a name in examples/configs/layouts or a TOML file")
-    parser.add_argument("--nproc", type=int, help="processes in all, instead of the layout's")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FLAG[=VALUE]",
-        help="a flag of Megatron or of KV shifting, as for examples.configs.show",
-    )
+    config.add_arguments(parser)
     parser.add_argument("--gpu", default="h100-80gb", help=f"one of {', '.join(gpus.GPUS)}")
     parser.add_argument(
         "--gpu-set",

@@ -1,16 +1,14 @@
 """Runs of the real loop on two ranks: many on the ranks of one launch, or one that may break it."""
 
-import json
 import os
-import re
 import subprocess
 import sys
 import time
 import uuid
 from pathlib import Path
-from typing import NamedTuple
 
-from tests.distributed.launch import PROJECT, python_path, torchrun
+from tests.distributed.launch import PROJECT, python_path
+from tests.integration.forked_launch import Run, forked
 from tests.integration.tiny_gpt import flags
 from tools import launchers
 
@@ -29,18 +27,6 @@ def command(plant: str | None = None, rank: int = 1, iteration: int = 0, **overr
     return words
 
 
-class Run(NamedTuple):
-    """A finished run: exit code and output of each rank, or of the launcher for all of them."""
-
-    codes: list[int]
-    outputs: list[str]
-
-    def said(self, pattern: str) -> list[str]:
-        """The lines that match, of all ranks."""
-        lines = [line for output in self.outputs for line in output.splitlines()]
-        return [line for line in lines if re.search(pattern, line)]
-
-
 def losses(file: Path) -> dict[int, float]:
     """Iteration -> loss, as `--losses` wrote them."""
     words = [line.split() for line in file.read_text().splitlines()]
@@ -49,25 +35,11 @@ def losses(file: Path) -> dict[int, float]:
     return found
 
 
-def forked(directory: Path, plan: dict[str, list[str]]) -> dict[str, Run]:
+def planned(directory: Path, plan: dict[str, list[str]]) -> dict[str, Run]:
     """Every run of a plan, one after the other, on the ranks of one launch."""
     directory.mkdir()
-    file = directory / "plan.json"
     entries = {name: {"command": words, "before": None} for name, words in plan.items()}
-    file.write_text(json.dumps(entries))
-    arguments = ["-m", "tests.integration.forked_ranks", str(file)]
-    launch = torchrun(RANKS, arguments, timeout=300, TORCHDYNAMO_DISABLE="1")
-    assert launch.returncode == 0, launch.stdout[-5000:]
-    return {
-        name: Run(
-            [int((directory / f"{name}-{rank}.exit").read_text()) for rank in range(RANKS)],
-            [
-                (directory / f"{name}-{rank}.log").read_text(errors="replace")
-                for rank in range(RANKS)
-            ],
-        )
-        for name in plan
-    }
+    return forked(directory, entries, RANKS, timeout=300)
 
 
 def launched(log: Path, words: list[str]) -> tuple[Run, float]:

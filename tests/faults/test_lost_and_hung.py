@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvshift_megatron.faults.fallback import TRACKER, fault_of
-from tests.faults.runs import HANG_TIMEOUT, Run, command, forked, launched, losses, survivors
+from tests.faults.runs import HANG_TIMEOUT, Run, command, launched, losses, planned, survivors
 
 # Name -> (fault, the iteration that it happens in, steps done before it, newest whole checkpoint).
 FAULTS = {
@@ -45,7 +45,8 @@ def broken(root) -> dict[str, tuple[Run, float]]:
             iteration=iteration,
             save=root / name,
             losses=root / f"{name}.losses",
-            hang_timeout_seconds=HANG_TIMEOUT,
+            # A busy machine may stand still for some seconds.
+            hang_timeout_seconds=HANG_TIMEOUT if name in FAULTS else 60,
         )
         return launched(root / f"{name}.log", words)
 
@@ -67,7 +68,7 @@ def resumed(root, broken) -> dict[str, Run]:
         name: command(save=root / name, load=root / name, losses=root / f"{name}.resumed")
         for name in ("killed", "killed-writing", "sleeps", TRUNCATED)
     }
-    return forked(root / "plan", plan)
+    return planned(root / "plan", plan)
 
 
 def newest(folder: Path) -> int:

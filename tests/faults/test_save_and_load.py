@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from kvshift_megatron.faults.fallback import TRACKER, fault_of
-from tests.faults.runs import STEPS, Run, command, forked, losses
+from tests.faults.runs import STEPS, Run, command, losses, planned
 
 # Without the worker Megatron quietly saves in the foreground.
 _IN_BACKGROUND = {
@@ -76,7 +76,7 @@ def runs(root):
         planted("no-tracker-stop", "no tracker", 0, on_save_failure="stop")
         planted("nan", "nan", iteration=6)
         planted("nan-first", "nan", iteration=5, load=root / "unbroken", ckpt_step=4)
-        finished = forked(root / "plan", plan)
+        finished = planned(root / "plan", plan)
         yield finished
 
 

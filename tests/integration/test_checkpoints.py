@@ -1,13 +1,10 @@
 """Megatron's own loop: checkpoints in the background, and ones that must not be loaded."""
 
-import json
-from typing import NamedTuple
-
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from tests.distributed.launch import torchrun
+from tests.integration.forked_launch import Run, forked
 from tests.integration.tiny_gpt import flags
 
 _RANKS = 2
@@ -93,11 +90,6 @@ def _plan(root) -> dict[str, dict]:
     }
 
 
-class Run(NamedTuple):
-    codes: list[int]
-    outputs: list[str]
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("checkpoints")
@@ -105,24 +97,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(directory) -> dict[str, Run]:
-    plan = directory / "plan.json"
-    plan.write_text(json.dumps(_plan(directory)))
-    launch = torchrun(
-        _RANKS,
-        ["-m", "tests.integration.forked_ranks", str(plan)],
-        timeout=600,
-        # Compiling a few steps takes longer than they do.
-        TORCHDYNAMO_DISABLE="1",
-    )
-    assert launch.returncode == 0, launch.stdout[-5000:]
-    ranks = range(_RANKS)
-    return {
-        name: Run(
-            [int((directory / f"{name}-{rank}.exit").read_text()) for rank in ranks],
-            [(directory / f"{name}-{rank}.log").read_text(errors="replace") for rank in ranks],
-        )
-        for name in json.loads(plan.read_text())
-    }
+    return forked(directory, _plan(directory), _RANKS)
 
 
 def trained(run: Run, steps: int = _STEPS) -> list[str]:

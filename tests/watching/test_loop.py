@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.watching import read_lines, read_metrics
-from tests.distributed.launch import torchrun
+from tests.integration.forked_launch import Run, forked
 from tests.integration.tiny_gpt import flags
 from tests.watching.float64_taps import assert_tags, effective
 from tests.watching.watched_ranks import wild_values
@@ -79,11 +78,6 @@ def _plan(root: Path) -> dict[str, dict]:
     }
 
 
-class Run(NamedTuple):
-    codes: list[int]
-    outputs: list[str]
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("watching")
@@ -91,24 +85,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(directory) -> dict[str, Run]:
-    plan = directory / "plan.json"
-    plan.write_text(json.dumps(_plan(directory)))
-    launch = torchrun(
-        _RANKS,
-        ["-m", "tests.watching.watched_ranks", str(plan)],
-        timeout=300,
-        # Compiling a few steps takes longer than they do.
-        TORCHDYNAMO_DISABLE="1",
-    )
-    assert launch.returncode == 0, launch.stdout[-5000:]
-    ranks = range(_RANKS)
-    return {
-        name: Run(
-            [int((directory / f"{name}-{rank}.exit").read_text()) for rank in ranks],
-            [(directory / f"{name}-{rank}.log").read_text(errors="replace") for rank in ranks],
-        )
-        for name in json.loads(plan.read_text())
-    }
+    return forked(directory, _plan(directory), _RANKS, "tests.watching.watched_ranks", 300)
 
 
 def trained(run: Run) -> str:
