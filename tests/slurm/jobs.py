@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvshift_megatron.watching import read_metrics
 from tests.slurm.cluster import OVER, Cluster
 
 ROOT = Path(__file__).parents[2]
@@ -55,9 +56,8 @@ class Job:
 
     def losses(self) -> dict[int, float]:
         """Iteration -> its loss in the metrics, to the bit; of the last attempt that logged it."""
-        lines = (self.run / "metrics.jsonl").read_text().splitlines()
-        entries = [json.loads(line) for line in lines]
-        return {e["iteration"]: e["lm loss"] for e in entries if "lm loss" in e}
+        entries = read_metrics(self.run / "metrics.jsonl")
+        return {step: entry["lm loss"] for step, entry in entries.items() if "lm loss" in entry}
 
     def newest(self) -> int:
         """The iteration of the newest checkpoint; 0 where there is none."""

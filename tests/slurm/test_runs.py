@@ -38,6 +38,7 @@ def unbroken(jobs):
 def test_trains(unbroken):
     assert unbroken.fields["JobState"] == "COMPLETED", unbroken.said()[-5000:]
     assert unbroken.fields["ExitCode"] == "0:0"
+    assert "attention: KV shifting" in unbroken.said()
     losses = unbroken.losses()
     assert sorted(losses) == unbroken.steps(1) == list(range(1, STEPS + 1))
     assert losses[STEPS] < losses[1] - 0.5
@@ -136,9 +137,10 @@ def test_sigterm_to_all_processes_saves_too(jobs, cluster):
 
 @pytest.fixture(scope="module")
 def limited(jobs):
-    """A run that its time limit ends, and not a requeue."""
+    """A run that its time limit ends, and not a requeue; of the vanilla twin."""
     slurm = ("--time=3", "--signal=B:USR1@160")
-    return jobs.submit("limited", "--max-attempts=1", slurm=slurm, steps=100_000, tp=1)
+    own = ("--vanilla", "--max-attempts=1")
+    return jobs.submit("limited", *own, slurm=slurm, steps=100_000, tp=1)
 
 
 def test_a_second_job_is_refused(jobs, limited):
@@ -172,6 +174,7 @@ def test_the_time_limit_saves_and_attempts_are_bounded(jobs, limited):
     assert "--max-attempts 1" in attempt["message"]
     assert "warning signal" in limited.said()
     assert attempt["end"] == limited.newest() == max(limited.steps(1)) > 0
+    assert "attention: vanilla" in limited.said()
 
 
 def test_an_array_trains_three_seeds(jobs, cluster):
