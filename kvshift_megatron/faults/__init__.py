@@ -14,7 +14,8 @@ The tracker file is missing or unreadable
 A checkpoint cannot be written (disk full, quota, permission), on any rank
     --on-save-failure stop|continue. Its folder is removed and the one before it stays the newest;
     rank 0 says which rank could not write which file, and why. Then all ranks stop (the default,
-    exit code 1), or all go on. Exit code 1, too, if the last save of a run has failed.
+    exit code 1; saves that were under way in the background then leave halves, which are known for
+    that), or all go on. Exit code 1, too, if the last save of a run has failed.
     Lost, if it ends: the steps since the newest checkpoint.
 A rank hangs
     --hang-timeout-seconds N (default: half of Megatron's --distributed-timeout-minutes; 0: never).
