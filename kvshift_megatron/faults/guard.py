@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -59,8 +60,8 @@ class Guard:
             finite.explain(error.code)
         # Megatron's loop ends with sys.exit(0) at an exit interval or signal.
         is_well = error is None or (isinstance(error, SystemExit) and not error.code)
-        if not is_well:
-            # Python would ask them with SIGTERM, which they may have been told to ignore, and wait.
+        if not is_well and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+            # Python asks them with SIGTERM, which they ignore as well (examples/slurm), and waits.
             for child in multiprocessing.active_children():
                 if child.daemon:
                     child.kill()
