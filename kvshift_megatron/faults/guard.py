@@ -1,15 +1,13 @@
 """What stands around Megatron's training while it runs."""
 
-import multiprocessing
 import os
-import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 
-from kvshift_megatron.faults import agreement, finite
+from kvshift_megatron.faults import agreement, finite, processes
 from kvshift_megatron.faults.arguments import hang_timeout
 from kvshift_megatron.faults.progress import Progress
 from kvshift_megatron.faults.saving import Saves
@@ -60,11 +58,8 @@ class Guard:
             finite.explain(error.code)
         # Megatron's loop ends with sys.exit(0) at an exit interval or signal.
         is_well = error is None or (isinstance(error, SystemExit) and not error.code)
-        if not is_well and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
-            # Python asks them with SIGTERM, which they ignore as well (examples/slurm), and waits.
-            for child in multiprocessing.active_children():
-                if child.daemon:
-                    child.kill()
+        if not is_well:
+            processes.abandon()
         if is_well and self._saves.unsaved is not None:
             if os.environ.get("RANK", "0") == "0":
                 message = f"kvshift_megatron: ERROR: {self._saves.unsaved}"

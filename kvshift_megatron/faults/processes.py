@@ -61,3 +61,30 @@ def get_write_results_queue(mp_mode: str = "spawn") -> Any:
             manager.start(die_with_parent)
         filesystem_async._results_queue = manager.Queue()
     return filesystem_async._results_queue
+
+
+def abandon() -> None:
+    """End what this rank has started without waiting for it; the run has failed.
+
+    Python would ask the processes with SIGTERM, which examples/slurm has them ignore, and wait for
+    them; and wait until somebody has read what is queued for a save, which nobody does any more.
+    """
+    from megatron.core.dist_checkpointing.strategies.async_utils import (
+        AsyncCallsQueue,
+        PersistentAsyncCaller,
+    )
+
+    # torch's handler would take the end of its data-loading workers for an error.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for queue in (
+        PersistentAsyncCaller._persistent_queue,
+        PersistentAsyncCaller._persistent_preload_q,
+        PersistentAsyncCaller._persistent_comp_q,
+    ):
+        if queue is not None:
+            queue.cancel_join_thread()
+    if AsyncCallsQueue._persistent_caller is not None:
+        AsyncCallsQueue._persistent_caller.close(abort=True)
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

@@ -19,7 +19,14 @@ from kvshift_megatron.training_task import gpt_datasets_provider
 
 KINDS = (
     *("killed", "sleeps", "stopped", "holds the lock"),
-    *("killed while writing", "refused", "no metadata", "no tracker", "small files"),
+    *(
+        "ignores SIGTERM",
+        "killed while writing",
+        "refused",
+        "no metadata",
+        "no tracker",
+        "small files",
+    ),
     "nan",
 )
 
@@ -65,7 +72,10 @@ def _record_losses(file: Path) -> None:
 def _plant(kind: str, rank: int, iteration: int) -> None:
     if int(os.environ["RANK"]) != rank:
         return
-    if kind in _IN_A_STEP:
+    if kind == "ignores SIGTERM":
+        # With all that it starts, as below examples/slurm.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    elif kind in _IN_A_STEP:
         # A real step is longer than the time between two reports: this rank reports once more.
         pause = 0 if kind == "killed" else 2.5
         _before_step(iteration, _IN_A_STEP[kind], pause)
