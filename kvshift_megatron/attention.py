@@ -23,7 +23,7 @@ from kvshift_megatron.boundaries import (
     shift_across_boundaries,
 )
 from kvshift_megatron.config import KVShiftConfig
-from kvshift_megatron.taps import initial_values, resolve_seed, tap_names, taps_from_parameters
+from kvshift_megatron.taps import initial_values, resolve_seed, tap_names, taps_by_kind
 from kvshift_megatron.validation import check_at_start, refuse_call
 
 
@@ -189,11 +189,7 @@ class KVShiftSelfAttention(SelfAttention):
             # One reduction for all taps; in fp32 whatever the parameters' dtype.
             flat = copy_to_tensor_model_parallel_region(flat, group=self.pg_collection.tp)
             flat = flat[:, self._own_group : self._own_group + 1]
-        parts = flat.split([len(names) for names in self._tap_names.values()])
-        return {
-            kind: taps_from_parameters(self.kv_shift, part)
-            for kind, part in zip(self._tap_names, parts)
-        }
+        return taps_by_kind(self.kv_shift, flat)
 
     def sharded_state_dict(
         self,

@@ -79,6 +79,21 @@ def initial_values(
     return values
 
 
+def taps_by_kind(kv_shift: KVShiftConfig, parameters: Tensor) -> dict[str, Tensor]:
+    """The taps that the shift applies, keys' and values'.
+
+    Args:
+        kv_shift: the layer's configuration.
+        parameters: fp32 [parameters per group, ng], all of `tap_names` in their order.
+
+    Returns:
+        {"alpha": fp32 [window, ng], "beta": ...}, differentiable; kinds that do not shift left out.
+    """
+    names = tap_names(kv_shift)
+    parts = parameters.split([len(kind) for kind in names.values()])
+    return {kind: taps_from_parameters(kv_shift, part) for kind, part in zip(names, parts)}
+
+
 def taps_from_parameters(kv_shift: KVShiftConfig, parameters: Tensor) -> Tensor:
     """The taps that the shift applies.
 

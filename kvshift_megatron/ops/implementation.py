@@ -25,32 +25,35 @@ def implementation(inputs: Sequence[Tensor]) -> str:
     Raises:
         ValueError: KVSHIFT_IMPLEMENTATION names one that does not exist, or cannot take them.
     """
-    wanted = os.environ.get(VARIABLE, "auto")
-    if wanted not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"{VARIABLE} must be auto, reference or triton, not {wanted!r}")
-    kinds = {(x.device.type, x.dtype, x.shape) for x in inputs}
-    device, dtype = inputs[0].device.type, inputs[0].dtype
-    # Triton's interpreter is for tests, which ask for it by name.
-    interpreted = wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    obstacle = _why_not_triton(device, dtype, len(kinds) == 1, interpreted)
-    if wanted == "triton" and obstacle:
-        raise ValueError(f"{VARIABLE}=triton: {obstacle}: set it to auto or reference")
-    name = "reference" if wanted == "reference" or (wanted == "auto" and obstacle) else "triton"
-    asked = f"{VARIABLE}={wanted}"
-    if not torch.compiler.is_compiling():
-        _log(name, asked if wanted != "auto" else obstacle or f"{dtype} on a GPU")
-    return name
+    first = inputs[0]
+    kind = (first.device.type, first.dtype)
+    alike = all(x.shape == first.shape and (x.device.type, x.dtype) == kind for x in inputs)
+    return _choose(os.environ.get(VARIABLE, "auto"), *kind, alike)
 
 
 def take_reference(reason: str) -> None:
     """Note that only the reference can serve; refuse where another one is forced."""
     if os.environ.get(VARIABLE) == "triton":
         raise ValueError(f"{VARIABLE}=triton: {reason}: set it to auto or reference")
-    if not torch.compiler.is_compiling():
-        _log("reference", reason)
+    _log("reference", reason)
 
 
 @functools.cache
+def _choose(wanted: str, device: str, dtype: torch.dtype, alike: bool) -> str:
+    # Cached: every layer asks in every pass.
+    if wanted not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"{VARIABLE} must be auto, reference or triton, not {wanted!r}")
+    # Triton's interpreter is for tests, which ask for it by name.
+    interpreted = wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    obstacle = _why_not_triton(device, dtype, alike, interpreted)
+    if wanted == "triton" and obstacle:
+        raise ValueError(f"{VARIABLE}=triton: {obstacle}: set it to auto or reference")
+    name = "reference" if wanted == "reference" or obstacle else "triton"
+    reason = obstacle or f"{dtype} on a GPU"
+    _log(name, reason if wanted == "auto" else f"{VARIABLE}={wanted}")
+    return name
+
+
 def _why_not_triton(device: str, dtype: torch.dtype, alike: bool, interpreted: bool) -> str | None:
     # Tensors without data stand for a GPU's: their memory is what is asked about.
     if device not in ("cuda", "meta") and not interpreted:
@@ -66,4 +69,5 @@ def _why_not_triton(device: str, dtype: torch.dtype, alike: bool, interpreted: b
 
 @functools.cache
 def _log(name: str, reason: str) -> None:
-    logger.info("kvshift_megatron: implementation of the shift: %s (%s)", name, reason)
+    if not torch.compiler.is_compiling():
+        logger.info("kvshift_megatron: implementation of the shift: %s (%s)", name, reason)

@@ -76,13 +76,16 @@ class Traffic:
         """Record one operation of the c10d namespace; groups of one rank send nothing.
 
         Raises:
-            NotImplementedError: an operation that nothing is known about.
+            ValueError: an operation that the table lacks: what it sends would be missing.
         """
         name = func.overloadpacket.__name__
         if name in _SILENT:
             return
         if name not in _OPERATIONS:
-            raise NotImplementedError(f"c10d operation {name}: its traffic cannot be counted yet")
+            raise ValueError(
+                f"the torch.distributed operation {name} is not in planning/traffic.py, and a plan "
+                "without its messages would be wrong: add it there"
+            )
         group = group_of(args)
         if group.size() == 1:
             return
@@ -113,7 +116,7 @@ def group_of(args: tuple) -> dist.ProcessGroup:
                 return dist.ProcessGroup.unbox(argument)
             except RuntimeError:  # another class, such as the reduction
                 continue
-    raise NotImplementedError("a c10d operation without a process group cannot be counted")
+    raise ValueError("a torch.distributed operation names no process group: it cannot be counted")
 
 
 def group_name(group: dist.ProcessGroup) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvshift_megatron.attention import KVShiftSelfAttention
 from kvshift_megatron.config import KVShiftConfig
-from kvshift_megatron.taps import tap_names, taps_from_parameters
+from kvshift_megatron.taps import tap_names, taps_by_kind
 
 _ALL = "taps/all_layers"
 
@@ -170,14 +170,9 @@ def _alike(layers) -> list[list[tuple[str, KVShiftConfig, Tensor]]]:
 
 def _effective(kv_shift: KVShiftConfig, parameters: Tensor) -> dict[str, Tensor]:
     """{"alpha": fp32 [window, layers, ng], "beta": ...} of parameters [layers, parameters, ng]."""
-    names = tap_names(kv_shift)
-    flat = parameters.transpose(0, 1).flatten(1)
-    pieces = flat.split([len(kind) for kind in names.values()])
     shape = (kv_shift.window, parameters.shape[0], parameters.shape[2])
-    return {
-        kind: taps_from_parameters(kv_shift, piece).reshape(shape)
-        for kind, piece in zip(names, pieces)
-    }
+    taps = taps_by_kind(kv_shift, parameters.transpose(0, 1).flatten(1))
+    return {kind: values.reshape(shape) for kind, values in taps.items()}
 
 
 def _describe(taps: dict[str, Tensor]) -> dict[str, list[float]]:

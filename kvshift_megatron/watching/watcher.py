@@ -133,7 +133,7 @@ class Watcher:
 
     def start_telemetry(self) -> None:
         """Start this node's sampler on its first rank, and the summary on the writing rank."""
-        if self._args.no_gpu_telemetry or self._path is None:
+        if self._args.no_gpu_telemetry:
             return
         try:
             gpus = job_gpus()
@@ -141,6 +141,10 @@ class Watcher:
             print(f"kvshift_megatron: WARNING: no GPU telemetry: {error}", flush=True)
             return
         if not gpus:
+            return
+        if self._path is None:
+            if self._recorder is not None:
+                print("kvshift_megatron: no GPU telemetry: give --metrics-file a file", flush=True)
             return
         interval_s = self._args.gpu_telemetry_interval
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:

@@ -10,11 +10,11 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed.checkpoint as dcp
 
 from kvshift_megatron.faults.fallback import TRACKER, fault_of
 from tests.faults.runs import STEPS, Run, command, losses, planned
+from tests.saved_tensors import differing, tensors
 
 # Without the worker Megatron quietly saves in the foreground.
 _IN_BACKGROUND = {
@@ -82,21 +82,8 @@ def runs(root):
         yield finished
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, by torch's own loader."""
-    reader = dcp.FileSystemReader(folder)
-    state = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
-    }
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
-
-
 def same_state(one: Path, other: Path) -> bool:
-    first, second = tensors(one), tensors(other)
-    return first.keys() == second.keys() and all(first[key].equal(second[key]) for key in first)
+    return differing(tensors(one), tensors(other)) == []
 
 
 def checkpoints(folder: Path) -> dict[int, bool]:

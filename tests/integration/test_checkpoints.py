@@ -1,11 +1,10 @@
 """Megatron's own loop: checkpoints in the background, and ones that must not be loaded."""
 
 import pytest
-import torch
-import torch.distributed.checkpoint as dcp
 
 from tests.integration.forked_launch import Run, forked
 from tests.integration.tiny_gpt import flags
+from tests.saved_tensors import tensors
 
 _RANKS = 2
 _STEPS = 2
@@ -117,19 +116,6 @@ def refused(run: Run, *parts: str) -> None:
         for part in ["the checkpoint ", *parts]:
             assert part in last[0]
         assert "successfully loaded checkpoint" not in output
-
-
-def tensors(directory) -> dict[str, torch.Tensor]:
-    """Every tensor of a distributed checkpoint."""
-    reader = dcp.FileSystemReader(directory)
-    described = reader.read_metadata().state_dict_metadata
-    state = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in described.items()
-        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
-    }
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
 
 
 @pytest.mark.parametrize("step", [1, 2])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.checkpoints import differing, tensors
+from tests.saved_tensors import differing, tensors
 from tests.slurm.jobs import STEPS
 
 

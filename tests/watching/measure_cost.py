@@ -1,6 +1,6 @@
 """What watching costs a step: steps with it and without it, turn about, in one run.
 
-    torchrun --nproc-per-node 2 -m tests.watching.measure_cost --metrics-file /tmp/metrics.jsonl \
+    torchrun --nproc-per-node 2 -m tests.watching.measure_cost --metrics-file metrics.jsonl \
         --log-interval 1 <other flags of kvshift_megatron.pretrain>
 
 With --log-interval N, N steps are watched and the next N are not, and so on; the first 2 N warm up

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from kvshift_megatron.planning.gpus import GPUS
 from kvshift_megatron.watching import (
     add_watching_args,
     check_watching_args,
@@ -67,17 +66,3 @@ def test_what_cannot_be_honoured_is_refused(tmp_path):
 )
 def test_peaks_by_the_names_that_cuda_gives(name, tflops):
     assert peak_tflops(name) == tflops
-
-
-def test_a_plan_and_a_run_measure_mfu_against_the_same_peak():
-    """The names of the plan's table and those that CUDA gives."""
-    same = {
-        "a100-80gb": "NVIDIA A100-SXM4-80GB",
-        "a800-80gb": "NVIDIA A800-SXM4-80GB",
-        "h100-80gb": "NVIDIA H100 80GB HBM3",
-        "h800-80gb": "NVIDIA H800",
-        "h200": "NVIDIA H200",
-        "b200": "NVIDIA B200",
-    }
-    planned = {same[name]: gpu.flops / 1e12 for name, gpu in GPUS.items()}
-    assert planned == {name: peak_tflops(name) for name in planned}
