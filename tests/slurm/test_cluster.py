@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.slurm.checkpoints import differing
+from tests.saved_tensors import differing
 from tests.slurm.jobs import ROOT
 
 _STARTER = """
