@@ -1,5 +1,6 @@
 """KVShiftSelfAttention: Megatron-Core's self-attention with shifted keys and values."""
 
+from dataclasses import dataclass
 from types import NoneType
 
 import torch
@@ -17,14 +18,20 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
-from kvshift_megatron.boundaries import (
-    context_parallel_group,
-    physical_cu_seqlens,
-    shift_across_boundaries,
-)
+from kvshift_megatron.boundaries import context_parallel_group, shift_across_boundaries
 from kvshift_megatron.config import KVShiftConfig
+from kvshift_megatron.documents import physical_cu_seqlens
+from kvshift_megatron.rope_fusion import RopeFusion, shift_and_rotate
 from kvshift_megatron.taps import initial_values, resolve_seed, tap_names, taps_by_kind
 from kvshift_megatron.validation import check_at_start, refuse_call
+
+
+@dataclass(slots=True)
+class _Call:
+    """What one call of forward hands to its hook. (To set an attribute of a module is slow.)"""
+
+    cu_seqlens: Tensor | None = None
+    freqs: Tensor | None = None
 
 
 class KVShiftSelfAttention(SelfAttention):
@@ -70,7 +77,9 @@ class KVShiftSelfAttention(SelfAttention):
             )
         self.kv_shift = kv_shift
         self._tap_names = tap_names(kv_shift)
-        self._cu_seqlens = None
+        self._call = _Call()
+        self._cp_group = context_parallel_group(config, self.pg_collection)
+        self._rope = RopeFusion(config, layer_number, self._cp_group is not None)
         self._loads_without_taps = False
         self.taps_are_sharded = config.num_query_groups >= self.world_size
         tp_rank = self.pg_collection.tp.rank()
@@ -147,18 +156,26 @@ class KVShiftSelfAttention(SelfAttention):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs):
         """As SelfAttention.forward; what the shift does not support yet is refused."""
         refuse_call(**kwargs)
-        self._loads_without_taps = False
+        if self._loads_without_taps:
+            self._loads_without_taps = False
         # The hook below is called without it. Only for the call: recompute enters here again.
-        self._cu_seqlens = physical_cu_seqlens(kwargs.get("packed_seq_params"))
+        call = self._call
+        call.cu_seqlens = physical_cu_seqlens(kwargs.get("packed_seq_params"))
+        call.freqs, kwargs["rotary_pos_emb"] = self._rope.take(
+            kwargs.get("rotary_pos_emb"), hidden_states
+        )
         try:
             return super().forward(hidden_states, attention_mask, **kwargs)
         finally:
-            self._cu_seqlens = None
+            call.cu_seqlens = call.freqs = None
 
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: Tensor | None = None, *args, **kwargs
     ):
-        """As SelfAttention's, with key and value [s, b, ng, hn] shifted."""
+        """As SelfAttention's, with key and value [s, b, ng, hn] shifted.
+
+        Under `forward` with angles of its own, key is also rotated (rope_fusion.py).
+        """
         output = super().get_query_key_value_tensors(
             hidden_states, key_value_states, *args, **kwargs
         )
@@ -168,15 +185,13 @@ class KVShiftSelfAttention(SelfAttention):
                 "cannot reach them: turn it off (drop --fused-single-qkv-rope)"
             )
         query, key, value, *gate = output
-        taps = self.taps()
-        key, value = shift_across_boundaries(
-            key,
-            value,
-            taps.get("alpha"),
-            taps.get("beta"),
-            self._cu_seqlens,
-            context_parallel_group(self.config, self.pg_collection),
-        )
+        taps, call = self.taps(), self._call
+        shifted = key, value, taps.get("alpha"), taps.get("beta")
+        if call.freqs is not None:
+            interleaved = self.config.rotary_interleaved
+            key, value = shift_and_rotate(*shifted, call.freqs, call.cu_seqlens, interleaved)
+        else:
+            key, value = shift_across_boundaries(*shifted, call.cu_seqlens, self._cp_group)
         return (query, key, value, *gate)
 
     def taps(self) -> dict[str, Tensor]:

@@ -21,11 +21,7 @@ from torch import Tensor
 
 
 class HistoryExchange:
-    """One exchange, forward and backward. Everything is started early and waited for late.
-
-    `start` sends the tails and returns the histories unfilled; work that needs only local tokens
-    goes between it and `finish`. In the backward pass `finish` starts the reverse exchange and
-    `start`, which autograd runs last, waits for it.
+    """One exchange, forward and backward: each is started early and waited for late.
 
     Args:
         group: the context-parallel group, in the order of the layout.
@@ -39,21 +35,41 @@ class HistoryExchange:
         self._rank, self._size = group.rank(), group.size()
         self._pending: list[tuple[dist.Work, int | str]] = []
         self._buffers: list[Tensor] = []
+        self._received: tuple[Tensor, ...] = ()
 
-    def start(self, tails: Tensor) -> Tensor:
-        """Begin.
+    def start(self, tails: Tensor) -> None:
+        """Begin to send.
 
         Args:
             tails: [2, ...]: the last tokens of the first and of the second halves.
+        """
+        below, above = self._send_up_and_down(tails[0], tails[1])
+        if self._rank == self._size - 1:
+            above.copy_(tails[0])
+        self._received = (below, above)
+
+    def finish(self) -> Tensor:
+        """Wait for what `start` began.
 
         Returns:
-            [2, ...]: the tokens before them; NOT filled until `finish` returns it.
+            [2, ...]: the tokens before the first and the second halves; zeros before chunk 0.
         """
-        return _Start.apply(tails, self)
+        return torch.stack(self._wait())
 
-    def finish(self, history: Tensor) -> Tensor:
-        """Wait for what `start` began; returns its result, filled."""
-        return _Finish.apply(history, self)
+    def start_backward(self, grad: Tensor) -> None:
+        """Begin to send the gradient of what `finish` returned: the same ways back."""
+        # What came from rank - 1 goes back down, what came from rank + 1 back up.
+        from_self = (grad[1],) if self._rank == self._size - 1 else ()
+        self._received = (*self._send_up_and_down(grad[1], grad[0]), *from_self)
+
+    def finish_backward(self) -> Tensor:
+        """Wait for what `start_backward` began.
+
+        Returns:
+            [2, ...]: the gradient of the tails that `start` sent.
+        """
+        below, above, *from_self = self._wait()
+        return torch.stack((above + from_self[0] if from_self else above, below))
 
     def _send_up_and_down(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         """Start sending `up` to rank + 1 and `down` to rank - 1.
@@ -81,12 +97,14 @@ class HistoryExchange:
         self._pending = list(zip(works, peers))
         return below, above
 
-    def _wait(self) -> None:
+    def _wait(self) -> tuple[Tensor, ...]:
         pending, self._pending = self._pending, []
         for work, peer in pending:
             with self._naming(peer):
                 work.wait()
+        received, self._received = self._received, ()
         self._buffers = []
+        return received
 
     @staticmethod
     @contextlib.contextmanager
@@ -99,51 +117,3 @@ class HistoryExchange:
                 f"KV shifting: the context-parallel exchange of rank {dist.get_rank()} with "
                 f"rank {peer} failed: {error}"
             ) from error
-
-    def _start_forward(self, tails: Tensor) -> Tensor:
-        below, above = self._send_up_and_down(tails[0], tails[1])
-        if self._rank == self._size - 1:
-            above.copy_(tails[0])
-        self._received = (below, above)
-        return torch.empty_like(tails)
-
-    def _finish_forward(self, history: Tensor) -> None:
-        self._wait()
-        torch.stack(self._received, out=history)
-        self._received = None
-
-    def _start_backward(self, grad: Tensor) -> None:
-        # What came from rank - 1 goes back down, what came from rank + 1 back up.
-        from_self = grad[1] if self._rank == self._size - 1 else None
-        self._received = (*self._send_up_and_down(grad[1], grad[0]), from_self)
-
-    def _finish_backward(self) -> Tensor:
-        self._wait()
-        below, above, from_self = self._received
-        self._received = None
-        return torch.stack((above if from_self is None else above + from_self, below))
-
-
-class _Start(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tails: Tensor, exchange: HistoryExchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange._start_forward(tails)
-
-    @staticmethod
-    def backward(ctx, _grad_history: Tensor):
-        return ctx.exchange._finish_backward(), None
-
-
-class _Finish(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, history: Tensor, exchange: HistoryExchange) -> Tensor:
-        ctx.exchange = exchange
-        exchange._finish_forward(history)
-        ctx.mark_dirty(history)
-        return history
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        ctx.exchange._start_backward(grad)
-        return grad, None

@@ -3,6 +3,7 @@
 Nothing here knows about ranks; attention.py slices by query group.
 """
 
+import functools
 import re
 from collections.abc import Iterable
 
@@ -17,6 +18,7 @@ _MEGATRON_DEFAULT_SEED = 1234
 _KEY = re.compile(r"\.self_attention\.((?:alpha|beta)_(?:\d+|logit))$")
 
 
+@functools.cache
 def tap_names(kv_shift: KVShiftConfig) -> dict[str, tuple[str, ...]]:
     """Parameter names by what they shift: {"alpha": (...), "beta": (...)}, current token first.
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kvshift_megatron.boundaries import document_positions
+from kvshift_megatron.documents import document_positions
 from kvshift_megatron.ops import kv_shift
 from tests.compare import relative_error
 

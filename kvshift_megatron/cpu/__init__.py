@@ -2,7 +2,8 @@
 
 ``python -m kvshift_megatron.cpu [--nproc-per-node N] SCRIPT ARGS...`` runs a script on it.
 In a program: ``enable()``, before Megatron is imported where possible. Importing this package
-changes nothing and does not import torch.
+changes nothing and does not import torch. While the layer is on, glibc keeps the memory that
+tensors free (``allocator``; ``KVSHIFT_KEEP_MEMORY=0`` leaves it as it is).
 
 Covered: the training loop with tensor, pipeline and data parallelism, the distributed optimizer,
 activation recompute, dropout and torch_dist checkpoints. Not covered: FSDP, CUDA graphs,
@@ -55,8 +56,10 @@ def enable(reason: str | None = None, *, force: bool = False) -> bool:
         # and a CPU's is answered as 0.
         _set_environment("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
+    from kvshift_megatron.cpu.allocator import keep_freed_memory
     from kvshift_megatron.cpu.substitutions import Applied
 
+    keep_freed_memory()
     _applied = Applied()
     _applied.apply()
     if os.environ.get("RANK", "0") == "0":
@@ -73,8 +76,11 @@ def disable() -> None:
     global _applied
     if _applied is None:
         return
+    from kvshift_megatron.cpu.allocator import give_back
+
     _applied.undo()
     _applied = None
+    give_back()
     for name, before in _environment.items():
         if before is None:
             os.environ.pop(name, None)

@@ -8,7 +8,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kvshift_megatron.boundaries import document_positions
+from kvshift_megatron.documents import document_positions
 from kvshift_megatron.local.sdpa import sdpa
 
 # Queries a mask covers at a time: memory for masks is this times the number of keys.

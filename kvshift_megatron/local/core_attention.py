@@ -12,7 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from kvshift_megatron.boundaries import context_parallel_group, physical_cu_seqlens
+from kvshift_megatron.boundaries import context_parallel_group
+from kvshift_megatron.documents import physical_cu_seqlens
 from kvshift_megatron.local.blockwise_attention import (
     Places,
     blockwise_attention,

@@ -1,10 +1,11 @@
 """Which implementation of the shift runs, and why."""
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -13,61 +14,76 @@ logger = logging.getLogger(__name__)
 
 # auto, or one of IMPLEMENTATIONS.
 VARIABLE = "KVSHIFT_IMPLEMENTATION"
-IMPLEMENTATIONS = ("reference", "triton")
+# Name -> the module with its `forward` and `backward`. Imported late: Triton is not everywhere.
+IMPLEMENTATIONS = {"reference": "eager_shift", "cpu": "cpu_shift", "triton": "triton_shift"}
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def implementation(inputs: Sequence[Tensor]) -> str:
-    """The implementation for keys and values, or one of them; logged when it is first chosen.
+def implementation(x: Tensor) -> str:
+    """The implementation for keys or values like x; logged when it is first chosen.
 
     Raises:
         ValueError: KVSHIFT_IMPLEMENTATION names one that does not exist, or cannot take them.
     """
-    first = inputs[0]
-    kind = (first.device.type, first.dtype)
-    alike = all(x.shape == first.shape and (x.device.type, x.dtype) == kind for x in inputs)
-    return _choose(os.environ.get(VARIABLE, "auto"), *kind, alike)
+    return _choose(os.environ.get(VARIABLE, "auto"), x.device.type, x.dtype)
 
 
-def take_reference(reason: str) -> None:
-    """Note that only the reference can serve; refuse where another one is forced."""
-    if os.environ.get(VARIABLE) == "triton":
-        raise ValueError(f"{VARIABLE}=triton: {reason}: set it to auto or reference")
-    _log("reference", reason)
+def functions(x: Tensor) -> ModuleType:
+    """The module whose `forward` and `backward` shift x."""
+    return _module(implementation(x))
 
 
 @functools.cache
-def _choose(wanted: str, device: str, dtype: torch.dtype, alike: bool) -> str:
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{IMPLEMENTATIONS[name]}")
+
+
+@functools.cache
+def _choose(wanted: str, device: str, dtype: torch.dtype) -> str:
     # Cached: every layer asks in every pass.
     if wanted not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"{VARIABLE} must be auto, reference or triton, not {wanted!r}")
+        choices = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"{VARIABLE} must be auto or one of {choices}, not {wanted!r}")
+    if wanted == "reference":
+        return _log(logging.INFO, "reference", f"{VARIABLE}=reference")
+    best = wanted if wanted != "auto" else "cpu" if device == "cpu" else "triton"
     # Triton's interpreter is for tests, which ask for it by name.
     interpreted = wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    obstacle = _why_not_triton(device, dtype, alike, interpreted)
-    if wanted == "triton" and obstacle:
-        raise ValueError(f"{VARIABLE}=triton: {obstacle}: set it to auto or reference")
-    name = "reference" if wanted == "reference" or obstacle else "triton"
-    reason = obstacle or f"{dtype} on a GPU"
-    _log(name, reason if wanted == "auto" else f"{VARIABLE}={wanted}")
-    return name
+    obstacle = _why_not_cpu(device, dtype) if best == "cpu" else None
+    if best == "triton" and not (interpreted and HAS_TRITON):
+        obstacle = _why_not_triton(device, dtype)
+    if obstacle and wanted != "auto":
+        raise ValueError(f"{VARIABLE}={wanted}: {obstacle}: set it to auto or reference")
+    if obstacle:
+        return _log(logging.WARNING, "reference", obstacle)
+    reason = f"{dtype} on the {device} device" if wanted == "auto" else f"{VARIABLE}={wanted}"
+    return _log(logging.INFO, best, reason)
 
 
-def _why_not_triton(device: str, dtype: torch.dtype, alike: bool, interpreted: bool) -> str | None:
+def _why_not_cpu(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cpu":
+        return f"the tensors are on the {device} device, not on a CPU"
+    compiled = _module("cpu")
+    if not compiled.supports(dtype):
+        return f"the compiled shift is not for {dtype}"
+    return compiled.why_not()
+
+
+def _why_not_triton(device: str, dtype: torch.dtype) -> str | None:
     # Tensors without data stand for a GPU's: their memory is what is asked about.
-    if device not in ("cuda", "meta") and not interpreted:
+    if device not in ("cuda", "meta"):
         return f"the tensors are on the {device} device, not on a GPU"
     if dtype not in _TRITON_DTYPES:
         return f"the kernels are for bf16, fp16 and fp32, not {dtype}"
-    if not alike:
-        return "the kernels take keys and values of one shape, dtype and device"
     if not HAS_TRITON:
         return "triton is not installed"
-    return None
+    return importlib.import_module(f"{__package__}.triton_check").self_check(device, dtype)
 
 
 @functools.cache
-def _log(name: str, reason: str) -> None:
+def _log(level: int, name: str, reason: str) -> str:
     if not torch.compiler.is_compiling():
-        logger.info("kvshift_megatron: implementation of the shift: %s (%s)", name, reason)
+        logger.log(level, "kvshift_megatron: implementation of the shift: %s (%s)", name, reason)
+    return name

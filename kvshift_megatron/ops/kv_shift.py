@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvshift_megatron.ops.implementation import implementation
-from kvshift_megatron.ops.reference import shift_ref
+from kvshift_megatron.ops.autograd import shift
 
 Taps = Tensor | Sequence[Tensor]
 
@@ -41,34 +40,29 @@ def kv_shift(
 
     Parallelism: local to the rank; taps are those of this rank's query groups.
     """
-    _check("key", key, "alpha", alpha)
-    _check("value", value, "beta", beta)
-    shifted = [(x, taps) for x, taps in ((key, alpha), (value, beta)) if taps is not None]
-    if shifted and implementation([x for x, _ in shifted]) == "triton":
-        outputs = _by_triton(shifted, position)
-    else:
-        outputs = [shift_ref(x, taps, position) for x, taps in shifted]
-    outputs = iter(outputs)
+    check("key", key, "alpha", alpha)
+    check("value", value, "beta", beta)
+    alike = (key.shape, key.dtype, key.device) == (value.shape, value.dtype, value.device)
+    if alpha is not None and beta is not None and alike:
+        return tuple(_shift([key, value], [alpha, beta], position))  # in one launch
     return (
-        key if alpha is None else next(outputs),
-        value if beta is None else next(outputs),
+        key if alpha is None else _shift([key], [alpha], position)[0],
+        value if beta is None else _shift([value], [beta], position)[0],
     )
 
 
-def _by_triton(shifted: list[tuple[Tensor, Taps]], position: Tensor | None) -> list[Tensor]:
-    # Imported late: Triton is not everywhere.
-    from kvshift_megatron.ops.triton_shift import triton_shift
-
-    inputs, taps = zip(*shifted)
-    taps = [tap if isinstance(tap, Tensor) else torch.stack(list(tap)) for tap in taps]
+def _shift(inputs: list[Tensor], taps: list[Taps], position: Tensor | None) -> list[Tensor]:
+    wide = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+    taps = [(tap if isinstance(tap, Tensor) else torch.stack(list(tap))).to(wide) for tap in taps]
     is_thd = inputs[0].dim() == 3
     if is_thd:
         inputs = [x.unsqueeze(1) for x in inputs]
-    outputs = triton_shift(inputs, [tap.float() for tap in taps], position)
+    outputs = shift(inputs, taps, position)
     return [x.squeeze(1) for x in outputs] if is_thd else outputs
 
 
-def _check(x_name: str, x: Tensor, taps_name: str, taps: Taps | None) -> None:
+def check(x_name: str, x: Tensor, taps_name: str, taps: Taps | None) -> None:
+    """Refuse, by its name, a tensor or taps that do not fit; as `kv_shift` says."""
     if x.dim() not in (3, 4):
         raise ValueError(
             f"{x_name} must be [s, b, ng, hn] or [t, ng, hn], not of shape {list(x.shape)}"
@@ -80,6 +74,9 @@ def _check(x_name: str, x: Tensor, taps_name: str, taps: Taps | None) -> None:
     if len(taps) < 2:
         raise ValueError(f"{taps_name} has {len(taps)} tap(s): a shift needs at least 2")
     groups = x.shape[-2]
+    # Taking a tensor apart costs the host as much as the shift itself.
+    if isinstance(taps, Tensor) and taps.shape[1:] == (groups,):
+        return
     for j, tap in enumerate(taps, start=1):
         if tap.shape != torch.Size([groups]):
             raise ValueError(

@@ -29,13 +29,23 @@ def shift_wide(
     x: Tensor, taps: Tensor | Sequence[Tensor], position: Tensor | None = None
 ) -> Tensor:
     """`shift_ref` before it is rounded to x's dtype."""
-    wide = x.double() if x.element_size() > 4 else x.float()
+    wide = widened(x)
     out = taps[0].to(wide.dtype)[:, None] * wide
     for j in range(1, min(len(taps), len(x))):
-        previous = wide[:-j]
-        if position is not None:
-            # A choice, not a product: what lies across a boundary may be Inf or NaN.
-            same_document = (position[j:] >= j).view(-1, *[1] * (x.dim() - 1))
-            previous = previous.where(same_document, 0.0)
-        out[j:] += taps[j].to(wide.dtype)[:, None] * previous
+        out[j:] += taps[j].to(wide.dtype)[:, None] * where_same_document(wide[:-j], position, j)
     return out
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in the dtype of the arithmetic."""
+    return x.double() if x.element_size() > 4 else x.float()
+
+
+def where_same_document(x: Tensor, position: Tensor | None, j: int) -> Tensor:
+    """x [s - j, ...], zero where token i + j of the sequence is of another document than token i.
+
+    A choice, not a product: what lies across a boundary may be Inf or NaN.
+    """
+    if position is None:
+        return x
+    return x.where((position[j:] >= j).view(-1, *[1] * (x.dim() - 1)), 0.0)

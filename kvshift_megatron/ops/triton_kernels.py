@@ -15,67 +15,90 @@ import triton.language as tl
 
 
 @triton.jit
-def _shift(
+def shift_rows(
+    source, source_s, target, taps, before, is_row, groups,
+    HEAD: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One tile of one head; source and target: pointers [BLOCK_S, 1] to each row's first channel.
+
+    taps: pointer to the head's first tap. before: how many tokens of its document precede a row.
+    """
+    channels = tl.arange(0, BLOCK_D)[None, :]
+    is_channel = channels < HEAD
+    inside = is_row[:, None] & is_channel
+    current = tl.load(source + channels, mask=inside, other=0.0)
+    result = tl.load(taps) * current.to(tl.float32)
+    for j in tl.static_range(1, WINDOW):
+        has_previous = (is_row & (before >= j))[:, None] & is_channel
+        previous = tl.load(source - j * source_s + channels, mask=has_previous, other=0.0)
+        result += tl.load(taps + j * groups) * previous.to(tl.float32)
+    tl.store(target + channels, result.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def has_later(position, rows, j: tl.constexpr, tokens, PACKED: tl.constexpr):
+    """Whether the token j behind each row is there, and of the same document."""
+    later = rows + j
+    is_there = later < tokens
+    if PACKED:
+        is_there &= tl.load(position + later, mask=is_there, other=0) >= j
+    return is_there
+
+
+@triton.jit
+def shift_heads(
     x, x_s, x_b, x_g, out, taps, position, tokens, samples, groups,
-    HEAD: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
+    HEAD: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j taps[j] x_{i-j}, where i - j is a token of the same document."""
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    channels = tl.arange(0, BLOCK_D)[None, :]
-    sample, group = tl.program_id(1) // groups, tl.program_id(1) % groups
-    sample = sample.to(tl.int64)  # offsets do not fit in 32 bits
-    is_row, is_channel = rows < tokens, channels < HEAD
+    is_row = rows < tokens
     before = rows
     if PACKED:
         before = tl.load(position + rows, mask=is_row, other=0)
-    row = rows[:, None].to(tl.int64)
-    source = x + sample * x_b + group * x_g + channels
-    current = tl.load(source + row * x_s, mask=is_row[:, None] & is_channel, other=0.0)
-    result = tl.load(taps + group) * current.to(tl.float32)
-    for j in tl.static_range(1, WINDOW):
-        has_previous = (is_row & (before >= j))[:, None] & is_channel
-        previous = tl.load(source + (row - j) * x_s, mask=has_previous, other=0.0)
-        result += tl.load(taps + j * groups + group) * previous.to(tl.float32)
-    target = out + (row * samples + sample) * groups * HEAD + group * HEAD + channels
-    tl.store(target, result.to(out.dtype.element_ty), mask=is_row[:, None] & is_channel)
+    row = rows[:, None].to(tl.int64)  # offsets do not fit in 32 bits
+    for i in range(HEADS):
+        head = tl.program_id(1) * HEADS + i
+        sample, group = (head // groups).to(tl.int64), head % groups
+        shift_rows(
+            x + sample * x_b + group * x_g + row * x_s, x_s,
+            out + (row * samples + sample) * groups * HEAD + group * HEAD,
+            taps + group, before, is_row, groups, HEAD, WINDOW, BLOCK_D,
+        )  # fmt: skip
 
 
 @triton.jit
-def _shift_backward(
+def shift_heads_backward(
     x, x_s, x_b, x_g, dy, dy_s, dy_b, dy_g, dx, taps, dtaps, position, tokens, samples, groups,
-    HEAD: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
+    HEAD: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx_i = sum_j taps[j] dy_{i+j}; dtaps[j] += sum_i dy_{i+j} x_i: each x is read once."""
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     channels = tl.arange(0, BLOCK_D)[None, :]
-    sample, group = tl.program_id(1) // groups, tl.program_id(1) % groups
-    sample = sample.to(tl.int64)  # offsets do not fit in 32 bits
     is_row, is_channel = rows < tokens, channels < HEAD
-    row = rows[:, None].to(tl.int64)
     inside = is_row[:, None] & is_channel
-    own = tl.load(x + sample * x_b + group * x_g + channels + row * x_s, mask=inside, other=0.0)
-    own = own.to(tl.float32)
-    source = dy + sample * dy_b + group * dy_g + channels
-    grad = tl.load(source + row * dy_s, mask=inside, other=0.0).to(tl.float32)
-    result = tl.load(taps + group) * grad
-    # dtaps: [window, groups, blocks of tokens, samples]
-    slot = (group * tl.num_programs(0) + tl.program_id(0)) * samples + sample
-    stride = groups * tl.num_programs(0) * samples
-    tl.store(dtaps + slot, tl.sum(grad * own))
-    for j in tl.static_range(1, WINDOW):
-        later = rows + j
-        has_next = later < tokens
-        if PACKED:
-            has_next &= tl.load(position + later, mask=has_next, other=0) >= j
-        grad = tl.load(
-            source + (row + j) * dy_s, mask=has_next[:, None] & is_channel, other=0.0
-        ).to(tl.float32)
-        result += tl.load(taps + j * groups + group) * grad
-        tl.store(dtaps + j * stride + slot, tl.sum(grad * own))
-    target = dx + (row * samples + sample) * groups * HEAD + group * HEAD + channels
-    tl.store(target, result.to(dx.dtype.element_ty), mask=inside)
+    row = rows[:, None].to(tl.int64)
+    for i in range(HEADS):
+        head = tl.program_id(1) * HEADS + i
+        sample, group = (head // groups).to(tl.int64), head % groups
+        own = x + sample * x_b + group * x_g + row * x_s + channels
+        own = tl.load(own, mask=inside, other=0.0).to(tl.float32)
+        source = dy + sample * dy_b + group * dy_g + row * dy_s + channels
+        grad = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        result = tl.load(taps + group) * grad
+        # dtaps: [window, groups, blocks of tokens, samples]
+        slot = (group * tl.num_programs(0) + tl.program_id(0)) * samples + sample
+        stride = groups * tl.num_programs(0) * samples
+        tl.store(dtaps + slot, tl.sum(grad * own))
+        for j in tl.static_range(1, WINDOW):
+            has_next = has_later(position, rows, j, tokens, PACKED)[:, None] & is_channel
+            grad = tl.load(source + j * dy_s, mask=has_next, other=0.0).to(tl.float32)
+            result += tl.load(taps + j * groups + group) * grad
+            tl.store(dtaps + j * stride + slot, tl.sum(grad * own))
+        target = dx + (row * samples + sample) * groups * HEAD + group * HEAD + channels
+        tl.store(target, result.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -87,14 +110,14 @@ def shift_kernel(
 ):  # fmt: skip
     """Grid (blocks of tokens, samples * groups, 2): keys, and values; 1 on the last: k alone."""
     if tl.program_id(2) == 0:
-        _shift(
+        shift_heads(
             k, k_s, k_b, k_g, k_out, alpha,
-            position, tokens, samples, groups, HEAD, WINDOW, PACKED, BLOCK_S, BLOCK_D,
+            position, tokens, samples, groups, HEAD, WINDOW, PACKED, 1, BLOCK_S, BLOCK_D,
         )  # fmt: skip
     else:
-        _shift(
+        shift_heads(
             v, v_s, v_b, v_g, v_out, beta,
-            position, tokens, samples, groups, HEAD, WINDOW, PACKED, BLOCK_S, BLOCK_D,
+            position, tokens, samples, groups, HEAD, WINDOW, PACKED, 1, BLOCK_S, BLOCK_D,
         )  # fmt: skip
 
 
@@ -108,12 +131,12 @@ def shift_backward_kernel(
 ):  # fmt: skip
     """Grid as shift_kernel's."""
     if tl.program_id(2) == 0:
-        _shift_backward(
+        shift_heads_backward(
             k, k_s, k_b, k_g, dk, dk_s, dk_b, dk_g, k_grad, alpha, dalpha,
-            position, tokens, samples, groups, HEAD, WINDOW, PACKED, BLOCK_S, BLOCK_D,
+            position, tokens, samples, groups, HEAD, WINDOW, PACKED, 1, BLOCK_S, BLOCK_D,
         )  # fmt: skip
     else:
-        _shift_backward(
+        shift_heads_backward(
             v, v_s, v_b, v_g, dv, dv_s, dv_b, dv_g, v_grad, beta, dbeta,
-            position, tokens, samples, groups, HEAD, WINDOW, PACKED, BLOCK_S, BLOCK_D,
+            position, tokens, samples, groups, HEAD, WINDOW, PACKED, 1, BLOCK_S, BLOCK_D,
         )  # fmt: skip

@@ -10,8 +10,8 @@ are known; `cpu`: what torch's kernels on a CPU keep, to compare a plan with a r
                  (with context parallelism: all ranks'       context parallelism: no log-sum-exp)
                  keys and values)
     RMSNorm      input, one fp32 a token                     fp32 copies (torch's decomposition)
-    shift        keys and values (with context               fp32 copies (the reference)
-                 parallelism: fp32 copies)
+    shift        keys and values, or copies of them where    keys and values
+                 they are little of the QKV output
     SwiGLU       its input                                   its parts
     (--no-bias-swiglu-fusion: as on the cpu)
 

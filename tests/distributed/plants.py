@@ -7,7 +7,7 @@ import torch
 
 from kvshift_megatron import attention, boundaries
 from kvshift_megatron.attention import KVShiftSelfAttention
-from kvshift_megatron.boundaries import _EqualHalves
+from kvshift_megatron.chunks import EqualHalves
 from kvshift_megatron.cp_exchange import HistoryExchange
 from kvshift_megatron.local import SDPACoreAttention
 from kvshift_megatron.ops import shift_ref
@@ -82,43 +82,41 @@ def _shared_groups_not_summed():
     )
 
 
-@contextlib.contextmanager
+def _patch_exchange(name, change):
+    original = getattr(HistoryExchange, name)
+    return mock.patch.object(HistoryExchange, name, lambda *args: change(original, *args))
+
+
 def _second_half_from_wrong_rank():
     """Second halves take their history from below, where only first halves should."""
-    finish = HistoryExchange._finish_forward
 
-    def wrong(self, history):
+    def finish(original, self):
         below, above = self._received
         self._received = (below, below if self._rank > 0 else above)
-        finish(self, history)
+        return original(self)
 
-    with mock.patch.object(HistoryExchange, "_finish_forward", wrong):
-        yield
+    return _patch_exchange("finish", finish)
 
 
-@contextlib.contextmanager
 def _no_own_edge_on_the_last_rank():
-    start = HistoryExchange._start_forward
-
-    def wrong(self, tails):
-        history = start(self, tails)
+    def start(original, self, tails):
+        original(self, tails)
         if self._rank == self._size - 1:
             self._received[1].zero_()
-        return history
 
-    with mock.patch.object(HistoryExchange, "_start_forward", wrong):
-        yield
+    return _patch_exchange("start", start)
 
 
 def _no_backward_exchange():
-    finish = HistoryExchange._finish_backward
-    return mock.patch.object(HistoryExchange, "_finish_backward", lambda self: finish(self).zero_())
+    return _patch_exchange("finish_backward", lambda original, self: original(self).zero_())
 
 
 def _halves_of_the_whole_sequence():
     """Packed documents are cut as if they were one: boundaries in the middle of the memory."""
     return mock.patch.object(
-        boundaries, "_DocumentHalves", lambda cu, tokens, ranks, back: _EqualHalves(tokens, back)
+        boundaries,
+        "DocumentHalves",
+        lambda cu, tokens, ranks, back: EqualHalves(tokens, back, cu.device),
     )
 
 

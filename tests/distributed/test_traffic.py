@@ -15,10 +15,6 @@ each_case = pytest.mark.parametrize(
 )
 
 
-def messages(log: list) -> list:
-    return [entry for entry in log if entry[0] not in ("local", "wait")]
-
-
 @each_case
 def test_the_shift_sends_a_few_tokens_to_each_neighbour_and_nothing_else(results, world_size, case):
     groups, back = case.model.num_query_groups, case.model.kv_shift.window - 1
@@ -27,25 +23,34 @@ def test_the_shift_sends_a_few_tokens_to_each_neighbour_and_nothing_else(results
     for rank, traffic in enumerate(results(world_size, f"property:traffic-{case.name}")):
         neighbours = [r for r in (rank + 1, rank - 1) if 0 <= r < case.cp]
         sends = sorted(("send", neighbour, size) for neighbour in neighbours)
-        for tokens, passes in traffic.items():
+        for tokens, passes in traffic["messages"].items():
             # The TE-free core attention gathers keys and values: its own traffic, not the shift's.
             local = tokens // case.cp * _BATCH * groups * _HEAD * _FP32
             gathers = [("_allgather_base_", None, local)] * 2
             scatters = [("_reduce_scatter_base_", None, local * case.cp)] * 2
-            assert sorted(messages(passes["forward"]), key=str) == sorted(
-                gathers + sends, key=str
-            ), rank
-            assert sorted(messages(passes["backward"]), key=str) == sorted(
-                scatters + sends, key=str
-            ), rank
+            assert sorted(passes["forward"], key=str) == sorted(gathers + sends, key=str), rank
+            assert sorted(passes["backward"], key=str) == sorted(scatters + sends, key=str), rank
+
+
+def assert_overlapped(events: list) -> None:
+    """Messages are sent before the local part begins; what waits for them begins after its end."""
+    spans = {name: (start, end) for name, start, end in events if name.startswith("kv_shift: ")}
+    local = spans.pop("kv_shift: local part")
+    (wait,) = spans.values()
+    sent = [(start, end) for name, start, end in events if name == "gloo:send"]
+    assert sent, "nothing was sent"
+    for start, end in sent:
+        assert start < local[0] and local[1] <= wait[0] and local[1] < end, (sent, local, wait)
 
 
 @each_case
-def test_messages_are_under_way_while_the_local_part_runs(results, world_size, case):
+def test_a_trace_shows_messages_under_way_while_the_local_part_runs(results, world_size, case):
     for traffic in results(world_size, f"property:traffic-{case.name}"):
-        for passes in traffic.values():
-            for name, log in passes.items():
-                kinds = [entry[0] for entry in log]
-                sent = max(i for i, kind in enumerate(kinds) if kind == "send")
-                waited = kinds.index("wait")
-                assert "local" in kinds[sent:waited], (name, kinds)
+        for events in traffic["trace"].values():
+            assert_overlapped(events)
+
+
+def test_the_trace_of_an_exchange_that_is_waited_for_at_once_is_caught():
+    events = [("gloo:send", 0, 5), ("kv_shift: wait", 2, 6), ("kv_shift: local part", 6, 20)]
+    with pytest.raises(AssertionError):
+        assert_overlapped(events)

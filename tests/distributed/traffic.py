@@ -1,12 +1,9 @@
-"""Counts what a layer sends: every c10d operation at torch's dispatcher, and its bytes."""
-
-from unittest import mock
+"""What a layer sends, counted at torch's dispatcher, and when, from the profiler's trace."""
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvshift_megatron.cp_exchange import HistoryExchange
 from tests.distributed.cases import Case
 from tests.distributed.packed import attention_of
 
@@ -21,31 +18,11 @@ _CONTRIBUTES = {
 
 
 class Recorder(TorchDispatchMode):
-    """Lists (operation, peer or None, bytes), below every Python name for it.
+    """Lists (operation, peer or None, bytes), below every Python name for it."""
 
-    Between them stand ("local", None, 0) for a product over all local keys or values, and
-    ("wait", None, 0) for the exchange's wait.
-    """
-
-    def __init__(self, local_elements: int):
+    def __init__(self):
         super().__init__()
         self.log = []
-        self._local_elements = local_elements
-
-    def __enter__(self):
-        wait = HistoryExchange._wait
-
-        def recording(exchange):
-            self.log.append(("wait", None, 0))
-            wait(exchange)
-
-        self._patch = mock.patch.object(HistoryExchange, "_wait", recording)
-        self._patch.start()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        self._patch.stop()
-        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -56,24 +33,36 @@ class Recorder(TorchDispatchMode):
                 tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
                 size = sum(tensor.nbytes for tensor in tensors)
             self.log.append((name, args[2] if name == "send" else None, size))
-        result = func(*args, **(kwargs or {}))
-        # A half of the keys is the smallest piece that the local part works on.
-        if name == "mul" and result.numel() >= self._local_elements // 2:
-            self.log.append(("local", None, 0))
-        return result
+        return func(*args, **(kwargs or {}))
 
 
 def of_one_layer(case: Case) -> list[dict]:
-    """Every rank's traffic of one attention layer, by sequence length and pass."""
+    """Every rank's {"messages": {sequence length: {pass: log}}, "trace": {pass: events}}."""
     attention, mine = attention_of(case), {}
     for tokens in (32, 128):
-        x = torch.randn(tokens // case.cp, 2, 64, requires_grad=True)
-        keys = x.size(0) * x.size(1) * case.model.num_query_groups * 8
-        with Recorder(keys) as forward:
-            output, _ = attention(x, attention_mask=None)
-        with Recorder(keys) as backward:
-            output.sum().backward()
-        mine[tokens] = {"forward": forward.log, "backward": backward.log}
+        output, forward = _recorded(lambda x=_input(case, tokens): attention(x, None)[0])
+        _, backward = _recorded(output.sum().backward)
+        mine[tokens] = {"forward": forward, "backward": backward}
+    output, forward = traced(lambda: attention(_input(case, 128), None)[0])
+    _, backward = traced(output.sum().backward)
+    mine = {"messages": mine, "trace": {"forward": forward, "backward": backward}}
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return everyone
+
+
+def traced(run) -> tuple:
+    """(run's result, [(name, start, end)] of what the profiler saw, in microseconds)."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        result = run()
+    return result, [(e.name, e.time_range.start, e.time_range.end) for e in profile.events()]
+
+
+def _recorded(run) -> tuple:
+    with Recorder() as recorder:
+        result = run()
+    return result, recorder.log
+
+
+def _input(case: Case, tokens: int) -> torch.Tensor:
+    return torch.randn(tokens // case.cp, 2, 64, requires_grad=True)

@@ -61,7 +61,7 @@ def _measured(real, result: dict):
             left.append([allocated, output[0].nbytes])
             return output
 
-        with _BetweenRanks(1 << 60) as recorder:
+        with _BetweenRanks() as recorder:
             answer = real(forward_step, data_iterator, model, optimizer, *rest, **keywords)
         result["left_allocated"] = left
         result["traffic"] = [[name, size] for name, _, size in recorder.log]

@@ -8,12 +8,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvshift_megatron import boundaries
-from kvshift_megatron.boundaries import (
-    context_parallel_group,
-    document_positions,
-    shift_across_boundaries,
-)
+from kvshift_megatron.boundaries import context_parallel_group, shift_across_boundaries
+from kvshift_megatron.chunks import DocumentHalves, EqualHalves
+from kvshift_megatron.documents import document_positions
 from kvshift_megatron.ops import kv_shift, shift_ref
 from tests.compare import assert_close_rel
 from tests.unit.no_readback import no_readback
@@ -160,7 +157,7 @@ def assert_poison_stays(shift, lengths, victim, window, poison, behind=2):
     start = sum(lengths[:victim])
     where = torch.zeros(tokens, dtype=torch.bool)
     where[start : start + [*lengths, behind][victim]] = True
-    clean = poisoned_run(one_by_one(lengths), tensors, slice(0, 0), 0.0)
+    clean = poisoned_run(shift, tensors, slice(0, 0), 0.0)
     results = poisoned_run(shift, tensors, where, poison)
     for name, actual, expected in zip(("K", "V", "dK", "dV"), results, clean):
         assert torch.equal(actual[~where], expected[~where]), f"{name}: {poison} spread"
@@ -238,8 +235,8 @@ def test_a_chunk_too_short_for_the_window_is_refused(tokens, window, ranks):
 
 
 def test_the_shortest_chunk_that_will_do_is_accepted():
-    boundaries._EqualHalves(6, back=3)
-    boundaries._EqualHalves(2, back=1)
+    EqualHalves(6, 3, torch.device("cpu"))
+    EqualHalves(2, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -264,7 +261,7 @@ def test_documents_that_cannot_be_cut_are_refused(ranks, lengths, window):
 def test_documents_that_can_be_cut_are_accepted_without_reading_them_back(ranks, lengths, back):
     cu_seqlens, tokens = cumulative(lengths), sum(lengths) // ranks
     with no_readback():
-        boundaries._DocumentHalves(cu_seqlens, tokens, ranks, back)
+        DocumentHalves(cu_seqlens, tokens, ranks, back)
 
 
 def test_the_configuration_decides_about_context_parallelism_and_not_the_group():

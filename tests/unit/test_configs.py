@@ -15,7 +15,7 @@ import torch
 from examples.configs import config, show
 from examples.flags import command_line, read
 from kvshift_megatron.cpu import cpu_device_layer
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import ranks
 from tests.transformer_engine.ranks import Layout, fake_rank
 
 
@@ -211,7 +211,7 @@ def test_a_layout_divides_what_it_must_and_its_first_rank_builds(model, layout, 
 def test_the_flags_with_data_are_all_that_training_needs():
     run = config.load("10m", "cpu", {"train-iters": 2, "lr-warmup-iters": 1, "log-interval": 1})
     words = [*command_line(run.flags), "--mock-data", "--eval-iters", "1"]
-    result = torchrun(run.nproc, ["-m", "kvshift_megatron.pretrain", *words], timeout=200)
+    result = ranks(run.nproc, "kvshift_megatron.pretrain", words, timeout=200)
     assert result.returncode == 0, result.stdout[-3000:]
     assert "64 taps" in result.stdout
     # The loss of a guess among 8000 tokens is 8.99.

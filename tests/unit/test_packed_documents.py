@@ -8,7 +8,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import build_module
 
 from kvshift_megatron import KVShiftConfig, attention, boundaries
-from kvshift_megatron.boundaries import physical_cu_seqlens
+from kvshift_megatron.documents import physical_cu_seqlens
 from kvshift_megatron.layer_specs import kv_shift_layer_spec
 from kvshift_megatron.local import core_attention
 from kvshift_megatron.local.blockwise_attention import Places

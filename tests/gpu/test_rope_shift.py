@@ -1,0 +1,83 @@
+"""The shift with rotated keys on a GPU: against its definition in float64, and against TE's."""
+
+import pytest
+import torch
+from megatron.core.models.common.embeddings.rope_utils import fused_apply_rotary_pos_emb
+
+from kvshift_megatron.ops.implementation import implementation
+from kvshift_megatron.ops.rope_shift import kv_shift_rope
+from kvshift_megatron.ops.triton_check import self_check
+from tests.compare import relative_error
+from tests.rope_cases import CASES, assert_rope, rope_errors
+
+# Rounding the result to the dtype: half a unit in the last place of each element at most.
+ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
+
+def angles(tokens: int, rotary: int, interleaved: bool = False) -> torch.Tensor:
+    """fp32 [s, 1, 1, rotary], as Megatron's RotaryEmbedding makes them."""
+    half = torch.arange(tokens)[:, None] * 10000 ** -(torch.arange(0, rotary, 2) / rotary)
+    freqs = half.repeat_interleave(2, -1) if interleaved else half.repeat(1, 2)
+    return freqs[:, None, None].cuda()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_every_gradient(name):
+    case = CASES[name]
+    assert implementation(torch.empty(1, device="cuda", dtype=case.dtype)) == "triton"
+    assert_rope(rope_errors(case, "cuda"), ROUNDING[case.dtype])
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_the_trial_before_the_first_choice_passes(dtype):
+    assert self_check("cuda", dtype) is None
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("tokens, rotary", [(4096, 128), (200_000, 64)])
+def test_identity_taps_leave_transformer_engines_rotation(tokens, rotary, interleaved):
+    """Positions beyond 105615 take the long way around in sine and cosine."""
+    torch.manual_seed(0)
+    key = torch.randn(tokens, 1, 2, 128, device="cuda", dtype=torch.bfloat16)
+    taps = torch.tensor([[1.0], [0.0]], device="cuda").repeat(1, 2)
+    freqs = angles(tokens, rotary, interleaved)
+    turned, _ = kv_shift_rope(key, key, taps, None, freqs, interleaved=interleaved)
+    expected = fused_apply_rotary_pos_emb(key, freqs, interleaved=interleaved)
+    print(f"elements that differ in a bit: {(turned != expected).float().mean():.1e}")
+    assert relative_error(turned, expected) < 1e-4
+    assert relative_error(turned[1:], expected[:-1]) > 0.1
+
+
+def test_an_index_outside_of_the_angles_is_not_silent():
+    key, taps = torch.randn(8, 2, 64, device="cuda"), torch.randn(2, 2, device="cuda")
+    index = torch.tensor([0, 1, 2, 3, 0, 1, 2, 4], device="cuda")
+    turned, value = kv_shift_rope(key, key, taps, taps, angles(4, 64), freq_index=index)
+    assert turned[:7].isfinite().all() and turned[7].isnan().all() and value.isfinite().all()
+
+
+def test_the_same_inputs_give_the_same_bits():
+    torch.manual_seed(0)
+    k, v, k_grad, v_grad = torch.randn(4, 2048, 4, 16, 128, device="cuda", dtype=torch.bfloat16)
+    taps = torch.randn(2, 16, device="cuda", requires_grad=True)
+    grads = []
+    for _ in range(5):
+        outputs = kv_shift_rope(k, v, taps, taps, angles(2048, 128))
+        grads.append(torch.autograd.grad(outputs, taps, (k_grad, v_grad))[0])
+    assert all(torch.equal(grad, grads[0]) for grad in grads)
+
+
+def test_torch_compile_and_cuda_graphs_take_it():
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 64, 2, 4, 64, device="cuda", dtype=torch.bfloat16)
+    alpha, beta = torch.randn(2, 2, 4, device="cuda")
+    freqs = angles(64, 64)
+    expected = kv_shift_rope(k, v, alpha, beta, freqs)
+    compiled = torch.compile(kv_shift_rope, fullgraph=True)(k, v, alpha, beta, freqs)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, expected))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = kv_shift_rope(k, v, alpha, beta, freqs)
+    k.mul_(2)
+    v.mul_(2)
+    graph.replay()
+    assert all(torch.equal(a, 2 * b) for a, b in zip(captured, expected))
