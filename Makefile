@@ -14,10 +14,14 @@ TE_WHEELS ?= ../shared/wheels
 VERSIONS := 0.17.1 0.18.2 0.19.2
 MATRIX_FLAGS :=
 
-.PHONY: help setup demo test test-matrix test-te test-gpu test-slurm lint clean
+# Further options of tools/benchmark.py for `bench`.
+BENCH_FLAGS :=
+
+.PHONY: help setup demo bench test test-matrix test-te test-gpu test-slurm lint clean
 
 help:
 	@echo "make demo   train with KV shifting through Megatron's loop and show the result (minutes)"
+	@echo "make bench  measure what KV shifting costs on this machine (10 minutes; BENCH_FLAGS=--quick)"
 	@echo "make test   run the tests (CPU, gloo)"
 	@echo "make test-matrix  run the layer, layout and spec tests on every release of VERSIONS"
 	@echo "make test-te  run the tests of the Transformer Engine layer (wheels from TE_WHEELS)"
@@ -34,6 +38,9 @@ $(READY): pyproject.toml tools/make_venv.sh
 
 demo: $(READY)
 	$(PYTHON_IN_VENV) examples/induction/run.py
+
+bench: $(READY)
+	$(PYTHON_IN_VENV) tools/benchmark.py $(BENCH_FLAGS)
 
 lint: $(READY)
 	$(PYTHON_IN_VENV) -m ruff check .

@@ -20,6 +20,7 @@ NOT_IN_MATRIX = {
     "tests/unit/test_check_stock_megatron.py": "a tool for checkouts of Megatron-LM",
     "tests/unit/test_triton_shift.py": "the operation alone",
     "tests/distributed/test_lost_rank.py": "torch.distributed alone",
+    "tests/distributed/test_rank_server.py": "torch.distributed alone",
     "tests/distributed/test_resharding.py": "0.19's checkpoints (`make test`)",
     "tests/checkpoint/": "the converter, which reads and writes 0.19's checkpoints (`make test`)",
     "tests/hf/": "Transformers alone",

@@ -35,8 +35,8 @@ def forward(
     inputs: Sequence[Tensor], taps: Sequence[Tensor], position: Tensor | None
 ) -> list[Tensor]:
     """`shift` without autograd."""
-    if inputs[0].is_meta:
-        return [_empty(x) for x in inputs]
+    if _stands_for_a_gpus(inputs[0]):
+        return _shift_operator(list(inputs), list(taps), position)
     return functions(inputs[0]).forward(inputs, taps, position)
 
 
@@ -47,8 +47,8 @@ def backward(
     output_grads: Sequence[Tensor],
 ) -> list[Tensor]:
     """Gradients of the inputs, then those of the taps, given those of the outputs."""
-    if inputs[0].is_meta:
-        return [_empty(x) for x in inputs] + [torch.empty_like(tap) for tap in taps]
+    if _stands_for_a_gpus(inputs[0]):
+        return _backward_operator(list(inputs), list(taps), position, list(output_grads))
     return functions(inputs[0]).backward(inputs, taps, position, output_grads)
 
 
@@ -122,6 +122,11 @@ def _differentiate(ctx, output_grads: list[Tensor]):
 
 
 _shift_operator.register_autograd(_differentiate, setup_context=_keep_inputs)
+
+
+def _stands_for_a_gpus(x: Tensor) -> bool:
+    """Whether x has no data for the kernels: then the operator's fake implementation answers."""
+    return x.is_meta and implementation(x) == "triton"
 
 
 def _keeps_much_else(x: Tensor, count: int) -> bool:

@@ -104,7 +104,8 @@ def _forward(
     inputs: Sequence[Tensor], taps: Sequence[Tensor], position: Tensor | None, *rope
 ) -> list[Tensor]:
     if inputs[0].is_meta:
-        return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+        # The operator's fake implementation answers.
+        return _rope_shift_operator(list(inputs), list(taps), position, *rope)
     # Imported late: Triton is not everywhere.
     from kvshift_megatron.ops import triton_rope
 
@@ -118,8 +119,8 @@ def _backward(
     *rope_and_grads,
 ) -> list[Tensor]:
     if inputs[0].is_meta:
-        grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
-        return grads + [torch.empty_like(tap) for tap in taps]
+        *rope, grads = rope_and_grads
+        return _backward_operator(list(inputs), list(taps), position, *rope, list(grads))
     from kvshift_megatron.ops import triton_rope
 
     return triton_rope.backward(inputs, taps, position, *rope_and_grads)

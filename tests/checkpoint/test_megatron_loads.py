@@ -9,7 +9,7 @@ from kvshift_megatron.checkpoint.to_megatron import ToMegatron, hf_to_megatron
 from kvshift_megatron.checkpoint.torch_dist import TorchDistReader
 from tests.checkpoint import models
 from tests.checkpoint.test_round_trips import equal, random_folder, stored
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import ranks
 from tests.integration.tiny_gpt import flags
 
 
@@ -71,9 +71,7 @@ def test_megatrons_loop_loads_and_saves_at_another_layout(tmp_path):
         num_attention_heads=None,
         max_position_embeddings=None,
     )
-    launch = torchrun(
-        4, ["-m", "kvshift_megatron.pretrain", *command], timeout=300, TORCHDYNAMO_DISABLE="1"
-    )
+    launch = ranks(4, "kvshift_megatron.pretrain", command, timeout=300, TORCHDYNAMO_DISABLE="1")
     assert launch.returncode == 0, launch.stdout[-5000:]
     assert f"successfully loaded checkpoint from {tmp_path / 'megatron'}" in launch.stdout
     # Saved by four ranks, each with its part.

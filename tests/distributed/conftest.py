@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import ranks
 from tests.releases import imported_from
 
 _TIMEOUT = 600  # seconds for one launch; the largest takes under 100 on two cores
@@ -24,8 +24,8 @@ class Results:
         output = self._directory / f"world-{world_size}"
         if world_size not in self._launched:
             output.mkdir()
-            self._launched[world_size] = torchrun(
-                world_size, ["-m", "tests.distributed.worker", str(output)], _TIMEOUT
+            self._launched[world_size] = ranks(
+                world_size, "tests.distributed.worker", [str(output)], _TIMEOUT
             )
             self._check_release(world_size, output)
         launch = self._launched[world_size]
@@ -37,10 +37,10 @@ class Results:
 
     def _check_release(self, world_size: int, output: Path) -> None:
         """The ranks must have run the Megatron that this process imports."""
-        ranks = [output / f"megatron-{rank}.json" for rank in range(world_size)]
+        left = [output / f"megatron-{rank}.json" for rank in range(world_size)]
         said = self._launched[world_size].stdout[-5000:]
-        assert all(path.exists() for path in ranks), f"not every rank started:\n{said}"
-        for path in ranks:
+        assert all(path.exists() for path in left), f"not every rank started:\n{said}"
+        for path in left:
             assert json.loads(path.read_text()) == imported_from(), path.stem
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import ranks
 from tests.distributed.resharding import FAMILIES, PLANTS, SAVED_AFTER, STEPS
 from tests.releases import imported_from
 from tests.tolerances import FP32_REL
@@ -19,11 +19,9 @@ _LAYOUTS = [(family, layout) for family, layouts in FAMILIES.items() for layout 
 def outcome(tmp_path_factory, request):
     """Name of a save or a load -> what it gave."""
     directory = tmp_path_factory.mktemp("resharding")
-    ranks = min(4, request.config.getoption("max_ranks") or 4)
-    launch = torchrun(
-        ranks, ["-m", "tests.distributed.resharding_worker", str(directory)], _TIMEOUT
-    )
-    for rank in range(ranks):
+    world_size = min(4, request.config.getoption("max_ranks") or 4)
+    launch = ranks(world_size, "tests.distributed.resharding_worker", [str(directory)], _TIMEOUT)
+    for rank in range(world_size):
         path = directory / f"megatron-{rank}.json"
         assert path.exists(), f"not every rank started:\n{launch.stdout[-5000:]}"
         assert json.loads(path.read_text()) == imported_from()

@@ -18,7 +18,7 @@ import torch
 from kvshift_megatron.training_task import gpt_datasets_provider
 
 KINDS = (
-    *("killed", "sleeps", "stopped", "holds the lock"),
+    *("pauses", "killed", "sleeps", "stopped", "holds the lock"),
     *(
         "ignores SIGTERM",
         "killed while writing",
@@ -75,7 +75,7 @@ def _plant(kind: str, rank: int, iteration: int) -> None:
     if kind == "ignores SIGTERM":
         # With all that it starts, as below examples/slurm.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    elif kind in _IN_A_STEP:
+    if kind in _IN_A_STEP:
         # A real step is longer than the time between two reports: this rank reports once more.
         pause = 0 if kind == "killed" else 2.5
         _before_step(iteration, _IN_A_STEP[kind], pause)
@@ -113,7 +113,13 @@ def _small_files(_: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (310_000, resource.RLIM_INFINITY))
 
 
+def _go_on() -> None:
+    """After a pause, in which a save in the background ends."""
+
+
 _IN_A_STEP = {
+    "pauses": _go_on,
+    "ignores SIGTERM": _go_on,
     "killed": functools.partial(_signal, signal.SIGKILL),
     "sleeps": functools.partial(time.sleep, 10_000),
     "stopped": functools.partial(_signal, signal.SIGSTOP),

@@ -5,6 +5,7 @@ The loop itself loads such folders in test_save_and_load.py.
 """
 
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -29,15 +30,20 @@ def save(directory: Path) -> None:
     dist_checkpointing.save(state, str(directory), verify_integrity=True)
 
 
-@pytest.fixture
-def root(tmp_path, megatron_rank):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, _process_group):
     """iter_0000002, 4 and 6, whole."""
-    folder = tmp_path / "run"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("saved")
     for step in STEPS:
         save(folder / f"iter_{step:07d}")
     (folder / TRACKER).write_text("6")
     return folder
+
+
+@pytest.fixture
+def root(tmp_path, saved, megatron_rank):
+    """A copy of them, to be damaged."""
+    return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
 def shard(root: Path, step: int) -> Path:

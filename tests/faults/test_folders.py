@@ -4,7 +4,7 @@ import pytest
 
 from kvshift_megatron.faults.fallback import TRACKER, choose, fault_of
 from kvshift_megatron.faults.folders import Folder
-from tests.faults.test_fallback import cut, root, save, shard  # noqa: F401
+from tests.faults.test_fallback import cut, root, save, saved, shard  # noqa: F401
 
 
 @pytest.fixture

@@ -60,8 +60,9 @@ def runs(root):
             folder = stack.enter_context(small_disk(root / f"disk-{name}"))
             if folder is not None:
                 # The one whose end meets queued saves does not let itself be asked to end, either.
-                plant = "ignores SIGTERM" if name == "async-stop" else None
-                return command(plant, 0, save=folder / "run", **others)
+                # Before the second save there is time for the first, which has to find its room.
+                plant = {"async": "pauses", "async-stop": "ignores SIGTERM"}.get(name)
+                return command(plant, 0, 3, save=folder / "run", **others)
             # Files of no more than half the size, from the second checkpoint on.
             return command("small files", 0, 4, save=root / f"disk-{name}" / "run", **others)
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.distributed.launch import torchrun
+from tests.distributed import launch
 
 
 class Run(NamedTuple):
@@ -39,8 +39,8 @@ def forked(
     file = directory / "plan.json"
     file.write_text(json.dumps(plan))
     # Compiling a few steps takes longer than they do.
-    launch = torchrun(ranks, ["-m", module, str(file)], timeout, TORCHDYNAMO_DISABLE="1")
-    assert launch.returncode == 0, launch.stdout[-5000:]
+    done = launch.ranks(ranks, module, [str(file)], timeout, forks=True, TORCHDYNAMO_DISABLE="1")
+    assert done.returncode == 0, done.stdout[-5000:]
     return {
         name: Run(
             [int((directory / f"{name}-{rank}.exit").read_text()) for rank in range(ranks)],

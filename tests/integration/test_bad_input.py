@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import ranks, torchrun
 from tests.integration.bad_input import BAD_INPUT
 from tests.integration.tiny_gpt import flags
 
@@ -15,7 +15,7 @@ _RANKS = 2
 def endings(tmp_path_factory) -> list[dict]:
     """How each command line ended, by rank. A rank that trained instead would not come back."""
     output = tmp_path_factory.mktemp("bad-input")
-    run = torchrun(_RANKS, ["-m", "tests.integration.bad_input_worker", str(output)], timeout=300)
+    run = ranks(_RANKS, "tests.integration.bad_input_worker", [str(output)], timeout=300)
     assert run.returncode == 0, run.stdout[-5000:]
     return [json.loads((output / f"rank-{rank}.json").read_text()) for rank in range(_RANKS)]
 

@@ -4,20 +4,21 @@ import json
 
 import pytest
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import ranks, torchrun
 from tests.integration.tiny_gpt import flags
 
+_RANKS = 2
 _TIMEOUT = 300
 _MICRO_BATCHES = 2  # a step
 
 
-def train(output, nproc: int = 2, **overrides) -> tuple[list[str], str]:
+def train(output, by_torchrun: bool = False, **overrides) -> tuple[list[str], str]:
     """Losses as hexadecimal floats, one a micro-batch, and what the run printed."""
-    run = torchrun(
-        nproc,
-        ["tests/integration/record_losses.py", str(output), *flags(**overrides)],
-        _TIMEOUT,
-    )
+    words = [str(output), *flags(**overrides)]
+    if by_torchrun:
+        run = torchrun(_RANKS, ["tests/integration/record_losses.py", *words], _TIMEOUT)
+    else:
+        run = ranks(_RANKS, "tests.integration.record_losses", words, _TIMEOUT)
     assert run.returncode == 0, run.stdout[-5000:]
     return json.loads(output.read_text()), run.stdout
 
@@ -29,7 +30,7 @@ _LAYOUT = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     directory = tmp_path_factory.mktemp("loop")
-    return train(directory / "unbroken.json", **_LAYOUT)
+    return train(directory / "unbroken.json", by_torchrun=True, **_LAYOUT)
 
 
 def test_resume_gives_the_losses_of_an_unbroken_run(unbroken, tmp_path):

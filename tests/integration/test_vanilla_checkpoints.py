@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 
 from kvshift_megatron.checkpoint_check import stored_taps
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import ranks
 from tests.integration.tiny_gpt import flags
 
 _STEPS = 2
@@ -79,10 +79,12 @@ def runs(directory) -> dict[str, Run]:
     common = {"train_iters": 2 * _STEPS, "exit_interval": _STEPS}
     plan = {name: flags(**common, **overrides) for name, overrides in _plan(directory).items()}
     (directory / "plan.json").write_text(json.dumps(plan))
-    launch = torchrun(
+    launch = ranks(
         1,
-        ["-m", "tests.integration.forked_runs", str(directory / "plan.json")],
+        "tests.integration.forked_runs",
+        [str(directory / "plan.json")],
         timeout=400,
+        forks=True,
         # Compiling a few steps takes longer than they do.
         TORCHDYNAMO_DISABLE="1",
     )

@@ -1,0 +1,132 @@
+"""Runs of Megatron's loop side by side, one at work at a time."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+
+_START_S, _WINDOW_S, _END_S = 240, 180, 60
+_LONGEST_ADDRESS = 100  # bytes that the system takes
+
+
+class RunFailed(RuntimeError):
+    """A run ended or stopped answering; the message carries its last lines."""
+
+
+@dataclass
+class Run:
+    """One launch of Megatron's loop that waits between windows.
+
+    Args:
+        name: for messages and log files.
+        flags: of kvshift_megatron.pretrain.
+        ranks: processes.
+        environment: beside this process's own.
+    """
+
+    name: str
+    flags: list[str]
+    ranks: int = 1
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def start(self, folder: Path) -> None:
+        """Launches the ranks; `wait_until_ready` is for later."""
+        self._log = folder / f"{self.name}.log"
+        address = str(folder / f"{self.name}.socket")
+        if len(address) > _LONGEST_ADDRESS:
+            raise RunFailed(
+                f"the folder for temporary files is too deep for a socket ({address}): set TMPDIR "
+                "to one with a shorter name"
+            )
+        self._listener = Listener(address, backlog=self.ranks)
+        self._listener._listener._socket.settimeout(1.0)
+        threads = max(1, len(os.sched_getaffinity(0)) // self.ranks)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(self.ranks), "-m", f"{__package__}.step_worker"]
+        with open(self._log, "w") as log:
+            self._process = subprocess.Popen(
+                [*command, address, *self.flags],
+                env={"OMP_NUM_THREADS": str(threads)} | os.environ | self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self._connections: list[Connection] = []
+
+    def wait_until_ready(self) -> None:
+        """Returns when every rank has connected: it then goes on to its first step and waits."""
+        until = time.monotonic() + _START_S
+        with contextlib.closing(self._listener):
+            while len(self._connections) < self.ranks:
+                with contextlib.suppress(TimeoutError):
+                    self._connections.append(self._listener.accept())
+                if self._process.poll() is not None or time.monotonic() > until:
+                    raise self._failure("did not start")
+        for connection in self._connections:
+            self._answer(connection, "ready", _START_S)
+
+    def window(self, steps: int) -> float:
+        """Takes that many steps; the seconds of the slowest rank."""
+        self._tell(steps)
+        return max(self._answer(c, "window", _WINDOW_S) for c in self._connections)
+
+    def ask_figures(self) -> dict:
+        """Lets the run end by itself; the largest of each figure over the ranks."""
+        self._tell(0)
+        figures = [self._answer(c, "end", _WINDOW_S) for c in self._connections]
+        return {name: max(f[name] for f in figures) for name in figures[0]}
+
+    def wait_until_ended(self) -> None:
+        """Returns when it has ended without an error."""
+        try:
+            code = self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            raise self._failure("did not end") from None
+        if code != 0:
+            raise self._failure(f"ended with exit code {code}")
+
+    def stop(self) -> None:
+        """Ends what is left of it; ranks that nobody talks to end by themselves."""
+        for connection in getattr(self, "_connections", []):
+            connection.close()
+        process = getattr(self, "_process", None)
+        if process is not None and process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _tell(self, steps: int) -> None:
+        try:
+            for connection in self._connections:
+                connection.send(steps)
+        except OSError as error:
+            raise self._failure("is gone") from error
+
+    def _answer(self, connection: Connection, kind: str, limit_s: float):
+        until = time.monotonic() + limit_s
+        try:
+            while not connection.poll(1.0):
+                if self._process.poll() is not None or time.monotonic() > until:
+                    raise self._failure(f"did not answer ({kind})")
+            said, value = connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._failure(f"lost ({kind})") from error
+        if said != kind:
+            raise self._failure(f"said {said!r}, not {kind!r}")
+        return value
+
+    def _failure(self, what: str) -> RunFailed:
+        lines = self._log.read_text(errors="replace").splitlines()[-15:]
+        return RunFailed("\n    ".join([f"the run {self.name} {what}:", *lines]))
+
+
+def there_and_back(names: list[str], number: int) -> list[str]:
+    """The order of round `number`: A B C, C B A, A B C, ..."""
+    return names if number % 2 == 0 else names[::-1]

@@ -1,0 +1,49 @@
+"""A section that ends badly is told apart from one that measured."""
+
+import sys
+
+import pytest
+
+from kvshift_megatron.benchmarks import sections
+from kvshift_megatron.benchmarks.settings import Settings
+
+# What stands for `python -m kvshift_megatron.benchmarks.sections NAME FOLDER`.
+GOOD = """
+import pathlib, sys
+print("progress 0.25 begun", flush=True)
+print("a library's chatter")
+pathlib.Path(sys.argv[-1], "result.json").write_text('{"figure": 3}')
+"""
+DYING = "import sys; print('the reason', file=sys.stderr); sys.exit(7)"
+HANGING = "import time; print('progress 0.5 waiting', flush=True); time.sleep(600)"
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    real = sections.subprocess.Popen
+
+    def run(program: str, seconds: float = 60.0):
+        def popen(command, **keywords):
+            return real([sys.executable, "-c", program, command[-1]], **keywords)
+
+        monkeypatch.setattr(sections.subprocess, "Popen", popen)
+        monkeypatch.setattr(sections.Section, "limit_s", seconds)
+        steps = []
+        section = sections.SECTIONS["decode"]
+        return sections.run(section, Settings(False, tmp_path), lambda *s: steps.append(s)), steps
+
+    return run
+
+
+def test_result_and_progress(run):
+    assert run(GOOD) == ({"figure": 3}, [(0.25, "begun")])
+
+
+def test_a_dying_section_says_why(run):
+    with pytest.raises(sections.SectionFailed, match="exit code 7\n    the reason"):
+        run(DYING)
+
+
+def test_a_hanging_section_is_ended(run):
+    with pytest.raises(sections.SectionFailed, match="decode: no result after 1 s: ended"):
+        run(HANGING, 1.0)

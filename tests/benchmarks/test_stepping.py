@@ -1,0 +1,44 @@
+"""Megatron's loop takes its steps when it is told to, and the run ends when it is."""
+
+import pytest
+
+from kvshift_megatron.benchmarks.flags import model_flags
+from kvshift_megatron.benchmarks.stepping import Run, RunFailed
+
+
+def test_windows_figures_and_the_end(tmp_path):
+    model = {"layers": 1, "hidden": 64, "heads": 4, "query_groups": 2, "seq_length": 16, "batch": 2}
+    run = Run("tiny", model_flags(**model), 1, {"KVSHIFT_IMPLEMENTATION": "reference"})
+    try:
+        run.start(tmp_path)
+        run.wait_until_ready()
+        seconds = [run.window(steps) for steps in (1, 2)]
+        figures = run.ask_figures()
+        run.wait_until_ended()
+    finally:
+        run.stop()
+    assert all(s > 0 for s in seconds)
+    assert figures["peak_bytes"] > 100 * 2**20  # PyTorch alone is more
+    # Far more than the input [s, b, h] in fp32, far less than the machine's memory.
+    assert 16 * 2 * 64 * 4 < figures["saved_bytes_a_layer"] < 2**20
+    log = (tmp_path / "tiny.log").read_text()
+    assert "implementation of the shift: reference" in log
+    # Someone who asks it for more learns that it is gone, with its last lines.
+    with pytest.raises(RunFailed, match=r"the run tiny (is gone|lost)"):
+        run.window(1)
+
+
+def test_a_run_that_does_not_start_says_why(tmp_path):
+    # Python does not find its own library there and ends at once.
+    run = Run("broken", [], 1, {"PYTHONHOME": str(tmp_path)})
+    try:
+        run.start(tmp_path)
+        with pytest.raises(RunFailed, match=r"the run broken did not start:(.|\n)*encodings"):
+            run.wait_until_ready()
+    finally:
+        run.stop()
+
+
+def test_a_folder_that_is_too_deep_for_a_socket(tmp_path):
+    with pytest.raises(RunFailed, match="set TMPDIR"):
+        Run("r", []).start(tmp_path / ("x" * 100))

@@ -1,0 +1,46 @@
+"""What is made of seconds; and whose turn it is."""
+
+import pytest
+
+from kvshift_megatron.benchmarks import timing
+from kvshift_megatron.benchmarks.stepping import there_and_back
+
+
+def test_spread():
+    assert timing.spread([5.0, 1.0, 2.0, 4.0, 3.0]) == {
+        "median": 3.0,
+        "lower_quartile": 2.0,
+        "upper_quartile": 4.0,
+        "min": 1.0,
+        "max": 5.0,
+        "count": 5,
+    }
+    assert timing.spread([7.0])["upper_quartile"] == 7.0
+    with pytest.raises(ValueError, match="at least one"):
+        timing.spread([])
+
+
+def test_scaled_keeps_the_count():
+    scaled = timing.scaled(timing.spread([2.0, 4.0, 6.0]), 2.0)
+    assert (scaled["median"], scaled["min"], scaled["count"]) == (2.0, 1.0, 3)
+
+
+def test_turns_go_there_and_back():
+    calls = []
+    candidates = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = timing.turn_about(candidates, "cpu", 1e-9, (2, 9), lambda *_: None)
+    warm_up, rounds = calls[:6], calls[6:]
+    assert warm_up == list("aabbcc")
+    # As fast as this they are called five times a round; enough rounds, and no budget for more.
+    assert rounds == list("aaaaabbbbbccccc" + "cccccbbbbbaaaaa")
+    assert all(len(values) == 10 and min(values) >= 0 for values in times.values())
+    assert there_and_back(["a", "b"], 0) == ["a", "b"]
+    assert there_and_back(["a", "b"], 1) == ["b", "a"]
+
+
+def test_rounds_go_on_within_the_budget():
+    ticks = iter(range(100))
+    times = timing.turn_about(
+        {"a": lambda: None}, "cpu", 5.5, (1, 50), lambda *_: None, clock=lambda: next(ticks)
+    )
+    assert len(times["a"]) == 5 * 5  # the clock says 1 ... 5, and then 6
