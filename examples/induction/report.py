@@ -3,8 +3,6 @@
 import importlib.metadata
 import json
 import math
-import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from examples.induction.config import Claim, Config
 from examples.induction.launch import Result
 from examples.induction.logs import Evaluation
+from kvshift_megatron.whole_files import replace
 
 _TABLE_STEPS = (100, 200, 300, 400)
 STYLES = {  # colours of Okabe and Ito, told apart by colour-blind readers; lines differ as well
@@ -112,16 +111,6 @@ def _json_ready(value: object) -> object:
     return value
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes under a temporary name beside `path`, then renames: never half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(
     path: Path, config: Config, results: list[Result], verdicts: list[Verdict], seconds: float
 ) -> None:
@@ -154,7 +143,7 @@ def write_json(
         ],
     }
     text = json.dumps(_json_ready(content), indent=2, allow_nan=False) + "\n"
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_figure(path: Path, config: Config, results: list[Result]) -> None:
@@ -175,4 +164,4 @@ def write_figure(path: Path, config: Config, results: list[Result]) -> None:
     axes.set_title(f"Induction: one KV-shifting layer against vanilla attention ({config.name})")
     axes.grid(alpha=0.3)
     axes.legend(loc="center right", fontsize=9)
-    _replace(path, lambda temporary: figure.savefig(temporary, format="png"))
+    replace(path, lambda temporary: figure.savefig(temporary, format="png"))

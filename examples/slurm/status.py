@@ -6,10 +6,11 @@ Only the job that holds the directory writes it. The command needs nothing but P
 """
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from kvshift_megatron.whole_files import replace
 
 FILE = "status.json"
 CHECKPOINTS = "checkpoints"
@@ -69,9 +70,8 @@ def read(directory: Path) -> Status:
 
 def write(directory: Path, status: Status) -> None:
     """Stores the status, whole or not at all."""
-    temporary = directory / f"{FILE}.new"
-    temporary.write_text(json.dumps(asdict(status), indent=1) + "\n")
-    os.replace(temporary, directory / FILE)
+    text = json.dumps(asdict(status), indent=1) + "\n"
+    replace(directory / FILE, lambda path: path.write_text(text))
 
 
 def attempt_directory(directory: Path, number: int) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from kvshift_megatron.benchmarks import machine, results, tables
 from kvshift_megatron.benchmarks.sections import SECTIONS, Section, SectionFailed, run
 from kvshift_megatron.benchmarks.settings import Progress, Settings
+from kvshift_megatron.whole_files import replace
 
 _SECONDS_BETWEEN_LINES = 1.0
 
@@ -44,7 +45,7 @@ def _report(result: dict, output: Path) -> int:
 
     text = tables.markdown(result)
     results.write_json(output / "benchmark.json", result)
-    results.replace(output / "benchmark.md", lambda path: path.write_text(text))
+    replace(output / "benchmark.md", lambda path: path.write_text(text))
     drawn = draw(result, output / "benchmark.png")
     names = ["benchmark.json", "benchmark.md"] + (["benchmark.png"] if drawn else [])
     print(f"\n{text}\n{result['seconds'] / 60:.1f} minutes; wrote {', '.join(names)} in {output}")

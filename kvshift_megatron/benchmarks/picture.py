@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from kvshift_megatron.benchmarks.results import replace
+from kvshift_megatron.whole_files import replace
 
 _KIND = "forward and backward"
 # Colours of Okabe and Ito, told apart by colour-blind readers; dark and light of the same.

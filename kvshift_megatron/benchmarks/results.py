@@ -1,19 +1,10 @@
-"""Files that are whole or absent, and figures picked out of a result."""
+"""A result as a file, and figures picked out of it."""
 
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-
-def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes under a temporary name beside `path`, then renames."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from kvshift_megatron.whole_files import replace
 
 
 def write_json(path: Path, result: dict) -> None:

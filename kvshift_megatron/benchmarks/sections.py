@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvshift_megatron.benchmarks.settings import Progress, Settings
+from kvshift_megatron.whole_files import replace
 
 _TAIL_LINES = 20
 _MARK = "progress "
@@ -124,9 +125,8 @@ def main(argv: list[str]) -> None:
     settings = Settings(quick="--quick" in rest, folder=Path(folder))
     module = importlib.import_module(f"{__package__}.{section.module}")
     result = module.measure(settings, _say)
-    unfinished = settings.folder / "result.tmp"
-    unfinished.write_text(json.dumps(result, indent=1))
-    unfinished.rename(settings.folder / "result.json")
+    text = json.dumps(result, indent=1)
+    replace(settings.folder / "result.json", lambda path: path.write_text(text))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kvshift_megatron.planning import gpus
 from kvshift_megatron.planning.estimate import Assumptions, estimate
+from kvshift_megatron.whole_files import replace
 
 _LISTED = 12
 _FINALISTS = 3
@@ -111,9 +112,8 @@ def _run(arguments: Namespace) -> int:
             "added_by_kv_shift": twin_difference(planned) if planned["twin_stages"] else None,
             **planned,
         }
-        unfinished = arguments.json.with_name(arguments.json.name + ".tmp")
-        unfinished.write_text(json.dumps(everything, indent=1) + "\n")
-        unfinished.rename(arguments.json)
+        text = json.dumps(everything, indent=1) + "\n"
+        replace(arguments.json, lambda path: path.write_text(text))
     if arguments.png is not None:
         draw(planned, f"{title}: {layout.describe()}", arguments.gpu, gpu, assumed, arguments.png)
     return 0 if times["fits"] else 1

@@ -20,6 +20,7 @@ import torch
 from kvshift_megatron.planning.counting import StepCounter
 from kvshift_megatron.planning.memory import LiveStorages, SavedTensors, follow_resizes
 from kvshift_megatron.planning.static_memory import static_bytes, static_tensors
+from kvshift_megatron.whole_files import replace
 
 
 class EnoughSteps(Exception):
@@ -151,9 +152,8 @@ def main() -> None:
     with observer.installed():
         pretrain.main()
     path = folder / f"rank-{os.environ.get('RANK', '0')}.json"
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({"static": observer.static, "steps": observer.steps}))
-    unfinished.rename(path)
+    text = json.dumps({"static": observer.static, "steps": observer.steps})
+    replace(path, lambda temporary: temporary.write_text(text))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from kvshift_megatron.planning.estimate import Assumptions
 from kvshift_megatron.planning.gpus import GPU
+from kvshift_megatron.whole_files import replace
 
 # From what is always there to what comes and goes.
 _PARTS = (
@@ -53,6 +54,4 @@ def draw(planned: dict, title: str, gpu_name: str, gpu: GPU, assumed: Assumption
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
-    unfinished = path.with_name(path.name + ".tmp")
-    figure.savefig(unfinished, format="png", dpi=130)
-    unfinished.rename(path)
+    replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
