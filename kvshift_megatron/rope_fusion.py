@@ -101,9 +101,9 @@ def shift_and_rotate(
     """
     position = places = None
     if cu_seqlens is not None:
-        position = document_positions(cu_seqlens, key.size(0))[1]
+        document, position = document_positions(cu_seqlens, key.size(0))
         # What lies behind the last document belongs to nobody, and may be longer than any.
-        places = position.clamp(max=freqs.size(0) - 1)
+        places = position.where(document < len(cu_seqlens) - 1, 0)
     return kv_shift_rope(
         key, value, alpha, beta, freqs, position, freq_index=places, interleaved=interleaved
     )

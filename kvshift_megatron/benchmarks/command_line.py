@@ -2,9 +2,11 @@
 
 import argparse
 import math
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from kvshift_megatron.benchmarks import machine, results, tables
@@ -18,6 +20,11 @@ _SECONDS_BETWEEN_LINES = 1.0
 def main(argv: list[str] | None = None) -> int:
     """Measure as the command line says; 0, or 1 where something failed or was refused."""
     options = _parser().parse_args(argv)
+    # Found missing now, not after ten minutes.
+    from kvshift_megatron.benchmarks.picture import draw
+
+    # As an interrupt: what was started ends, temporary files go.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen = [SECTIONS[name] for name in options.only]
     options.output.mkdir(parents=True, exist_ok=True)
     result: dict = {"quick": options.quick, "machine": machine.describe()}
@@ -37,14 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("benchmark: interrupted; nothing was written", file=sys.stderr)
         return 1
-    return _report(result | {"seconds": clock.elapsed()}, options.output)
+    return _report(result | {"seconds": clock.elapsed()}, options.output, draw)
 
 
-def _report(result: dict, output: Path) -> int:
-    from kvshift_megatron.benchmarks.picture import draw
-
-    text = tables.markdown(result)
+def _report(result: dict, output: Path, draw: Callable[[dict, Path], bool]) -> int:
     results.write_json(output / "benchmark.json", result)
+    text = tables.markdown(result)
     replace(output / "benchmark.md", lambda path: path.write_text(text))
     drawn = draw(result, output / "benchmark.png")
     names = ["benchmark.json", "benchmark.md"] + (["benchmark.png"] if drawn else [])

@@ -1,12 +1,15 @@
 """tools/convert_checkpoint.py both ways against copying the same files."""
 
+import hashlib
 import shutil
 import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from kvshift_megatron.benchmarks import timing
+from kvshift_megatron.benchmarks.correctness import WrongResult
 from kvshift_megatron.benchmarks.settings import Progress, Settings
 
 # About 200 MB in bf16.
@@ -41,6 +44,8 @@ def measure(settings: Settings, progress: Progress) -> dict:
             "megatron-to-hf": _convert("megatron-to-hf", checkpoint, back),
             "cp": _copy(model, settings.folder / "copy"),
         }
+        if number == 0 and _tensors(back) != _tensors(model):
+            raise WrongResult("a model that was converted there and back is not what it was")
         if number:  # the first warms up: imports, page cache
             for name, value in took.items():
                 seconds[name].append(value)
@@ -63,6 +68,15 @@ def _make_model(shape: dict, folder: Path) -> None:
     torch.manual_seed(1)
     model = KVShiftLlamaForCausalLM(KVShiftLlamaConfig(**shape, tie_word_embeddings=False))
     model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def _tensors(folder: Path) -> dict[str, bytes]:
+    """Every tensor's bytes by its name."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            found[name] = hashlib.sha256(tensor.view(torch.uint8).numpy()).digest()
+    return found
 
 
 def _bytes_of(folder: Path) -> int:

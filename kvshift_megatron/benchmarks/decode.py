@@ -5,6 +5,7 @@ import time
 import torch
 
 from kvshift_megatron.benchmarks import timing
+from kvshift_megatron.benchmarks.correctness import WrongResult
 from kvshift_megatron.benchmarks.settings import Progress, Settings, part
 
 SHAPE = {
@@ -27,6 +28,7 @@ def measure(settings: Settings, progress: Progress) -> dict:
     progress(0.0, "building the models")
     models = build_models(_QUICK_SHAPE if settings.quick else SHAPE, settings.folder)
     models = {name: model.to(device) for name, model in models.items()}
+    _refuse_wrong_cache(models["kv_shift"], device)
     tokens, rounds = (4, 3) if settings.quick else (16, 20)
     cases = []
     for i, batch in enumerate(BATCHES):
@@ -49,6 +51,18 @@ def build_models(shape: dict, folder) -> dict[str, torch.nn.Module]:
         "llama": LlamaForCausalLM(LlamaConfig(**shape)).eval(),
         "kv_shift": AutoModelForCausalLM.from_pretrained(exported).eval(),
     }
+
+
+@torch.inference_mode()
+def _refuse_wrong_cache(model: torch.nn.Module, device: str) -> None:
+    """A token decoded from a cache has the logits that it has in a whole forward pass."""
+    tokens = torch.randint(model.config.vocab_size, (2, 24), device=device)
+    whole = model(tokens).logits[:, -1]
+    cache = model(tokens[:, :-1], use_cache=True).past_key_values
+    step = model(tokens[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+    error = float((step - whole).norm() / whole.norm())
+    if not error <= 1e-4:
+        raise WrongResult(f"decoding differs from the forward pass by {error:.1e}")
 
 
 class Decoder:

@@ -12,6 +12,8 @@ from kvshift_megatron.benchmarks.correctness import Expected, WrongResult
 from kvshift_megatron.benchmarks.inputs import Inputs, Shape, make_inputs
 from kvshift_megatron.benchmarks.settings import Progress, Settings, part
 from kvshift_megatron.cpu.allocator import keep_freed_memory
+from kvshift_megatron.ops import compiler
+from kvshift_megatron.ops.implementation import HAS_TRITON, why_not
 
 # What a copy is to an operation: forward reads and writes one tensor as a copy does; backward reads
 # the input and the output's gradient and writes the input's.
@@ -65,9 +67,11 @@ def measure_case(
     title = f"{device} {dtype_name} {shape}"
     ways = candidates(device, dtype)
     if "chosen" not in ways:
-        notes["not_measured"]["compiled C" if device == "cpu" else "Triton"] = (
-            "this package falls back to plain PyTorch here"
-        )
+        kernels, label = ("cpu", "compiled C") if device == "cpu" else ("triton", "Triton")
+        reason = why_not(kernels, torch.device(device), dtype)
+        # Without a compiler or Triton there is nothing to measure; with one something is broken.
+        absent = not _has_c_compiler() if device == "cpu" else not HAS_TRITON
+        notes["not_measured" if absent else "refused"][f"kvshift, {label}"] = f"{title}: {reason}"
     if device == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++")):
         ways.pop("compile")
         notes["not_measured"]["torch.compile"] = "no C++ compiler is at hand"
@@ -115,6 +119,25 @@ def measure_case(
     }
 
 
+def check_chosen(device: str, dtype: torch.dtype) -> None:
+    """What this package chooses for such tensors, against the definition on small shapes.
+
+    Raises:
+        WrongResult: as Expected.check.
+    """
+    ways = candidates(device, dtype)
+    for shape in _SMALL_SHAPES:
+        inputs = make_inputs(shape, dtype, device)
+        Expected(inputs).check(ways.get("chosen", ways["eager"]), inputs)
+
+
+def _has_c_compiler() -> bool:
+    try:
+        return bool(compiler.find_compiler())
+    except compiler.BuildError:
+        return False
+
+
 def _bound(call, inputs: Inputs):
     return lambda: call(inputs)
 
@@ -142,8 +165,11 @@ def _refuse_wrong(
             if way.compiled:
                 progress(0.3 * i / len(shapes), f"{title}, torch.compile at {checked}")
                 torch._dynamo.reset()  # or many shapes count as one function that never settles
-            start = time.perf_counter()
             try:
+                start = time.perf_counter()
+                if way.compiled:
+                    way.gradients(inputs)
+                first_s = time.perf_counter() - start
                 expected.check(way, inputs)
             except WrongResult as error:
                 notes["refused"][way.label] = f"{title}: {error}"
@@ -154,6 +180,7 @@ def _refuse_wrong(
                 reason = f"{type(error).__name__}: {str(error).splitlines()[:1]}"
                 notes[kind][way.label] = f"{title}: {reason}"
                 del ways[name]
-            if way.compiled and checked is shape:
-                compile_s = time.perf_counter() - start
+            else:
+                if way.compiled and checked is shape:
+                    compile_s = first_s
     return compile_s

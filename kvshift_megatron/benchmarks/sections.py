@@ -22,6 +22,7 @@ from kvshift_megatron.benchmarks.settings import Progress, Settings
 from kvshift_megatron.whole_files import replace
 
 _TAIL_LINES = 20
+_ROOT = str(Path(__file__).resolve().parents[2])
 _MARK = "progress "
 
 
@@ -31,12 +32,14 @@ class Section:
 
     Attributes:
         seconds, quick_seconds: what it took on 2 cores, for the time left.
+        trains: it runs a model with whatever shift this package chooses.
     """
 
     name: str
     module: str
     seconds: float
     quick_seconds: float
+    trains: bool = False
 
     @property
     def limit_s(self) -> float:
@@ -49,9 +52,9 @@ SECTIONS = {
     for section in (
         Section("operation", "operation", 180, 40),
         Section("pages", "pages", 60, 20),
-        Section("step", "training_step", 140, 50),
+        Section("step", "training_step", 140, 50, trains=True),
         Section("decode", "decode", 25, 10),
-        Section("scaling", "scaling", 200, 80),
+        Section("scaling", "scaling", 200, 80, trains=True),
         Section("conversion", "conversion", 30, 10),
     )
 }
@@ -79,6 +82,8 @@ def run(section: Section, settings: Settings, progress: Progress) -> dict:
         text=True,
         errors="replace",
         start_new_session=True,  # all that it starts ends with it
+        # This checkout, whatever is installed.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([_ROOT, *sys.path[1:]])},
     )
     timed_out = threading.Event()
 
@@ -108,6 +113,16 @@ def run(section: Section, settings: Settings, progress: Progress) -> dict:
     return json.loads((folder / "result.json").read_text())
 
 
+def _refuse_wrong_shift() -> None:
+    import torch
+
+    from kvshift_megatron.benchmarks.operation import check_chosen
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for dtype in (torch.float32, torch.bfloat16):
+        check_chosen(device, dtype)
+
+
 def _kill(child: subprocess.Popen) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
@@ -124,6 +139,8 @@ def main(argv: list[str]) -> None:
     section = SECTIONS[name]
     settings = Settings(quick="--quick" in rest, folder=Path(folder))
     module = importlib.import_module(f"{__package__}.{section.module}")
+    if section.trains:
+        _refuse_wrong_shift()
     result = module.measure(settings, _say)
     text = json.dumps(result, indent=1)
     replace(settings.folder / "result.json", lambda path: path.write_text(text))

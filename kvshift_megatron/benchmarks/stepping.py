@@ -44,7 +44,9 @@ class Run:
             )
         self._listener = Listener(address, backlog=self.ranks)
         self._listener._listener._socket.settimeout(1.0)
-        threads = max(1, len(os.sched_getaffinity(0)) // self.ranks)
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        threads = max(1, cores // self.ranks)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(self.ranks), "-m", f"{__package__}.step_worker"]
         with open(self._log, "w") as log:

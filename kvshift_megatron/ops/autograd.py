@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from kvshift_megatron.ops.implementation import functions, implementation
 
@@ -19,7 +20,7 @@ def shift(
     Args:
         inputs: one or two [s, b, ng, hn] of one shape, dtype and device; any strides.
         taps: as many [window, ng], fp32 (float64 for float64 inputs).
-        position: int64 [s], or None.
+        position: int64 [s], on the same device, or None.
 
     Returns:
         As many new, contiguous tensors.
@@ -35,7 +36,7 @@ def forward(
     inputs: Sequence[Tensor], taps: Sequence[Tensor], position: Tensor | None
 ) -> list[Tensor]:
     """`shift` without autograd."""
-    if _stands_for_a_gpus(inputs[0]):
+    if has_no_data(inputs[0]):
         return _shift_operator(list(inputs), list(taps), position)
     return functions(inputs[0]).forward(inputs, taps, position)
 
@@ -47,7 +48,7 @@ def backward(
     output_grads: Sequence[Tensor],
 ) -> list[Tensor]:
     """Gradients of the inputs, then those of the taps, given those of the outputs."""
-    if _stands_for_a_gpus(inputs[0]):
+    if has_no_data(inputs[0]):
         return _backward_operator(list(inputs), list(taps), position, list(output_grads))
     return functions(inputs[0]).backward(inputs, taps, position, output_grads)
 
@@ -58,7 +59,7 @@ def to_keep(inputs: Sequence[Tensor]) -> list[Tensor]:
     With few query groups keys and values are little of mixed_qkv, which nothing else needs by then
     (on a CPU the queries may be views of it still): a copy of them costs less than the queries.
     """
-    if implementation(inputs[0]) != "triton":
+    if inputs[0].device.type == "cpu" or implementation(inputs[0]) != "triton":
         return list(inputs)
     return [x.clone() if _keeps_much_else(x, len(inputs)) else x for x in inputs]
 
@@ -83,7 +84,7 @@ class _Shift(torch.autograd.Function):
 def _shift_operator(
     inputs: Sequence[Tensor], taps: Sequence[Tensor], position: Tensor | None
 ) -> list[Tensor]:
-    return forward(inputs, taps, position)
+    return [x.contiguous() for x in forward(inputs, taps, position)]
 
 
 @torch.library.custom_op("kvshift_megatron::shift_backward", mutates_args=())
@@ -94,7 +95,7 @@ def _backward_operator(
     output_grads: Sequence[Tensor],
 ) -> list[Tensor]:
     # An operator's results may not share memory, and the taps' gradients may.
-    grads = backward(inputs, taps, position, output_grads)
+    grads = [x.contiguous() for x in backward(inputs, taps, position, output_grads)]
     return grads[: len(inputs)] + [grad.clone() for grad in grads[len(inputs) :]]
 
 
@@ -105,7 +106,7 @@ def _(inputs, taps, position):
 
 @_backward_operator.register_fake
 def _(inputs, taps, position, output_grads):
-    return [_empty(x) for x in inputs] + [torch.empty_like(tap) for tap in taps]
+    return [_empty(x) for x in (*inputs, *taps)]
 
 
 def _keep_inputs(ctx, inputs, output) -> None:
@@ -124,14 +125,14 @@ def _differentiate(ctx, output_grads: list[Tensor]):
 _shift_operator.register_autograd(_differentiate, setup_context=_keep_inputs)
 
 
-def _stands_for_a_gpus(x: Tensor) -> bool:
-    """Whether x has no data for the kernels: then the operator's fake implementation answers."""
-    return x.is_meta and implementation(x) == "triton"
+def has_no_data(x: Tensor) -> bool:
+    """Whether there is nothing that kernels could read: the operators' fakes answer then."""
+    return (x.is_meta or isinstance(x, FakeTensor)) and implementation(x) != "reference"
 
 
 def _keeps_much_else(x: Tensor, count: int) -> bool:
     """Whether more than half of the memory behind x is none of the `count` inputs."""
-    return x.untyped_storage().nbytes() > 2 * count * x.numel() * x.element_size()
+    return x.untyped_storage().size() > 2 * count * x.numel() * x.element_size()
 
 
 def _empty(x: Tensor) -> Tensor:

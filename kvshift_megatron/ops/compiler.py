@@ -46,11 +46,11 @@ def load(source: Path) -> ctypes.CDLL:
                     os.replace(_compile(command, source, Path(building) / name), folder / name)
             return _open(folder / name)
         except OSError:
-            # A cache that cannot be written: compiled for this process alone.
+            # A cache that cannot be written or run from: compiled for this process alone.
             with tempfile.TemporaryDirectory(prefix="kvshift-") as building:
                 return _open(_compile(command, source, Path(building) / name))
     except OSError as error:
-        raise BuildError(f"{source.name} cannot be compiled: {error}") from error
+        raise BuildError(f"{source.name} cannot be compiled and loaded: {error}") from error
 
 
 def find_compiler() -> list[str]:
@@ -142,7 +142,5 @@ def _is_whole(path: Path) -> bool:
 
 
 def _open(path: Path) -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildError(f"the compiled file cannot be loaded: {error}") from error
+    # Whole: a bare name would be searched for.
+    return ctypes.CDLL(str(path.resolve()))

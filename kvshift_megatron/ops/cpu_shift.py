@@ -187,16 +187,19 @@ def _check(inputs, taps, output_grads, position) -> None:
     )
     window = len(taps[0])
     fitting = all(
-        tap.shape == (window, first.shape[2]) and tap.dtype == torch.float32 for tap in taps
+        tap.shape == (window, first.shape[2])
+        and (tap.dtype, tap.device.type) == (torch.float32, "cpu")
+        for tap in taps
     )
     placed = position is None or (
-        position.dtype == torch.int64 and position.shape == first.shape[:1]
+        (position.dtype, position.device.type) == (torch.int64, "cpu")
+        and position.shape == first.shape[:1]
     )
     if not (alike and fitting and placed and supports(first.dtype) and window <= MAX_WINDOW):
         raise ValueError(
             "the CPU kernel of the shift takes keys and values of one shape and dtype (fp32 or "
             f"bf16) on the CPU, fp32 taps [window, ng] with a window of at most {MAX_WINDOW} and "
-            "an int64 position [s]: set KVSHIFT_IMPLEMENTATION to auto or reference"
+            "an int64 position [s], all on the CPU: set KVSHIFT_IMPLEMENTATION=reference for others"
         )
 
 

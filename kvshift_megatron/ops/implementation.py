@@ -27,7 +27,7 @@ def implementation(x: Tensor) -> str:
     Raises:
         ValueError: KVSHIFT_IMPLEMENTATION names one that does not exist, or cannot take them.
     """
-    return _choose(os.environ.get(VARIABLE, "auto"), x.device.type, x.dtype)
+    return _choose(os.environ.get(VARIABLE, "auto"), x.device, x.dtype)
 
 
 def functions(x: Tensor) -> ModuleType:
@@ -41,40 +41,47 @@ def _module(name: str) -> ModuleType:
 
 
 @functools.cache
-def _choose(wanted: str, device: str, dtype: torch.dtype) -> str:
+def _choose(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     # Cached: every layer asks in every pass.
     if wanted not in ("auto", *IMPLEMENTATIONS):
         choices = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"{VARIABLE} must be auto or one of {choices}, not {wanted!r}")
     if wanted == "reference":
         return _log(logging.INFO, "reference", f"{VARIABLE}=reference")
-    best = wanted if wanted != "auto" else "cpu" if device == "cpu" else "triton"
+    best = wanted if wanted != "auto" else "cpu" if device.type == "cpu" else "triton"
     # Triton's interpreter is for tests, which ask for it by name.
     interpreted = wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    obstacle = _why_not_cpu(device, dtype) if best == "cpu" else None
-    if best == "triton" and not (interpreted and HAS_TRITON):
-        obstacle = _why_not_triton(device, dtype)
+    obstacle = None if interpreted and HAS_TRITON else why_not(best, device, dtype)
     if obstacle and wanted != "auto":
         raise ValueError(f"{VARIABLE}={wanted}: {obstacle}: set it to auto or reference")
     if obstacle:
         return _log(logging.WARNING, "reference", obstacle)
-    reason = f"{dtype} on the {device} device" if wanted == "auto" else f"{VARIABLE}={wanted}"
+    reason = f"{dtype} on the {device.type} device" if wanted == "auto" else f"{VARIABLE}={wanted}"
     return _log(logging.INFO, best, reason)
 
 
-def _why_not_cpu(device: str, dtype: torch.dtype) -> str | None:
-    if device != "cpu":
-        return f"the tensors are on the {device} device, not on a CPU"
+def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why kernels cannot shift such tensors, as a clause; None where they can.
+
+    Args:
+        name: cpu or triton.
+    """
+    return (_why_not_cpu if name == "cpu" else _why_not_triton)(device, dtype)
+
+
+def _why_not_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"the tensors are on the {device.type} device, not on a CPU"
     compiled = _module("cpu")
     if not compiled.supports(dtype):
         return f"the compiled shift is not for {dtype}"
     return compiled.why_not()
 
 
-def _why_not_triton(device: str, dtype: torch.dtype) -> str | None:
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     # Tensors without data stand for a GPU's: their memory is what is asked about.
-    if device not in ("cuda", "meta"):
-        return f"the tensors are on the {device} device, not on a GPU"
+    if device.type not in ("cuda", "meta"):
+        return f"the tensors are on the {device.type} device, not on a GPU"
     if dtype not in _TRITON_DTYPES:
         return f"the kernels are for bf16, fp16 and fp32, not {dtype}"
     if not HAS_TRITON:

@@ -36,14 +36,14 @@ def kv_shift(
         float64 inputs); an input whose taps are None is returned as it came.
 
     Raises:
-        ValueError: shapes that do not fit each other; the message names the argument.
+        ValueError: shapes or devices that do not fit each other; the message names the argument.
 
     Parallelism: local to the rank; taps are those of this rank's query groups.
     """
     check("key", key, "alpha", alpha)
     check("value", value, "beta", beta)
-    alike = (key.shape, key.dtype, key.device) == (value.shape, value.dtype, value.device)
-    if alpha is not None and beta is not None and alike:
+    position = check_places("position", position, key)
+    if can_go_together(key, value, alpha, beta):
         return tuple(_shift([key, value], [alpha, beta], position))  # in one launch
     return (
         key if alpha is None else _shift([key], [alpha], position)[0],
@@ -61,6 +61,22 @@ def _shift(inputs: list[Tensor], taps: list[Taps], position: Tensor | None) -> l
     return [x.squeeze(1) for x in outputs] if is_thd else outputs
 
 
+def can_go_together(key: Tensor, value: Tensor, alpha: Taps | None, beta: Taps | None) -> bool:
+    """Whether one launch can take both: tensors alike and windows equal."""
+    alike = (key.shape, key.dtype, key.device) == (value.shape, value.dtype, value.device)
+    return alike and alpha is not None and beta is not None and len(alpha) == len(beta)
+
+
+def check_places(name: str, places: Tensor | None, x: Tensor) -> Tensor | None:
+    """`places` as int64; refused, by its name, where it is not one for each token of x."""
+    if places is None or (places.shape == x.shape[:1] and places.device == x.device):
+        return places if places is None else places.long()
+    raise ValueError(
+        f"{name} must be of shape [{x.size(0)}] (one a token) on {x.device}, not "
+        f"{list(places.shape)} on {places.device}"
+    )
+
+
 def check(x_name: str, x: Tensor, taps_name: str, taps: Taps | None) -> None:
     """Refuse, by its name, a tensor or taps that do not fit; as `kv_shift` says."""
     if x.dim() not in (3, 4):
@@ -74,6 +90,8 @@ def check(x_name: str, x: Tensor, taps_name: str, taps: Taps | None) -> None:
     if len(taps) < 2:
         raise ValueError(f"{taps_name} has {len(taps)} tap(s): a shift needs at least 2")
     groups = x.shape[-2]
+    if any(tap.device != x.device for tap in ([taps] if isinstance(taps, Tensor) else taps)):
+        raise ValueError(f"{taps_name} must be on {x.device}, where {x_name} is")
     # Taking a tensor apart costs the host as much as the shift itself.
     if isinstance(taps, Tensor) and taps.shape[1:] == (groups,):
         return

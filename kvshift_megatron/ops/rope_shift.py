@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvshift_megatron.ops.autograd import to_keep
+from kvshift_megatron.ops.autograd import has_no_data, to_keep
 from kvshift_megatron.ops.implementation import implementation
-from kvshift_megatron.ops.kv_shift import Taps, check, kv_shift
+from kvshift_megatron.ops.kv_shift import Taps, can_go_together, check, check_places, kv_shift
 from kvshift_megatron.ops.rope_reference import rope_shift_ref
 
 
@@ -49,6 +49,8 @@ def kv_shift_rope(
     check("key", key, "alpha", alpha)
     check("value", value, "beta", beta)
     _check_freqs(key, freqs, freq_index)
+    position = check_places("position", position, key)
+    freq_index = check_places("freq_index", freq_index, key)
     if implementation(key) != "triton":
         taps = [None if tap is None else _stacked(tap) for tap in (alpha, beta)]
         return rope_shift_ref(
@@ -56,8 +58,7 @@ def kv_shift_rope(
             freq_index=freq_index, interleaved=interleaved, mscale=mscale,
         )  # fmt: skip
     settings = position, freqs.flatten(0, -2), freq_index, interleaved, mscale
-    alike = all(getattr(key, kind) == getattr(value, kind) for kind in ("shape", "dtype", "device"))
-    if alpha is not None and beta is not None and alike:
+    if can_go_together(key, value, alpha, beta):
         return tuple(_shift([key, value], [_stacked(alpha), _stacked(beta)], *settings))
     # A window of one token: keys are only rotated.
     taps = key.new_ones(1, key.size(-2)) if alpha is None else _stacked(alpha)
@@ -103,8 +104,7 @@ def _check_freqs(key: Tensor, freqs: Tensor, freq_index: Tensor | None) -> None:
 def _forward(
     inputs: Sequence[Tensor], taps: Sequence[Tensor], position: Tensor | None, *rope
 ) -> list[Tensor]:
-    if inputs[0].is_meta:
-        # The operator's fake implementation answers.
+    if has_no_data(inputs[0]):
         return _rope_shift_operator(list(inputs), list(taps), position, *rope)
     # Imported late: Triton is not everywhere.
     from kvshift_megatron.ops import triton_rope
@@ -118,7 +118,7 @@ def _backward(
     position: Tensor | None,
     *rope_and_grads,
 ) -> list[Tensor]:
-    if inputs[0].is_meta:
+    if has_no_data(inputs[0]):
         *rope, grads = rope_and_grads
         return _backward_operator(list(inputs), list(taps), position, *rope, list(grads))
     from kvshift_megatron.ops import triton_rope
@@ -188,8 +188,7 @@ def _(inputs, taps, position, freqs, freq_index, interleaved, mscale):
 
 @_backward_operator.register_fake
 def _(inputs, taps, position, freqs, freq_index, interleaved, mscale, output_grads):
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
-    return grads + [torch.empty_like(tap) for tap in taps]
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (*inputs, *taps)]
 
 
 def _keep_inputs(ctx, inputs, output) -> None:

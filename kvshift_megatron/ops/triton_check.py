@@ -64,10 +64,10 @@ def _worst(device: torch.device, dtype: torch.dtype, rope: bool, packed: bool) -
     from kvshift_megatron.ops import triton_rope, triton_shift
 
     generator = torch.Generator().manual_seed(0)
-    mixed = torch.randn(4, *_SHAPE, generator=generator).to(dtype)
-    taps = torch.randn(2, 2, _SHAPE[2], generator=generator).unbind()
-    position = torch.tensor(_POSITION) if packed else None
-    freqs = torch.rand(_SHAPE[0], _ROTARY // 2, generator=generator) * 6
+    mixed = torch.randn(4, *_SHAPE, generator=generator, device="cpu").to(dtype)
+    taps = torch.randn(2, 2, _SHAPE[2], generator=generator, device="cpu").unbind()
+    position = torch.tensor(_POSITION, device="cpu") if packed else None
+    freqs = torch.rand(_SHAPE[0], _ROTARY // 2, generator=generator, device="cpu") * 6
     freqs = freqs.repeat_interleave(2, -1) if packed else freqs.repeat(1, 2)
     inputs, grads = mixed.double()[:2].unbind(), mixed.double()[2:].unbind()
     taps_wide = [tap.double() for tap in taps]

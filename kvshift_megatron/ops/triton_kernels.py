@@ -56,7 +56,8 @@ def shift_heads(
     is_row = rows < tokens
     before = rows
     if PACKED:
-        before = tl.load(position + rows, mask=is_row, other=0)
+        # A position may count tokens that are not here.
+        before = tl.minimum(tl.load(position + rows, mask=is_row, other=0), rows)
     row = rows[:, None].to(tl.int64)  # offsets do not fit in 32 bits
     for i in range(HEADS):
         head = tl.program_id(1) * HEADS + i

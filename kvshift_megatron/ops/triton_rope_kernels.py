@@ -94,7 +94,8 @@ def _keys(
     is_row = rows < tokens
     before = rows
     if PACKED:
-        before = tl.load(position + rows, mask=is_row, other=0)
+        # A position may count tokens that are not here.
+        before = tl.minimum(tl.load(position + rows, mask=is_row, other=0), rows)
     row = rows[:, None].to(tl.int64)
     cos, sin = _cos_sin(
         freqs, freq_s, positions, index, rows, is_row, mscale,

@@ -74,7 +74,8 @@ def _launch(inputs: Sequence[Tensor], taps: Sequence[Tensor], position: Tensor |
 
 
 def strided(x: Tensor) -> tuple[Tensor, int, int, int]:
-    if x.stride(-1) != 1:
+    # The kernels count the elements between groups in 32 bits.
+    if x.stride(-1) != 1 or x.stride(2) * x.size(2) >= 2**31:
         x = x.contiguous()
     return x, *x.stride()[:3]
 

@@ -164,7 +164,7 @@ def test_why_the_kernel_cannot_serve_is_said(
     monkeypatch.delenv("CC")
     assert reason() == "cc failed with exit code 3: a.c: error: no"
     _program(tmp_path / "cc", 'for word; do [ "$last" != -o ] || echo no > $word; last=$word; done')
-    assert reason().startswith("the compiled file cannot be loaded: ")
+    assert reason().startswith("cpu_shift.c cannot be compiled and loaded: ")
     monkeypatch.setattr(compiler, "_SECONDS", 0.2)
     _program(tmp_path / "cc", "exec /bin/sleep 60")
     assert reason() == "cc took more than 0.2 s"

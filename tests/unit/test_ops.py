@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvshift_megatron.ops import kv_shift, shift_ref
 from tests.compare import assert_close_rel
@@ -246,3 +247,58 @@ def test_the_comparator_catches_a_planted_error(wrong):
     assert_close_rel("key", shift_ref(x, taps), expected)
     with pytest.raises(AssertionError, match="key: relative error"):
         assert_close_rel("key", wrong(x, taps), expected)
+
+
+@pytest.mark.parametrize("windows", [(2, 3), (3, 2)])
+def test_keys_and_values_may_have_windows_of_their_own(windows):
+    key, alpha = draw(LAYOUTS["sbhd"], windows[0], seed=1)
+    value, beta = draw(LAYOUTS["sbhd"], windows[1], seed=2)
+    shifted_key, shifted_value = kv_shift(key, value, alpha, beta)
+    assert_close_rel("key", shifted_key, shift_by_loops(key, alpha))
+    assert_close_rel("value", shifted_value, shift_by_loops(value, beta))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_position_that_counts_tokens_before_the_first_one_here(dtype):
+    """A piece of a longer document: what is not here is nothing."""
+    x, taps = draw(LAYOUTS["thd"], 3)
+    position = torch.arange(5, 12, dtype=dtype)
+    for out in kv_shift(x, x, taps, taps, position):
+        assert_close_rel("out", out, shift_by_loops(x, taps))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"alpha": _TAPS.to("meta")}, "alpha must be on cpu"),
+        ({"beta": tuple(_TAPS.to("meta"))}, "beta must be on cpu"),
+        ({"position": torch.arange(4)}, "position must be of shape"),
+        ({"position": torch.arange(5, device="meta")}, "position must be of shape"),
+    ],
+)
+def test_what_a_kernel_could_not_read_is_refused_by_name(change, named):
+    arguments = {"key": _X, "value": _X, "alpha": _TAPS, "beta": _TAPS, **change}
+    with pytest.raises(ValueError, match=named):
+        kv_shift(**arguments)
+
+
+def test_tensors_without_data_are_shaped_and_not_read():
+    mode = FakeTensorMode()
+    x, taps = (mode.from_tensor(tensor).requires_grad_() for tensor in (_X, _TAPS))
+    with mode:
+        key, value = kv_shift(x, x, taps, taps)
+        (key.sum() + value.sum()).backward()
+    assert key.shape == value.shape == x.grad.shape == _X.shape
+    assert taps.grad.shape == _TAPS.shape
+
+
+def test_torch_compile_takes_it_in_one_graph():
+    x, taps = draw((7, 2, 3, 16), 2)
+    results = []
+    for function in (kv_shift, torch.compile(kv_shift, fullgraph=True, backend="aot_eager")):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, taps)]
+        outputs = function(leaves[0], leaves[0], leaves[1], leaves[1])
+        (outputs[0].sum() + outputs[1].square().sum()).backward()
+        results.append([*outputs, *(leaf.grad for leaf in leaves)])
+    for eager, compiled in zip(*results):
+        assert_close_rel("compiled", compiled, eager)

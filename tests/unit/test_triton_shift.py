@@ -5,6 +5,7 @@ import torch
 
 from kvshift_megatron.ops import kv_shift
 from kvshift_megatron.ops.implementation import implementation
+from kvshift_megatron.ops.triton_shift import strided
 from tests.shift_cases import assert_right
 from tests.unit.triton_worker import interpreted
 
@@ -64,3 +65,10 @@ def test_no_more_than_the_raw_keys_and_values_is_kept_for_the_backward_pass():
     assert implementation(torch.empty(2, 1, 1, 8, device="meta")) == "triton"
     assert saved_bytes(queries=1) == 3
     assert saved_bytes(queries=12) == 2
+
+
+def test_groups_too_far_apart_for_32_bits_are_moved_together():
+    far = torch.empty(1, 16, 2**20, 128, device="meta").permute(2, 0, 1, 3)
+    assert far.stride(2) * far.size(2) == 2**31
+    assert strided(far)[3] == 128
+    assert strided(far[:, :, :15])[3] == 2**27
