@@ -10,9 +10,6 @@ from kvshift_megatron.benchmarks.settings import Progress
 
 Call = Callable[[], object]
 
-# A call that is fast against this is timed several times a round.
-_LONG_S = 0.05
-_MOST_CALLS_A_ROUND = 5
 # The GPU idles this long first, so that the host has queued the call when it is timed.
 _QUEUE_CYCLES = 1_000_000
 
@@ -40,19 +37,19 @@ def turn_about(
     progress: Progress,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, list[float]]:
-    """Seconds of every call of every candidate.
+    """Seconds of every candidate, one call a round.
 
-    A first round warms up and is not counted. Every second round goes backwards, so that none
-    always follows the same neighbour.
+    A first round warms up and is not counted. Between two calls of a candidate all others run: what
+    it reads has left the caches, as it has in a training step. Each round starts one further, so
+    that none is always the first.
 
     Args:
         budget_s: no further round begins after this long, once there are enough.
         rounds: the fewest and the most.
     """
-    calls = {}
-    for name, call in candidates.items():
-        warm = min(seconds_of(call, device) for _ in range(2))
-        calls[name] = max(1, min(_MOST_CALLS_A_ROUND, int(_LONG_S / max(warm, 1e-9))))
+    for call in candidates.values():
+        for _ in range(2):
+            seconds_of(call, device)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     fewest, most = rounds
     began = clock()
@@ -61,10 +58,10 @@ def turn_about(
         if number >= fewest and spent > budget_s:
             break
         progress(max(number / most, min(1.0, spent / budget_s)), f"round {number + 1}")
+        first = number % len(candidates)
         order = list(candidates)
-        for name in order if number % 2 == 0 else reversed(order):
-            for _ in range(calls[name]):
-                times[name].append(seconds_of(candidates[name], device))
+        for name in order[first:] + order[:first]:
+            times[name].append(seconds_of(candidates[name], device))
     return times
 
 
@@ -85,8 +82,3 @@ def spread(values: Iterable[float]) -> dict[str, float]:
         "max": values[-1],
         "count": len(values),
     }
-
-
-def scaled(summary: dict[str, float], unit: float) -> dict[str, float]:
-    """A spread in multiples of `unit`."""
-    return {k: v if k == "count" else v / unit for k, v in summary.items()}

@@ -20,20 +20,15 @@ def test_spread():
         timing.spread([])
 
 
-def test_scaled_keeps_the_count():
-    scaled = timing.scaled(timing.spread([2.0, 4.0, 6.0]), 2.0)
-    assert (scaled["median"], scaled["min"], scaled["count"]) == (2.0, 1.0, 3)
-
-
 def test_turns_go_there_and_back():
     calls = []
     candidates = {name: lambda name=name: calls.append(name) for name in "abc"}
     times = timing.turn_about(candidates, "cpu", 1e-9, (2, 9), lambda *_: None)
     warm_up, rounds = calls[:6], calls[6:]
     assert warm_up == list("aabbcc")
-    # As fast as this they are called five times a round; enough rounds, and no budget for more.
-    assert rounds == list("aaaaabbbbbccccc" + "cccccbbbbbaaaaa")
-    assert all(len(values) == 10 and min(values) >= 0 for values in times.values())
+    # Enough rounds, and no budget for more.
+    assert rounds == list("abc" + "bca")
+    assert all(len(values) == 2 and min(values) >= 0 for values in times.values())
     assert there_and_back(["a", "b"], 0) == ["a", "b"]
     assert there_and_back(["a", "b"], 1) == ["b", "a"]
 
@@ -43,4 +38,4 @@ def test_rounds_go_on_within_the_budget():
     times = timing.turn_about(
         {"a": lambda: None}, "cpu", 5.5, (1, 50), lambda *_: None, clock=lambda: next(ticks)
     )
-    assert len(times["a"]) == 5 * 5  # the clock says 1 ... 5, and then 6
+    assert len(times["a"]) == 5  # the clock says 1 ... 5, and then 6
