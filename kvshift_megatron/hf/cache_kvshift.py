@@ -68,22 +68,33 @@ class _History:
 
     def __init__(self, carry: Tensor, states: Tensor, real: Tensor):
         self.carry, self.states, self.real = carry, states, real
+        # What came since: joined when it is asked for, which decoding does not do at every token.
+        self._new: list[tuple[Tensor, Tensor | None]] = []
+        self._length = states.shape[2]
 
     def __len__(self) -> int:
-        return self.states.shape[2]
+        return self._length
+
+    def _join(self) -> None:
+        if self._new:
+            states, real = zip(*self._new)
+            ones = [x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool) for x in states]
+            real = [one if given is None else given for given, one in zip(real, ones)]
+            self.states = torch.cat([self.states, *states], 2)
+            self.real = torch.cat([self.real, *real], 1)
+            self._new = []
 
     def last_before(self, end: int) -> Tensor:
         """The last w - 1 real tokens among `carry` and the first `end` of `states`."""
+        self._join()
         window = self.carry.shape[2]
         real = torch.cat([self.real.new_ones(len(self.real), window), self.real[:, :end]], 1)
         states = torch.cat([self.carry, self.states[:, :, :end]], 2)
         return pick(states, last_tokens(real, window))
 
     def append(self, states: Tensor, real: Tensor | None) -> None:
-        if real is None:
-            real = self.real.new_ones(states.shape[0], states.shape[2])
-        self.states = torch.cat([self.states, states], 2)
-        self.real = torch.cat([self.real, real], 1)
+        self._new.append((states, real))
+        self._length += states.shape[2]
 
     def forget(self, keep: int) -> None:
         """Let go of all but the last `keep` tokens."""
@@ -92,12 +103,15 @@ class _History:
             self.carry = self.last_before(start)
             # Copies: a view would hold on to what is dropped.
             self.states, self.real = self.states[:, :, start:].clone(), self.real[:, start:].clone()
+            self._length = keep
 
     def drop_last(self, tokens: int) -> None:
-        end = len(self) - tokens
+        self._length = end = len(self) - tokens
+        self._join()
         self.states, self.real = self.states[:, :, :end], self.real[:, :end]
 
     def map(self, function) -> None:
+        self._join()
         self.carry, self.states, self.real = map(function, (self.carry, self.states, self.real))
 
 

@@ -14,6 +14,7 @@ torchrun's, they do not outlive the launch, or one of them that failed.
 """
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -24,12 +25,13 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from torch.distributed import TCPStore
 
 from tests.integration.forked_process import run_and_exit
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PATIENCE = 10  # seconds that ranks have to end after another one has failed
 
 
@@ -40,7 +42,7 @@ def main() -> None:
     # No collection of garbage touches, and so copies, what all ranks share.
     gc.freeze()
     for line in sys.stdin:
-        print(json.dumps(_launch(**json.loads(line))), file=answers)
+        print(json.dumps(_launch(answers, **json.loads(line))), file=answers)
 
 
 def _import() -> None:
@@ -80,7 +82,7 @@ def _read_flags_once() -> None:
     megatron_flags()
 
 
-def _launch(ranks: int, output: str, timeout: float, **what: Any) -> dict:
+def _launch(answers: TextIO, ranks: int, output: str, timeout: float, **what: Any) -> dict:
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     running: list[int] = []
@@ -89,6 +91,8 @@ def _launch(ranks: int, output: str, timeout: float, **what: Any) -> dict:
         if child == 0:
             try:
                 listening.close()
+                answers.close()
+                _die_with_the_server()
                 # One process group, of the first rank, with all that the ranks start.
                 os.setpgid(0, running[0] if running else 0)
                 _be(rank, ranks, port, Path(output), **what)
@@ -133,6 +137,11 @@ def _wait(ranks: list[int], deadline: float) -> dict:
     for child in running:
         os.waitpid(child, 0)
     return {"returncode": int(failed or timed_out), "timed_out": timed_out and not failed}
+
+
+def _die_with_the_server() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _be(

@@ -75,6 +75,10 @@ def _plant(kind: str, rank: int, iteration: int) -> None:
     if kind == "ignores SIGTERM":
         # With all that it starts, as below examples/slurm.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # Also what collects a save's results, which a forked run has started already.
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+        filesystem_async._results_queue = None
     if kind in _IN_A_STEP:
         # A real step is longer than the time between two reports: this rank reports once more.
         pause = 0 if kind == "killed" else 2.5
