@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from kvshift_megatron.benchmarks import timing
 from kvshift_megatron.benchmarks.correctness import WrongResult
+from kvshift_megatron.benchmarks.preprocessing import tokens_per_second
 from kvshift_megatron.benchmarks.settings import Progress, Settings
 
 # About 200 MB in bf16.
@@ -27,7 +28,7 @@ DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
 
 
 def measure(settings: Settings, progress: Progress) -> dict:
-    """{"bytes", "bytes_per_second": {direction or "cp": spread}, "not_measured"}.
+    """{"bytes", "bytes_per_second": {direction or "cp": spread}, "tokens_per_second", ...}.
 
     The time of the command itself, files in the page cache, without the start of Python.
     """
@@ -55,9 +56,13 @@ def measure(settings: Settings, progress: Progress) -> dict:
             name: timing.spread(size / value for value in values)
             for name, values in seconds.items()
         },
+        "tokens_per_second": timing.spread(
+            tokens_per_second(settings.folder, 500 if settings.quick else 10_000)
+            for _ in range(rounds)
+        ),
         "not_measured": {
-            "preprocessing": "not this package's: data comes from Megatron-LM's own "
-            "tools/preprocess_data.py, which no wheel of megatron-core holds"
+            "tokenizing": "Megatron-LM's tools/preprocess_data.py, which no wheel of megatron-core "
+            "holds, with a tokenizer's model"
         },
     }
 

@@ -189,4 +189,6 @@ def _scaling(section: dict) -> list[str]:
 def _conversion(section: dict) -> list[str]:
     rows = [[name, _spread(s, 1e9)] for name, s in section["bytes_per_second"].items()]
     title = f"Converting a model of {section['bytes'] / 1e6:.0f} MB (files in the page cache):"
-    return [title + "\n\n" + _table(["command", "GB/s"], rows)]
+    tables = [title + "\n\n" + _table(["command", "GB/s"], rows)]
+    written = _spread(section["tokens_per_second"], 1e6)
+    return [*tables, f"Writing Megatron's indexed dataset: {written} million tokens/s."]

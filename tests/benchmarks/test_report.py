@@ -81,7 +81,11 @@ def _result() -> dict:
                 "layouts": {"TP 2": {"runs": runs}},
                 "not_measured": {"GPU": "this machine has none"},
             },
-            "conversion": {"bytes": 2e8, "bytes_per_second": {"cp": spread([1.5e9])}},
+            "conversion": {
+                "bytes": 2e8,
+                "bytes_per_second": {"cp": spread([1.5e9])},
+                "tokens_per_second": spread([2e7]),
+            },
         },
     }  # fmt: skip
 
