@@ -38,9 +38,9 @@ import torch
 from kvshift_megatron import cpu
 from kvshift_megatron.cpu import allocator
 
-def faults(x):
+def faults(x, rounds):
     # Pages that three copies of x need, once glibc has settled how it cuts its blocks.
-    for _ in range(16):
+    for _ in range(rounds):
         x.clone()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(3):
@@ -49,11 +49,12 @@ def faults(x):
 
 # Above 32 MB, where glibc maps every block however often one was freed.
 x = torch.zeros(40 * 2**18)
-found = [faults(x)]
+found = [faults(x, 16)]
 with cpu.cpu_device_layer(force=True):
     assert allocator.keep_freed_memory()
-    found.append(faults(x))
-found.append(faults(x))
+    found.append(faults(x, 16))
+# Larger than any room that may be left in the heap, below something that cannot be moved.
+found.append(faults(torch.zeros(200 * 2**18), 1))
 print(*found)
 """
 
