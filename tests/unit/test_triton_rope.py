@@ -49,7 +49,9 @@ def test_the_rotation_is_megatrons(interleaved, rotary, mscale):
     x = torch.randn(11, 2, 3, 16, dtype=torch.float64)
     angles = torch.randn(11, 1, 1, rotary // 2, dtype=torch.float64)
     freqs = angles.repeat_interleave(2, -1) if interleaved else angles.repeat(1, 1, 1, 2)
-    config = SimpleNamespace(apply_rope_fusion=False, rotary_interleaved=interleaved)
+    config = SimpleNamespace(
+        apply_rope_fusion=False, rotary_interleaved=interleaved, multi_latent_attention=False
+    )
     expected = apply_rotary_pos_emb(x, freqs, config, mscale=mscale, cp_group=object())
     assert relative_error(rotate(x, freqs, None, interleaved, mscale), expected) < 1e-14
     assert relative_error(rotate(x, freqs, None, not interleaved, mscale), expected) > 0.1
