@@ -101,12 +101,12 @@ def _backward_operator(
 
 @_shift_operator.register_fake
 def _(inputs, taps, position):
-    return [_empty(x) for x in inputs]
+    return [empty(x) for x in inputs]
 
 
 @_backward_operator.register_fake
 def _(inputs, taps, position, output_grads):
-    return [_empty(x) for x in (*inputs, *taps)]
+    return [empty(x) for x in (*inputs, *taps)]
 
 
 def _keep_inputs(ctx, inputs, output) -> None:
@@ -135,5 +135,6 @@ def _keeps_much_else(x: Tensor, count: int) -> bool:
     return x.untyped_storage().size() > 2 * count * x.numel() * x.element_size()
 
 
-def _empty(x: Tensor) -> Tensor:
+def empty(x: Tensor) -> Tensor:
+    """A new tensor like x, contiguous whatever x's strides."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)

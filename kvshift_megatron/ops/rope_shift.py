@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvshift_megatron.ops.autograd import has_no_data, to_keep
+from kvshift_megatron.ops.autograd import empty, has_no_data, to_keep
 from kvshift_megatron.ops.implementation import implementation
 from kvshift_megatron.ops.kv_shift import Taps, can_go_together, check, check_places, kv_shift
 from kvshift_megatron.ops.rope_reference import rope_shift_ref
@@ -183,12 +183,12 @@ def _backward_operator(
 
 @_rope_shift_operator.register_fake
 def _(inputs, taps, position, freqs, freq_index, interleaved, mscale):
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+    return [empty(x) for x in inputs]
 
 
 @_backward_operator.register_fake
 def _(inputs, taps, position, freqs, freq_index, interleaved, mscale, output_grads):
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (*inputs, *taps)]
+    return [empty(x) for x in (*inputs, *taps)]
 
 
 def _keep_inputs(ctx, inputs, output) -> None:

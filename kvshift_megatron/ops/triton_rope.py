@@ -7,8 +7,9 @@ import torch
 import triton
 from torch import Tensor
 
+from kvshift_megatron.ops.autograd import empty
 from kvshift_megatron.ops.triton_rope_kernels import rope_shift_backward_kernel, rope_shift_kernel
-from kvshift_megatron.ops.triton_shift import empty, strided
+from kvshift_megatron.ops.triton_shift import strided
 
 _WARPS = 4
 # At least so many elements of each half of the rotary channels in a program: 16 bytes a thread for

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kvshift_megatron.ops.autograd import empty
 from kvshift_megatron.ops.triton_kernels import shift_backward_kernel, shift_kernel
 
 # Elements of a program's tile and its warps: 16 bytes a load and 4 loads a thread for bf16.
@@ -78,7 +79,3 @@ def strided(x: Tensor) -> tuple[Tensor, int, int, int]:
     if x.stride(-1) != 1 or x.stride(2) * x.size(2) >= 2**31:
         x = x.contiguous()
     return x, *x.stride()[:3]
-
-
-def empty(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)

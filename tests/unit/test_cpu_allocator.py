@@ -11,8 +11,6 @@ from kvshift_megatron import cpu
 from kvshift_megatron.cpu import allocator
 from tests.distributed.launch import PROJECT
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the layer is for CPU machines")
-
 SETTINGS = (
     allocator.VARIABLE,
     "GLIBC_TUNABLES",
@@ -93,6 +91,7 @@ def test_what_the_user_has_settled_is_left_alone(name, value, monkeypatch):
     assert allocator.keep_freed_memory() is True
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the layer is for CPU machines")
 def test_other_c_libraries_are_left_alone(monkeypatch, capfd):
     monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("", ""))
     assert allocator.keep_freed_memory() is False
