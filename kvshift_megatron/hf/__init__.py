@@ -22,8 +22,6 @@ __all__ = [
     "write_code",
 ]
 
-_FILES = ("configuration_kvshift.py", "cache_kvshift.py", "modeling_kvshift.py")
-
 
 def write_code(folder: str | Path) -> list[Path]:
     """Copy the model's source into an exported folder, as `save_pretrained` does.
@@ -34,8 +32,10 @@ def write_code(folder: str | Path) -> list[Path]:
     Returns:
         The files written.
     """
+    here = Path(__file__).parent
     return [
-        Path(shutil.copyfile(Path(__file__).parent / name, Path(folder) / name)) for name in _FILES
+        Path(shutil.copyfile(path, Path(folder) / path.name))
+        for path in sorted(here.glob("*_kvshift.py"))
     ]
 
 

@@ -7,53 +7,11 @@ selecting, cropping, resetting, handing it back.
 Letters in shapes: b batch, g KV heads, w window, s new tokens, n remembered tokens, d head_dim.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-
-class ShiftPlan(NamedTuple):
-    """Which tokens stand before which, for one forward pass; the same for all layers.
-
-    Indices count in [the last w - 1 tokens of the cache | the new tokens]. None stands for the
-    plain case: no token is masked, and all belong to one sequence.
-
-    Args:
-        earlier: int64 [b, s, w - 1]: where the 1st, 2nd, ... token before each new one is.
-        last: int64 [b, w - 1]: where the last tokens of the sequence are, in their order.
-        real: bool [b, s]: whether a new token is one, and not padding.
-    """
-
-    earlier: Tensor | None = None
-    last: Tensor | None = None
-    real: Tensor | None = None
-
-
-def pick(states: Tensor, index: Tensor) -> Tensor:
-    """states [b, g, t, d] at index [b, i] -> [b, g, i, d]."""
-    b, g, _, d = states.shape
-    return states.gather(2, index[:, None, :, None].expand(b, g, index.shape[1], d))
-
-
-def real_places(real: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the real tokens are.
-
-    Args:
-        real: bool [b, t].
-
-    Returns:
-        places [b, t]: the places of the real tokens in their order, then those of the others.
-        count [b, t]: how many real tokens there are up to and including each place.
-    """
-    return torch.argsort((~real).to(torch.int8), dim=-1, stable=True), real.cumsum(-1)
-
-
-def last_tokens(real: Tensor, how_many: int) -> Tensor:
-    """Places of the last real tokens, [b, how_many], in their order; each row has that many."""
-    places, count = real_places(real)
-    return places.gather(1, count[:, -1:] - how_many + torch.arange(how_many, device=real.device))
+from .compatibility_kvshift import Cache, DynamicLayer, StaticLayer
+from .plan_kvshift import ShiftPlan, last_tokens, pick
 
 
 class _History:
@@ -118,9 +76,10 @@ class _History:
 class DynamicKVShiftLayer(DynamicLayer):
     """DynamicLayer with the keys and values before the shift.
 
-    It can be cropped by at least the last `history` tokens, by any number within a sequence that
-    is no longer than that, and by any number after `activate_past_recording()` (until the next
-    crop, which lets go of what is more than `history` tokens back).
+    It can be cropped by the last `history` tokens at least, by the tokens of the last step, by any
+    number within a sequence that is no longer than `history`, and by any number after
+    `activate_past_recording()` (until the next crop, which drops what is more than `history` tokens
+    back).
 
     Args:
         window: taps per key or value.
@@ -162,36 +121,38 @@ class DynamicKVShiftLayer(DynamicLayer):
             self._last[kind] = last_of(extended[kind], plan, carried)
             history = self._histories[kind]
             history.append(states, plan.real)
-            # Not at every token: forgetting copies.
-            limited = self.history is not None and not self.record_past
-            if limited and len(history) > 2 * self.history:
-                history.forget(self.history)
+            if self.history is not None and not self.record_past:
+                # Assisted generation takes back what the last step got wrong.
+                keep = max(self.history, states.shape[2])
+                # Not at every token: forgetting copies.
+                if len(history) > 2 * keep:
+                    history.forget(keep)
         return extended
 
     def activate_past_recording(self) -> None:
         """Forget nothing until the next crop."""
         self.record_past = True
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """As DynamicLayer's.
+    def crop(self, tokens: int) -> None:
+        """As DynamicLayer's of the installed release: a number to remove, if negative.
 
         Raises:
-            ValueError: further back than this layer remembers.
+            ValueError: further back than this layer remembers; nothing is cropped then.
         """
-        removed = min(abs(tokens_to_remove), self.get_seq_length())
-        if tokens_to_remove <= 0:
-            for history in self._histories.values():
-                if removed > len(history) and removed < self.get_seq_length():
-                    raise ValueError(
-                        f"crop({tokens_to_remove}): the cache holds the unshifted keys and values "
-                        f"of its last {len(history)} tokens only: set kv_shift_cache_history in "
-                        "the model's configuration to that many tokens or to None, or call "
-                        "activate_past_recording() on the cache before it is filled"
-                    )
-        super().crop(tokens_to_remove)
+        before, keys, values = self.get_seq_length(), self.keys, self.values
+        super().crop(tokens)
+        removed = before - self.get_seq_length()
         if self.is_initialized and self.get_seq_length() == 0:
             self._clear()
             return
+        for history in self._histories.values():
+            if removed > len(history):
+                self.keys, self.values = keys, values
+                raise ValueError(
+                    f"crop({tokens}): the cache holds the unshifted keys and values of its last "
+                    f"{len(history)} tokens only: set kv_shift_cache_history in the model's "
+                    f"configuration to {removed} or more, or to None"
+                )
         for kind, history in self._histories.items():
             if removed:
                 history.drop_last(removed)
@@ -201,6 +162,9 @@ class DynamicKVShiftLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
+        # Not left to the library: some releases keep the length, with zeros.
+        self.keys = self.values = None
+        self.is_initialized = False
         self._clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -227,26 +191,42 @@ class DynamicKVShiftLayer(DynamicLayer):
 class StaticKVShiftLayer(StaticLayer):
     """StaticLayer with the last w - 1 keys and values before the shift, at fixed addresses.
 
-    Like StaticLayer, it cannot be cropped.
+    It cannot be cropped.
 
     Args:
         max_cache_len: tokens.
         window: taps per key or value.
     """
 
+    is_croppable = False
+
     def __init__(self, max_cache_len: int, window: int):
         super().__init__(max_cache_len)
         self.kv_shift_window = window
         self._last: dict[str, Tensor] = {}
+        self._length = torch.tensor(0)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         for kind, states in (("key", key_states), ("value", value_states)):
             b, g, _, d = states.shape
             self._last[kind] = states.new_zeros(b, g, self.kv_shift_window - 1, d)
-            # As StaticLayer does, for CUDA graphs.
-            if not torch.compiler.is_compiling():
-                torch._dynamo.mark_static_address(self._last[kind])
+        self._length = self._length.to(key_states.device)
+        # As StaticLayer does, for CUDA graphs.
+        if not torch.compiler.is_compiling():
+            for tensor in (*self._last.values(), self._length):
+                torch._dynamo.mark_static_address(tensor)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """As StaticLayer's."""
+        everything = super().update(key_states, value_states, *args, **kwargs)
+        self._length.add_(key_states.shape[2])
+        return everything
+
+    def get_seq_length(self) -> Tensor | int:
+        # Not left to the library: releases before 5.4 count keys that are not zero, which shifted
+        # keys may be.
+        return self._length if self.is_initialized else 0
 
     def extend(self, new: dict[str, Tensor], plan: ShiftPlan) -> dict[str, Tensor]:
         """As DynamicKVShiftLayer.extend."""
@@ -259,10 +239,21 @@ class StaticKVShiftLayer(StaticLayer):
             self._last[kind].copy_(last_of(extended[kind], plan, self.kv_shift_window - 1))
         return extended
 
+    def crop(self, tokens: int) -> None:
+        """Refused: what stood before the shift is kept for the last tokens only.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"crop({tokens}): a static cache of a KV-shifting model cannot be cropped: use a "
+            "DynamicCache"
+        )
+
     def reset(self) -> None:
         super().reset()
-        for states in self._last.values():
-            states.zero_()
+        for tensor in (*self._last.values(), self._length):
+            tensor.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

@@ -1,13 +1,32 @@
 """The configuration of a KV-shifting Llama.
 
-This file and modeling_kvshift.py are copied into exported folders, where they run without this
-package: they import transformers, torch and each other only.
+The files here whose names end in _kvshift are copied into exported folders, where they run without
+this package: they import transformers, torch and each other only.
 """
 
-from transformers import LlamaConfig
+from .compatibility_kvshift import PreTrainedConfig
 
 VARIANTS = ("free", "gate", "clamp")
-ROPE_TYPES = ("default", "llama3")
+# What each needs among rope_parameters.
+ROPE_TYPES = {
+    "default": ("rope_theta",),
+    "llama3": (
+        "rope_theta",
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+# Settings of other models, and the values that change nothing.
+UNSUPPORTED = {
+    "pretraining_tp": (1,),
+    "sliding_window": (),
+    "attention_chunk_size": (),
+    "partial_rotary_factor": (1,),
+    "is_causal": (True,),
+    "layer_types": (),
+}
 
 # The `auto_map` of a config.json beside this file and its neighbours.
 AUTO_MAP = {
@@ -17,12 +36,30 @@ AUTO_MAP = {
 }
 
 
-class KVShiftLlamaConfig(LlamaConfig):
-    """LlamaConfig with taps: K^_i = sum_j alpha_j K_{i-j+1}, V^_i = sum_j beta_j V_{i-j+1}.
+class KVShiftLlamaConfig(PreTrainedConfig):
+    """A Llama with taps: K^_i = sum_j alpha_j K_{i-j+1}, V^_i = sum_j beta_j V_{i-j+1}.
 
-    Source: arXiv 2411.19574, Eq. 5 (windows above 2: Fig. 8c).
+    Source: arXiv 2411.19574, Eq. 5 (windows above 2: Fig. 8c). Fields that LlamaConfig has too mean
+    the same and have its defaults.
 
-    Args (besides LlamaConfig's, which keep their meaning):
+    Args:
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: sizes.
+        num_key_value_heads: None: as many as attention heads.
+        head_dim: None: hidden_size / num_attention_heads.
+        hidden_act: the MLP's activation, a name that Transformers knows.
+        max_position_embeddings: tokens; informative.
+        initializer_range: standard deviation of the initial weights.
+        rms_norm_eps: added to the mean square.
+        use_cache: whether a call returns a cache unless it says otherwise.
+        pad_token_id, bos_token_id, eos_token_id: token ids, or None (eos: a list, too).
+        tie_word_embeddings: one matrix for the embedding and the output layer.
+        rope_parameters: ``rope_type`` "default" or "llama3", ``rope_theta``, and for llama3
+            ``factor``, ``low_freq_factor``, ``high_freq_factor`` and
+            ``original_max_position_embeddings``. The older ``rope_theta`` and ``rope_scaling`` are
+            read as well.
+        attention_bias: biases of q, k, v and o.
+        attention_dropout: probability, in training.
+        mlp_bias: biases of a dense MLP.
         kv_shift_variant: what the parameters mean. ``free``: each is a tap. ``gate``: one logit a
             KV head, alpha_1 = sigmoid(alpha_logit), alpha_2 = 1 - alpha_1 (window 2 only).
             ``clamp``: each tap is its parameter clamped to [0, 1].
@@ -37,38 +74,87 @@ class KVShiftLlamaConfig(LlamaConfig):
         num_local_experts: 0: a dense MLP. Otherwise that many experts in every layer, of which
             each token uses ``num_experts_per_tok``, weighted by a softmax over their logits (as in
             Mixtral; there is no auxiliary loss here).
-        rope_parameters: ``rope_type`` "default" or "llama3".
 
     Raises:
         ValueError: an impossible or unsupported setting; the message names the field.
     """
 
     model_type = "kvshift_llama"
-    # The library's plans split the KV heads and would leave the taps whole.
-    base_model_tp_plan = None
-    base_model_pp_plan = None
-    # Mixtral's block reads it.
-    router_jitter_noise = 0.0
 
-    kv_shift_variant: str = "free"
-    kv_shift_window: int = 2
-    kv_shift_keys: bool = True
-    kv_shift_values: bool = True
-    kv_shift_cache_history: int | None = 1024
-    qk_norm: bool = False
-    qkv_bias: bool = False
-    num_local_experts: int = 0
-    num_experts_per_tok: int = 2
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 4096,
+        intermediate_size: int = 11008,
+        num_hidden_layers: int = 32,
+        num_attention_heads: int = 32,
+        num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 2048,
+        initializer_range: float = 0.02,
+        rms_norm_eps: float = 1e-6,
+        use_cache: bool = True,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = 1,
+        eos_token_id: int | list[int] | None = 2,
+        tie_word_embeddings: bool = False,
+        rope_parameters: dict | None = None,
+        attention_bias: bool = False,
+        attention_dropout: float = 0.0,
+        mlp_bias: bool = False,
+        kv_shift_variant: str = "free",
+        kv_shift_window: int = 2,
+        kv_shift_keys: bool = True,
+        kv_shift_values: bool = True,
+        kv_shift_cache_history: int | None = 1024,
+        qk_norm: bool = False,
+        qkv_bias: bool = False,
+        num_local_experts: int = 0,
+        num_experts_per_tok: int = 2,
+        **kwargs,
+    ):
+        if num_key_value_heads is None:
+            num_key_value_heads = num_attention_heads
+        if head_dim is None:
+            head_dim = hidden_size // num_attention_heads
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.use_cache = use_cache
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        self.rope_parameters = _rope_parameters(rope_parameters, kwargs)
+        self.attention_bias = attention_bias
+        self.attention_dropout = attention_dropout
+        self.mlp_bias = mlp_bias
+        self.kv_shift_variant = kv_shift_variant
+        self.kv_shift_window = kv_shift_window
+        self.kv_shift_keys = kv_shift_keys
+        self.kv_shift_values = kv_shift_values
+        self.kv_shift_cache_history = kv_shift_cache_history
+        self.qk_norm = qk_norm
+        self.qkv_bias = qkv_bias
+        self.num_local_experts = num_local_experts
+        self.num_experts_per_tok = num_experts_per_tok
         self._check_kv_shift()
-        self._check_the_rest()
+        self._check_rope()
+        self._check_the_rest(kwargs)
+        super().__init__(**kwargs)
 
     def save_pretrained(self, *args, **kwargs):
-        """As PretrainedConfig's; the folder is for AutoModel and AutoModelForCausalLM alike."""
-        if self._auto_class is not None:
-            self.auto_map = AUTO_MAP | (getattr(self, "auto_map", None) or {})
+        """As PreTrainedConfig's; the folder is for AutoModel and AutoModelForCausalLM alike."""
+        self.auto_map = AUTO_MAP | (getattr(self, "auto_map", None) or {})
         super().save_pretrained(*args, **kwargs)
 
     def _check_kv_shift(self):
@@ -103,17 +189,26 @@ class KVShiftLlamaConfig(LlamaConfig):
                 f"kv_shift_cache_history={history!r} must be a number of tokens, 0 or more, or null"
             )
 
-    def _check_the_rest(self):
+    def _check_rope(self):
+        rope = self.rope_parameters
+        names = ROPE_TYPES.get(rope["rope_type"])
+        if names is None:
+            raise ValueError(
+                f"rope_parameters: rope_type={rope['rope_type']!r} is not supported here: "
+                f"choose one of {', '.join(ROPE_TYPES)}"
+            )
+        for name in names:
+            if not isinstance(rope.get(name), int | float) or not rope[name] > 0:
+                raise ValueError(
+                    f"rope_parameters: {name}={rope.get(name)!r} must be a number above 0 for "
+                    f"rope_type={rope['rope_type']!r}"
+                )
+
+    def _check_the_rest(self, others: dict):
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
-            )
-        rope = self.rope_parameters or {}
-        if rope.get("rope_type", "default") not in ROPE_TYPES:
-            raise ValueError(
-                f"rope_parameters: rope_type={rope.get('rope_type')!r} is not supported here: "
-                f"choose one of {', '.join(ROPE_TYPES)}"
             )
         experts, used = self.num_local_experts, self.num_experts_per_tok
         if experts < 0 or (experts and not 1 <= used <= experts):
@@ -123,22 +218,13 @@ class KVShiftLlamaConfig(LlamaConfig):
             )
         if experts and self.mlp_bias:
             raise ValueError("mlp_bias=True is not supported with experts: turn it off")
-        # What Llama's classes would pass over in silence.
-        unsupported = {
-            "pretraining_tp": (self.pretraining_tp, (None, 1)),
-            "sliding_window": (getattr(self, "sliding_window", None), (None,)),
-            "attention_chunk_size": (getattr(self, "attention_chunk_size", None), (None,)),
-            "partial_rotary_factor": (rope.get("partial_rotary_factor"), (None, 1, 1.0)),
-            "is_causal": (getattr(self, "is_causal", None), (None, True)),
-            "layer_types": (
-                set(getattr(self, "layer_types", None) or ()) - {"full_attention"},
-                (set(),),
-            ),
-        }
-        for name, (value, allowed) in unsupported.items():
-            if value not in allowed:
+        # What other models have, and what this one would pass over in silence.
+        others = {**others, "partial_rotary_factor": _partial_rotary_factor(self, others)}
+        others["layer_types"] = set(others.get("layer_types") or ()) - {"full_attention"} or None
+        for name, allowed in UNSUPPORTED.items():
+            if others.get(name) not in (None, *allowed):
                 raise ValueError(
-                    f"{name}={value!r} is not supported by a KV-shifting Llama: leave it out"
+                    f"{name}={others[name]!r} is not supported by a KV-shifting Llama: leave it out"
                 )
 
     def tap_names(self) -> dict[str, tuple[str, ...]]:
@@ -153,6 +239,20 @@ class KVShiftLlamaConfig(LlamaConfig):
             elif shifted:
                 names[kind] = tuple(f"{prefix}_{j}" for j in range(1, self.kv_shift_window + 1))
         return names
+
+
+def _rope_parameters(given: dict | None, others: dict) -> dict:
+    """Complete `rope_parameters`; takes their older names out of `others`."""
+    older, theta = others.pop("rope_scaling", None), others.pop("rope_theta", None)
+    rope = dict(given or older or {})
+    older_type = rope.pop("type", None)
+    rope.setdefault("rope_type", older_type or "default")
+    rope.setdefault("rope_theta", 10000.0 if theta is None else theta)
+    return rope
+
+
+def _partial_rotary_factor(config: KVShiftLlamaConfig, others: dict) -> float | None:
+    return config.rope_parameters.get("partial_rotary_factor", others.get("partial_rotary_factor"))
 
 
 __all__ = ["KVShiftLlamaConfig"]

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvshift_megatron.hf.cache_kvshift import ShiftPlan
-from kvshift_megatron.hf.modeling_kvshift import KVShiftLlamaAttention
+from kvshift_megatron.hf.attention_kvshift import KVShiftLlamaAttention
+from kvshift_megatron.hf.plan_kvshift import ShiftPlan
 from tests.hf.agreement import FLOAT64
 from tests.hf.models import (
     VARIANTS,

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from kvshift_megatron.hf import modeling_kvshift
+from kvshift_megatron.hf.plan_kvshift import make_plan
 from tests.hf.models import VARIANTS, agrees, full_logits, named, tiny_model, tokens
 from tests.hf.test_decoding import in_steps, masked
 
@@ -56,11 +57,10 @@ def test_padding_may_hold_anything():
 def test_a_leak_is_noticed(monkeypatch):
     model, ids = tiny_model(), tokens(5, 10)
     expected = alone(model, ids)
-    plan = modeling_kvshift.KVShiftLlamaModel._plan
     monkeypatch.setattr(
-        modeling_kvshift.KVShiftLlamaModel,
-        "_plan",
-        lambda self, inputs, mask, *rest: plan(self, inputs, torch.ones_like(mask), *rest),
+        modeling_kvshift,
+        "make_plan",
+        lambda config, inputs, mask, *rest: make_plan(config, inputs, torch.ones_like(mask), *rest),
     )
     got = full_logits(model, ids, **masked(MASK, 10))
     assert agrees(got[2], expected[2])

@@ -6,6 +6,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedC
 
 from kvshift_megatron.config import KVShiftConfig
 from tests.hf.models import tiny_config, tiny_model, tokens
+from tests.hf.releases import has_release, since
+
+SLIDING = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 4}
 
 BAD_CONFIGS = [
     ({"kv_shift_variant": "softmax"}, "kv_shift_variant='softmax'"),
@@ -109,8 +112,12 @@ def test_caches(model):
         llama(ids, past_key_values=cache)
         with pytest.raises(ValueError, match="filled without the unshifted"):
             model(ids, past_key_values=cache)
-    with pytest.raises(ValueError, match="layers of Fp8QuantizedLayer"):
-        model(ids, past_key_values=QuantizedCache("fp8", model.config))
+    window = LlamaConfig(**SLIDING, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="layers of DynamicSlidingWindowLayer"):
+        model(ids, past_key_values=DynamicCache(config=window))
+    if has_release("5.21"):
+        with pytest.raises(ValueError, match="layers of Fp8QuantizedLayer"):
+            model(ids, past_key_values=QuantizedCache("fp8", model.config))
     with pytest.raises(ValueError, match="is a tuple"):
         model(ids, past_key_values=((torch.zeros(1), torch.zeros(1)),) * 2)
     cache = DynamicCache()
@@ -120,11 +127,33 @@ def test_caches(model):
     with pytest.raises(ValueError, match="1 layers, and the model has 2"):
         small = tiny_config(num_hidden_layers=1)
         model(ids, past_key_values=DynamicCache(config=small))
-    with pytest.raises(ValueError, match="positive"):
-        model(ids).past_key_values.crop(3)
+    with pytest.raises(ValueError, match="one argument by two names"):
+        model(ids, past_key_values=cache, cache=cache)
+    with pytest.raises(ValueError, match=r"crop\(-1\): a static cache"):
+        cache = StaticCache(config=model.config, max_cache_len=8)
+        model(ids, past_key_values=cache)
+        for layer in cache.layers:
+            layer.crop(-1)
 
 
-def test_ways_to_generate(model):
+def test_a_length_to_crop_to(model):
+    """Until 5.19 a positive number was the length to keep; since then it is refused."""
+    ids = tokens(2, 6)
+    cache = DynamicCache()
+    model(ids[:, :5], past_key_values=cache)
+    if has_release("5.20"):
+        with pytest.raises(ValueError, match="positive"):
+            cache.crop(3)
+        cache.crop(-2)
+    else:
+        cache.crop(3)
+    assert cache.get_seq_length() == 3
+    logits = model(ids[:, 3:], past_key_values=cache).logits
+    assert torch.allclose(logits, model(ids, use_cache=False).logits[:, 3:], atol=1e-5)
+
+
+@since("5.21", "has a quantized cache of its own")
+def test_quantized_caches(model):
     with pytest.raises(ValueError, match="layers of"):
         model.generate(
             tokens(1, 4),
@@ -132,6 +161,9 @@ def test_ways_to_generate(model):
             cache_implementation="quantized",
             cache_config={"backend": "fp8"},
         )
+
+
+def test_ways_to_generate(model):
     with pytest.raises(ValueError, match="continuous batching"):
         model.generate_batch([[3, 4, 5]], max_new_tokens=2)
     with pytest.raises(ValueError, match="is_causal=False"):

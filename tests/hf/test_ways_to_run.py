@@ -5,6 +5,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from kvshift_megatron.hf.plan_kvshift import make_plan
 from tests.hf.models import VARIANTS, agrees, full_logits, named, tiny_model, tokens
 from tests.hf.test_decoding import in_steps, new_cache
 
@@ -52,7 +53,7 @@ def test_flash_attention_is_called_with_shifted_keys(options, flash):
     assert agrees(full_logits(model, ids, attention_mask=mask)[real], padded[real])
     assert SEEN[0][0] is None and SEEN[-1][0] == (3, 8)
     # The library's own arguments come through, ours does not.
-    assert "position_ids" in SEEN[0][1] and "kv_shift_plan" not in SEEN[0][1]
+    assert "position_ids" in SEEN[0][1] and "plan" not in SEEN[0][1]
     assert agrees(in_steps(model, ids, [3, 1, 4], new_cache("dynamic", model)), plain)
 
 
@@ -60,9 +61,11 @@ def test_flash_attention_and_packed_sequences(flash):
     model = tiny_model(kv_shift_window=4, attn_implementation="eager")
     ids = tokens(1, 9)
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3]])
-    alone = model.model._plan(ids, None, positions, None, {})
+    alone = make_plan(model.config, ids, None, positions, None, {})
     model.config._attn_implementation = flash
-    with_empty_cache = model.model._plan(ids, None, positions, new_cache("dynamic", model), {})
+    with_empty_cache = make_plan(
+        model.config, ids, None, positions, new_cache("dynamic", model), {}
+    )
     assert torch.equal(alone.earlier, with_empty_cache.earlier)
     assert with_empty_cache.last.tolist() == [[9, 10, 11]]
     for wrong, how in (

@@ -1,0 +1,141 @@
+"""Everything that the model takes from Transformers, and what differs between its releases.
+
+No other file of the model imports Transformers, and all names are public. modeling_kvshift.py also
+sets the class attributes, and overrides the hook for initial weights, by which the library knows a
+custom model; they have names with a leading underscore there.
+
+| since | what changed in Transformers                              | here                |
+|-------|-----------------------------------------------------------|---------------------|
+| 5.2   | create_causal_mask: input_embeds is inputs_embeds         | causal_mask         |
+| 5.4   | caches count tokens, cache_position is no longer passed   | causal_mask, update |
+| 5.4   | configurations are dataclasses, unless they have __init__ | (nothing to do)     |
+| 5.13  | get_max_cache_shape() is get_max_length()                 | max_length          |
+| 5.15  | crop(n): tokens to remove, not to keep                    | (cache_kvshift.py)  |
+| 5.24  | past_key_values is cache, in arguments and outputs        | CACHE_NAME          |
+"""
+
+import inspect
+from dataclasses import fields
+
+import transformers
+from torch import Tensor
+
+OLDEST, NEWEST = "5.0.0", "5.24.0"  # tested; a newer release is not refused
+
+
+def _refuse(reason: str) -> None:
+    raise ImportError(
+        f"a KV-shifting Llama needs a release of transformers from {OLDEST} on (tested up to "
+        f"{NEWEST}), and {transformers.__version__} is installed: {reason}"
+    )
+
+
+if int(transformers.__version__.partition(".")[0]) < 5:
+    _refuse(f"pip install 'transformers>={OLDEST}'")
+
+try:
+    from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+    from transformers import initialization as init
+    from transformers.activations import ACT2FN
+    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+    from transformers.masking_utils import create_causal_mask
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+except ImportError as error:
+    _refuse(f"it lacks a name that the model needs ({error}): pip install 'transformers=={NEWEST}'")
+
+# What the model's cache is called, in arguments and in outputs.
+CACHE_NAME = next(
+    (
+        field.name
+        for field in fields(BaseModelOutputWithPast)
+        if field.name in ("cache", "past_key_values")
+    ),
+    None,
+)
+if CACHE_NAME is None:
+    _refuse(f"its outputs name no cache: pip install 'transformers=={NEWEST}'")
+
+_MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
+# Releases whose caches are told where new tokens go.
+POSITIONS_ARE_PASSED = "cache_kwargs" in inspect.signature(Cache.update).parameters
+
+
+def causal_mask(
+    config,
+    embeddings: Tensor,
+    attention_mask: Tensor | None,
+    cache: Cache | None,
+    position_ids: Tensor,
+    cache_position: Tensor | None,
+):
+    """The mask in the form that the configured attention implementation takes.
+
+    Args:
+        embeddings: [b, s, hidden].
+        attention_mask: [b, past + s], 0 for padding.
+        position_ids: int64 [1 or b, s].
+        cache_position: int64 [s], the places of the new tokens in the cache; None on releases
+            whose caches count by themselves.
+    """
+    everything = {
+        "input_embeds": embeddings,
+        "inputs_embeds": embeddings,
+        "cache_position": cache_position,
+        "cache": cache,
+        "past_key_values": cache,
+    }
+    return create_causal_mask(
+        config=config,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        **{name: value for name, value in everything.items() if name in _MASK_ARGUMENTS},
+    )
+
+
+def update(
+    cache: Cache, key: Tensor, value: Tensor, layer: int, cache_position: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Append [b, g, s, d] to a layer of the cache -> all its keys and values."""
+    if POSITIONS_ARE_PASSED:
+        return cache.update(key, value, layer, {"cache_position": cache_position})
+    return cache.update(key, value, layer)
+
+
+def max_length(cache: Cache) -> int:
+    """How many tokens a cache has room for; -1 for any number."""
+    if hasattr(cache, "get_max_length"):
+        return cache.get_max_length()
+    return cache.get_max_cache_shape()
+
+
+def attention_function(name: str, eager):
+    """The attention implementation of that name; `eager` is the model's own.
+
+    Raises:
+        KeyError: a name that is not registered.
+    """
+    return eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+
+
+__all__ = [
+    "ACT2FN",
+    "CACHE_NAME",
+    "POSITIONS_ARE_PASSED",
+    "BaseModelOutputWithPast",
+    "Cache",
+    "CausalLMOutputWithPast",
+    "DynamicCache",
+    "DynamicLayer",
+    "GenerationMixin",
+    "GradientCheckpointingLayer",
+    "PreTrainedConfig",
+    "PreTrainedModel",
+    "StaticLayer",
+    "attention_function",
+    "causal_mask",
+    "init",
+    "max_length",
+    "update",
+]
