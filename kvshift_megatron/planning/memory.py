@@ -1,4 +1,8 @@
-"""What is alive: storages by the bytes they hold, counted once however many tensors share them."""
+"""What is alive: storages by the bytes they hold, counted once however many tensors share them.
+
+Torch keeps one Python object for a storage as long as the storage itself lives, so `id` tells
+storages apart and a weak reference says when one is freed.
+"""
 
 import weakref
 from collections.abc import Iterable
@@ -31,18 +35,18 @@ class LiveStorages:
         """A tensor that an operation returned."""
         if tensor.device.type == self._device_type:
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._sizes:
+            if id(storage) not in self._sizes:
                 self._hold(storage, storage.nbytes())
 
     def resized(self, storage: torch.UntypedStorage) -> None:
         """A storage whose size was changed in place."""
-        key = storage._cdata
+        key = id(storage)
         if key in self._sizes:
             self._change(storage.nbytes() - self._sizes[key])
             self._sizes[key] = storage.nbytes()
 
     def _hold(self, storage: torch.UntypedStorage, size: int) -> None:
-        key = storage._cdata
+        key = id(storage)
         self._sizes[key] = size
         self._references[key] = weakref.ref(storage, lambda _: self._released(key))
         self._change(size)
@@ -82,14 +86,14 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
     """
 
     def __init__(self, parameters: Iterable[Tensor]):
-        self._parameters = {p.untyped_storage()._cdata for p in parameters}
+        self._parameters = {id(p.untyped_storage()) for p in parameters}
         self._uses: dict[int, int] = {}
         self.now = self.peak = 0
         super().__init__(self._pack, lambda kept: kept.tensor)
 
     def _pack(self, tensor: Tensor) -> "_Kept":
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = id(storage), storage.nbytes()
         if key in self._parameters or not size:
             return _Kept(tensor, None)
         self._uses[key] = self._uses.get(key, 0) + 1
@@ -119,4 +123,4 @@ class _Kept:
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind the tensors, each counted once."""
-    return sum({s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+    return sum({id(s): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())

@@ -110,7 +110,7 @@ def loop_without_values(args: Namespace) -> Iterator[None]:
     Args:
         args: validated.
     """
-    from megatron.training import initialize, training
+    from megatron.training import training
 
     args.do_train = True  # else it is what a broadcast says
     agree = training.logical_and_across_model_parallel_group
@@ -121,7 +121,7 @@ def loop_without_values(args: Namespace) -> Iterator[None]:
 
     with (
         # It warms up compiled functions, and nothing is compiled here.
-        mock.patch.object(initialize, "_warmup_jit_function", lambda **_: None),
+        mock.patch.object(training, "set_jit_fusion_options", lambda **_: None),
         mock.patch.object(training, "logical_and_across_model_parallel_group", every_rank_agrees),
     ):
         yield

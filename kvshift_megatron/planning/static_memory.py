@@ -25,8 +25,8 @@ def static_bytes(model: list[torch.nn.Module], optimizer) -> dict[str, int]:
     held = [*parameters, *(b for module in modules for b in module.buffers())]
     gradients = [p.main_grad for p in parameters if hasattr(p, "main_grad")]
     gradients += [p.grad for p in parameters if p.grad is not None]
-    taken = {t.untyped_storage()._cdata for t in (*held, *gradients)}
-    main = [t for t in _main_parameters(optimizer) if t.untyped_storage()._cdata not in taken]
+    taken = {id(t.untyped_storage()) for t in (*held, *gradients)}
+    main = [t for t in _main_parameters(optimizer) if id(t.untyped_storage()) not in taken]
     state = list(_state(optimizer))
     moments = [t for name, t in state if name in ("exp_avg", "exp_avg_sq")]
     return {

@@ -10,7 +10,12 @@ from kvshift_megatron.planning import gpus, kernels
 from kvshift_megatron.planning.estimate import Assumptions, estimate
 from kvshift_megatron.planning.flags import dry_run_flags
 from kvshift_megatron.planning.layout import Layout
-from kvshift_megatron.planning.memory import LiveStorages, SavedTensors, unique_bytes
+from kvshift_megatron.planning.memory import (
+    LiveStorages,
+    SavedTensors,
+    follow_resizes,
+    unique_bytes,
+)
 from kvshift_megatron.planning.search import candidates
 from kvshift_megatron.planning.traffic import wire_bytes
 
@@ -58,6 +63,34 @@ def test_live_storages_follow_what_is_freed_and_known():
     storages.see(second)
     del first, tensor
     assert (storages.now, storages.peak) == (20, 60)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_storage_that_only_autograd_holds_is_the_same_one(device):
+    storages = LiveStorages(device)
+    x = torch.ones(8, device=device, requires_grad=True)
+    result = x.exp()
+    storages.see(result)
+    node = result.grad_fn
+    del result
+    assert storages.now == 32
+    storages.see(node._saved_result)
+    assert (storages.now, storages.peak) == (32, 32)
+    del node
+    assert storages.now == 0
+
+
+def test_live_storages_follow_what_is_resized():
+    storages = LiveStorages("cpu")
+    tensor = torch.empty(10)
+    storages.see(tensor)
+    with follow_resizes(storages):
+        tensor.untyped_storage().resize_(0)
+        assert storages.now == 0
+        tensor.untyped_storage().resize_(80)
+    assert (storages.now, storages.peak) == (80, 80)
+    tensor.untyped_storage().resize_(0)  # nobody is told any more
+    assert storages.now == 80
 
 
 def test_unique_bytes_counts_padding_and_shared_storage_once():
