@@ -88,4 +88,9 @@ def megatron_args() -> Namespace | None:
     """Megatron's parsed arguments; None outside its training scripts, or before they are set."""
     # Not imported: megatron.training is heavy, and this package also works without it.
     global_vars = sys.modules.get("megatron.training.global_vars")
-    return getattr(global_vars, "_GLOBAL_ARGS", None)
+    if global_vars is None:
+        return None
+    try:
+        return global_vars.get_args()
+    except AssertionError:  # not set yet; no public function asks without raising
+        return None

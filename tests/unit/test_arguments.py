@@ -3,7 +3,6 @@
 import argparse
 import sys
 from argparse import Namespace
-from types import ModuleType
 
 import pytest
 
@@ -92,8 +91,13 @@ def test_megatrons_arguments_are_found_without_importing_it(monkeypatch):
     monkeypatch.delitem(sys.modules, "megatron.training.global_vars", raising=False)
     assert megatron_args() is None
     assert "megatron.training.global_vars" not in sys.modules
-    module = ModuleType("megatron.training.global_vars")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_megatrons_arguments_are_those_that_its_scripts_have_set(monkeypatch):
+    from megatron.training import global_vars
+
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", None)
     assert megatron_args() is None
-    module._GLOBAL_ARGS = Namespace(seed=3)
-    assert megatron_args() is module._GLOBAL_ARGS
+    args = Namespace(seed=3)
+    global_vars.set_args(args)
+    assert megatron_args() is args

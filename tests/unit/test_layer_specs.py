@@ -249,11 +249,12 @@ def test_an_impossible_model_is_refused_before_anything_is_built():
 
 def test_training_arguments_are_checked_where_they_are_set(monkeypatch):
     module = ModuleType("megatron.training.global_vars")
-    module._GLOBAL_ARGS = Namespace(reset_attention_mask=True, context_parallel_size=1)
+    args = Namespace(reset_attention_mask=True, context_parallel_size=1)
+    module.get_args = lambda: args
     monkeypatch.setitem(sys.modules, module.__name__, module)
     with pytest.raises(ValueError, match="reset_attention_mask"):
         kv_shift_layer_spec(transformer_config())
-    module._GLOBAL_ARGS = Namespace(reset_attention_mask=False, context_parallel_size=1)
+    args.reset_attention_mask = False
     kv_shift_layer_spec(transformer_config())
 
 

@@ -97,6 +97,7 @@ def megatron_arguments(monkeypatch):
         module = sys.modules.get("megatron.training.global_vars")
         if module is None:
             module = ModuleType("megatron.training.global_vars")
+            module.get_args = lambda: module._GLOBAL_ARGS
             monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(module, "_GLOBAL_ARGS", args, raising=False)
         return args

@@ -147,7 +147,7 @@ def training_args(monkeypatch):
 
     def set_args(args):
         module = ModuleType("megatron.training.global_vars")
-        module._GLOBAL_ARGS = args
+        module.get_args = lambda: args
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
     return set_args
