@@ -169,7 +169,7 @@ def _refuse_wrong(
         for name, way in list(ways.items()):
             if way.compiled:
                 progress(0.3 * i / len(shapes), f"{title}, torch.compile at {checked}")
-                torch._dynamo.reset()  # or many shapes count as one function that never settles
+                torch.compiler.reset()  # or many shapes count as one function that never settles
             try:
                 start = time.perf_counter()
                 if way.compiled:
