@@ -85,9 +85,9 @@ class KVShiftSelfAttention(SelfAttention):
         tp_rank = self.pg_collection.tp.rank()
         if self.taps_are_sharded:
             per_rank = self.num_query_groups_per_partition
-            self._stored_groups = slice(tp_rank * per_rank, (tp_rank + 1) * per_rank)
+            self.stored_groups = slice(tp_rank * per_rank, (tp_rank + 1) * per_rank)
         else:
-            self._stored_groups = slice(0, config.num_query_groups)
+            self.stored_groups = slice(0, config.num_query_groups)
             self._own_group = tp_rank // (self.world_size // config.num_query_groups)
         self._register_taps()
 
@@ -96,7 +96,7 @@ class KVShiftSelfAttention(SelfAttention):
         device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
         if self.config.init_model_with_meta_device:
             device = "meta"
-        shape = (self._stored_groups.stop - self._stored_groups.start,)
+        shape = (self.stored_groups.stop - self.stored_groups.start,)
         for names in self._tap_names.values():
             for name in names:
                 tap = torch.nn.Parameter(
@@ -120,7 +120,7 @@ class KVShiftSelfAttention(SelfAttention):
         for name, value in values.items():
             tap = getattr(self, name)
             if not tap.is_meta:
-                tap.copy_(value[self._stored_groups])
+                tap.copy_(value[self.stored_groups])
 
     def load_without_taps(self) -> None:
         """Leave the taps out of the next checkpoint load, which is of a vanilla model."""

@@ -95,8 +95,8 @@ class TapStatistics:
                 name,
                 module.kv_shift,
                 module.config.num_query_groups,
-                module._stored_groups.start,
-                module._stored_groups.stop,
+                module.stored_groups.start,
+                module.stored_groups.stop,
             )
             for name, module in self._modules
         ]
