@@ -72,13 +72,18 @@ def install() -> None:
     if isinstance(checkpointing.maybe_msc, _AtomicTracker):
         return
     checkpointing.maybe_msc = _AtomicTracker(checkpointing.maybe_msc)
-    for owner, name, where in (
-        (FileSystemWriterAsync, "prepare_local_plan", lambda self, _: self.checkpoint_dir),
-        (FileSystemWriterAsync, "finish", lambda self, *_: f"{self.checkpoint_dir}/.metadata"),
-        (serialization, "save_config", lambda _, directory: f"{directory}/metadata.json"),
-        (serialization, "save_integrity_manifest", lambda directory: f"{directory}/integrity.json"),
-    ):
-        setattr(owner, name, _noted(getattr(owner, name), where))
+    FileSystemWriterAsync.prepare_local_plan = _noted(
+        FileSystemWriterAsync.prepare_local_plan, lambda self, _: self.checkpoint_dir
+    )
+    FileSystemWriterAsync.finish = _noted(
+        FileSystemWriterAsync.finish, lambda self, *_: f"{self.checkpoint_dir}/.metadata"
+    )
+    serialization.save_config = _noted(
+        serialization.save_config, lambda _, directory: f"{directory}/metadata.json"
+    )
+    serialization.save_integrity_manifest = _noted(
+        serialization.save_integrity_manifest, lambda directory: f"{directory}/integrity.json"
+    )
     _writer_of_files()
     FileSystemWriterAsync.write_preloaded_data_multithread = staticmethod(write_files)
 

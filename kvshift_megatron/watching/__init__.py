@@ -105,17 +105,16 @@ def watch(args: Namespace, model_config: Any) -> Iterator[None]:
                 stack.callback(record_scalars(writer, recorder))
             else:
                 writer = LinesOnly(recorder)
-                name = "_GLOBAL_TENSORBOARD_WRITER"
-                stack.enter_context(mock.patch.object(global_vars, name, writer))
+                stack.enter_context(
+                    mock.patch.object(global_vars, "_GLOBAL_TENSORBOARD_WRITER", writer)
+                )
                 # Timers are written to writers of this class only; None without TensorBoard.
                 stack.enter_context(mock.patch.object(timers, "SummaryWriter", LinesOnly))
         watcher = Watcher(args, path, recorder, writer, global_vars.get_wandb_writer())
-        for name, wrap in (
-            ("training_log", watcher.logging),
-            ("evaluate_and_print_results", watcher.evaluating),
-        ):
-            wrapped = wrap(getattr(training, name))
-            stack.enter_context(mock.patch.object(training, name, wrapped))
+        log = watcher.logging(training.training_log)
+        stack.enter_context(mock.patch.object(training, "training_log", log))
+        evaluate = watcher.evaluating(training.evaluate_and_print_results)
+        stack.enter_context(mock.patch.object(training, "evaluate_and_print_results", evaluate))
         if model_config.kv_shift is not None:
             refusal = _no_taps_because(args)
             if refusal is None:
