@@ -1,6 +1,7 @@
 """What is made of seconds; and whose turn it is."""
 
 import pytest
+import torch
 
 from kvshift_megatron.benchmarks import timing
 from kvshift_megatron.benchmarks.stepping import there_and_back
@@ -39,3 +40,26 @@ def test_rounds_go_on_within_the_budget():
         {"a": lambda: None}, "cpu", 5.5, (1, 50), lambda *_: None, clock=lambda: next(ticks)
     )
     assert len(times["a"]) == 5  # the clock says 1 ... 5, and then 6
+
+
+def test_a_call_on_a_gpu_is_timed_behind_a_pause(monkeypatch):
+    """The GPU has to wait until the host has queued the call, or the host's time counts too."""
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("record")
+
+        def synchronize(self):
+            order.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append(cycles))
+    assert timing.seconds_of(lambda: order.append("call"), "cuda") == 0.003
+    assert order == [timing._QUEUE_CYCLES, "record", "call", "record", "synchronize"]

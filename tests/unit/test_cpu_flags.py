@@ -65,9 +65,14 @@ def test_flags_unknown_to_the_installed_megatron_are_not_added(monkeypatch):
     assert "--no-rope-fusion" not in filled and "--no-persist-layer-norm" in filled
 
 
-def test_table_names_flags_of_the_installed_megatron():
+def test_flags_of_the_installed_megatron_are_known():
     installed = flags.megatron_flags()
     assert installed >= ALL_KNOWN
+    assert not {"num-layers", "-num-layers", "--no-such-flag"} & installed
+
+
+def test_table_names_flags_of_the_installed_megatron():
+    installed = flags.megatron_flags()
     for refusal in flags.REFUSALS:
         assert any(refusal.matches(flag, next(iter(refusal.values), None)) for flag in installed), (
             f"{refusal.flag} is not a flag of the installed Megatron"

@@ -273,6 +273,42 @@ def test_a_data_loader_leaves_the_random_state_of_dropout_alone(layer):
     assert torch.equal(state, torch.cuda.get_rng_state()) and seeds[0] != seeds[1]
 
 
+def test_megatrons_start_does_not_ask_for_a_gpu(layer, monkeypatch):
+    from megatron.training import global_vars, initialize
+
+    # It goes on to the arguments, which are missing.
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", None)
+    monkeypatch.setattr(sys, "argv", ["script", "--no-such-flag"])
+    with pytest.raises((AssertionError, SystemExit)) as stop:
+        initialize.initialize_megatron()
+    assert "requires CUDA" not in str(stop.value)
+
+
+def test_megatrons_warm_up_leaves_the_random_state_alone(layer, monkeypatch):
+    from megatron.training import initialize, training
+
+    monkeypatch.setattr(initialize, "_warmup_jit_function", lambda **_: torch.rand(3))
+    state = torch.cuda.get_rng_state()
+    for function in (initialize.set_jit_fusion_options, training.set_jit_fusion_options):
+        function()
+        assert torch.equal(state, torch.cuda.get_rng_state())
+
+
+def test_megatrons_helpers_are_not_compiled_where_they_are(layer, monkeypatch):
+    from megatron.core.datasets import utils
+
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("make was started"))
+    utils.compile_helpers()
+
+
+def test_megatrons_arguments_are_those_of_a_cpu(layer, monkeypatch):
+    from megatron.training import arguments
+
+    monkeypatch.setattr(sys, "argv", ["script"])
+    args = arguments.parse_args()
+    assert (args.transformer_impl, args.distributed_backend) == ("local", "gloo")
+
+
 def _start(*words, **environment):
     inherited = {
         name: value

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kvshift_megatron.ops import kv_shift
+from kvshift_megatron.ops import kv_shift, triton_check
 from kvshift_megatron.ops.implementation import implementation
 from kvshift_megatron.ops.triton_shift import strided
 from tests.shift_cases import assert_right
@@ -72,3 +73,14 @@ def test_groups_too_far_apart_for_32_bits_are_moved_together():
     assert far.stride(2) * far.size(2) == 2**31
     assert strided(far)[3] == 128
     assert strided(far[:, :, :15])[3] == 2**27
+
+
+def test_the_trial_is_on_real_tensors_whatever_mode_is_on(monkeypatch):
+    # A number cannot be read from a tensor without data.
+    monkeypatch.setattr(triton_check, "_worst", lambda *_: float(torch.ones(3).sum()) - 3)
+    triton_check._checked.cache_clear()
+    try:
+        with FakeTensorMode():
+            assert triton_check.self_check("cpu", torch.float32) is None
+    finally:
+        triton_check._checked.cache_clear()
