@@ -17,7 +17,7 @@ NOT_IN_MATRIX = {
     "tests/gpu/": "`make test-gpu`, on a GPU",
     "tests/slurm/": "`make test-slurm`, as root",
     "tests/unit/test_induction_": "the demo, which trains through the entry point",
-    "tests/unit/test_configs.py": "flags of the entry point",
+    "tests/unit/test_recipes.py": "flags of the entry point",
     "tests/unit/test_check_stock_megatron.py": "a tool for checkouts of Megatron-LM",
     "tests/unit/test_triton_": "the operation alone",
     "tests/unit/test_ahead_of_time.py": "the operation alone",

@@ -30,7 +30,7 @@ class Settings:
         cluster: Slurm's name of the cluster, may be empty.
         nodes: of the job.
         ranks_per_node: one a GPU.
-        show: arguments of `python -m examples.configs.show`.
+        show: arguments of `python -m kvshift_megatron.recipes`.
         megatron: flags for kvshift_megatron.pretrain that win over the configuration's.
         max_attempts: starts of this job, the first one included.
         retry_failures: a failed attempt that made progress is started again too.

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from kvshift_megatron.planning import gpus
 from kvshift_megatron.planning.estimate import Assumptions, estimate
+from kvshift_megatron.recipes import check, config
+from kvshift_megatron.recipes.flags import command_line
 from kvshift_megatron.whole_files import replace
 
 _LISTED = 12
@@ -20,9 +22,6 @@ _TRIED = 10
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
     """The command line."""
-    # Of the checkout, which the tool is part of: an installed package has no examples.
-    from examples.configs import config
-
     parser = argparse.ArgumentParser(
         prog="plan_cluster.py",
         description="What a configuration needs of a cluster: memory, messages, FLOPs, time.",
@@ -67,8 +66,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: Namespace) -> int:
-    from examples.configs import check, config
-    from examples.flags import command_line
     from kvshift_megatron.planning.dry_run import prepare
     from kvshift_megatron.planning.layout import Layout
     from kvshift_megatron.planning.picture import draw
@@ -121,8 +118,6 @@ def _run(arguments: Namespace) -> int:
 
 def _best(run, gpu: gpus.GPU, assumed: Assumptions, jobs: int):
     """Prints the layouts that fit; returns the run with the best of those built for real."""
-    from examples.configs import check
-    from examples.flags import command_line
     from kvshift_megatron.planning.plan import plan
     from kvshift_megatron.planning.search import search
 

@@ -12,8 +12,8 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples import flags as megatron_flags
-from examples.flags import Flags
+from kvshift_megatron.recipes import flags as megatron_flags
+from kvshift_megatron.recipes.flags import Flags
 
 HERE = Path(__file__).parent
 MODELS = HERE / "models"
@@ -39,8 +39,8 @@ class Run:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What names a run on a command line: model, layout, --nproc and --set."""
-    parser.add_argument("model", help="a name in examples/configs/models, or a TOML file")
-    parser.add_argument("layout", help="a name in examples/configs/layouts, or a TOML file")
+    parser.add_argument("model", help=_names(MODELS))
+    parser.add_argument("layout", help=_names(LAYOUTS))
     parser.add_argument("--nproc", type=int, help="processes in all, instead of the layout's")
     parser.add_argument(
         "--set",
@@ -50,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a flag of Megatron or of KV shifting, without its dashes; wins over both files, and "
         "FLAG=false leaves it out",
     )
+
+
+def _names(directory: Path) -> str:
+    names = sorted(path.stem for path in directory.glob("*.toml"))
+    return f"one of {', '.join(names)}, or a TOML file"
 
 
 def load(model: str, layout: str, overrides: Flags | None = None, nproc: int | None = None) -> Run:

@@ -1,6 +1,6 @@
 """Prints the Megatron flags of a model on a layout, one a line.
 
-    python -m examples.configs.show MODEL LAYOUT [--nproc N] [--set FLAG[=VALUE] ...]
+    python -m kvshift_megatron.recipes MODEL LAYOUT [--nproc N] [--set FLAG[=VALUE] ...]
 
 The lines are the command line of `kvshift_megatron.pretrain`, less the data and where to save. The
 sizes that follow from them go to standard error. Exit status: 0, or 2 for a mistake.
@@ -10,14 +10,14 @@ import argparse
 import sys
 from argparse import Namespace
 
-from examples.configs import check, config
-from examples.flags import option
+from kvshift_megatron.recipes import check, config
+from kvshift_megatron.recipes.flags import option
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m examples.configs.show", description=__doc__.splitlines()[0]
+        prog="python -m kvshift_megatron.recipes", description=__doc__.splitlines()[0]
     )
     config.add_arguments(parser)
     return parser.parse_args(argv)
@@ -51,7 +51,3 @@ def main(argv: list[str] | None = None) -> int:
         if words := option(name, value):
             print(*words)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Megatron flags in TOML tables, without the dashes: what all examples do with them."""
+"""Megatron flags in TOML tables, without the dashes: how they are found, read and written out."""
 
 import tomllib
 from pathlib import Path

@@ -7,8 +7,8 @@ import warnings
 from argparse import Namespace
 from typing import NoReturn
 
-from examples.configs.config import Run
-from examples.flags import command_line
+from kvshift_megatron.recipes.config import Run
+from kvshift_megatron.recipes.flags import command_line
 
 
 class _Parser(argparse.ArgumentParser):

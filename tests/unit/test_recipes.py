@@ -1,4 +1,4 @@
-"""examples/configs: every model on every layout, through Megatron's parser and model builder.
+"""Recipes: every model on every layout, through Megatron's parser and model builder.
 
 Models are built on the meta device, where nothing is allocated, by the code that trains them.
 """
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from examples.configs import config, show
-from examples.flags import command_line, read
 from kvshift_megatron.cpu import cpu_device_layer
+from kvshift_megatron.recipes import config, show
+from kvshift_megatron.recipes.flags import command_line, read
 from tests.distributed.launch import ranks
 from tests.transformer_engine.ranks import Layout, fake_rank
 
