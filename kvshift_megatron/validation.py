@@ -5,11 +5,13 @@ and the transformer configuration, for every KV-shifting layer before it has par
 """
 
 from argparse import Namespace
-
-from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.transformer.transformer_config import TransformerConfig
+from typing import TYPE_CHECKING
 
 from kvshift_megatron.arguments import megatron_args
+
+if TYPE_CHECKING:
+    # Not at run time: flags are checked on machines and in commands that do not wait for Megatron.
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 # Setting -> what is wrong with it and what to do; refused wherever it is on.
 _REFUSED_IN_CONFIG = {
@@ -30,7 +32,7 @@ _REFUSED_ARGS = {
 }
 
 
-def check_at_start(config: TransformerConfig) -> None:
+def check_at_start(config: "TransformerConfig") -> None:
     """Raise ValueError for a setting that KV shifting cannot honour.
 
     Called for every KV-shifting layer, before its parameters exist, so that no way of building a
@@ -45,7 +47,7 @@ def check_at_start(config: TransformerConfig) -> None:
         check_args(args)
 
 
-def check_transformer_config(config: TransformerConfig | Namespace) -> None:
+def check_transformer_config(config: "TransformerConfig | Namespace") -> None:
     """Raise ValueError for a model configuration that KV shifting cannot honour.
 
     Args:
@@ -94,7 +96,7 @@ def check_args(args: Namespace) -> None:
             "set --micro-batch-size 1"
         )
     ranks = args.context_parallel_size
-    if ranks > 1 and getattr(args, "sft", False) and not HAVE_TE:
+    if ranks > 1 and getattr(args, "sft", False) and not _has_transformer_engine():
         raise ValueError(
             f"sft with context_parallel_size={ranks}: Megatron cuts the documents over the ranks "
             "with a kernel of Transformer Engine, which is not installed: install it, or set "
@@ -109,7 +111,13 @@ def check_args(args: Namespace) -> None:
         )
 
 
-def _refuse(settings: TransformerConfig | Namespace, refusals: dict[str, str]) -> None:
+def _has_transformer_engine() -> bool:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return HAVE_TE
+
+
+def _refuse(settings: "TransformerConfig | Namespace", refusals: dict[str, str]) -> None:
     for name, sentence in refusals.items():
         value = getattr(settings, name, None)
         if value:

@@ -1,9 +1,11 @@
 """Prints the Megatron flags of a model on a layout, one a line.
 
-    python -m kvshift_megatron.recipes MODEL LAYOUT [--nproc N] [--set FLAG[=VALUE] ...]
+    kvshift-recipe MODEL LAYOUT [--check] [--nproc N] [--set FLAG[=VALUE] ...]
 
 The lines are the command line of `kvshift_megatron.pretrain`, less the data and where to save. The
-sizes that follow from them go to standard error. Exit status: 0, or 2 for a mistake.
+sizes that follow from them go to standard error. Sizes and KV shifting's flags are always checked;
+`--check` asks Megatron's parser about all flags, which takes seconds. Exit status: 0, or 2 for a
+mistake.
 """
 
 import argparse
@@ -12,20 +14,25 @@ from argparse import Namespace
 
 from kvshift_megatron.recipes import check, config
 from kvshift_megatron.recipes.flags import option
+from kvshift_megatron.recipes.sizes import data_parallel_size
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kvshift_megatron.recipes", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="kvshift-recipe", description=__doc__.partition("\n")[0])
     config.add_arguments(parser)
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="have Megatron's parser check every flag's name and value too (imports Megatron: "
+        "seconds)",
+    )
     return parser.parse_args(argv)
 
 
 def summary(run: config.Run, args: Namespace) -> str:
     """One line with the sizes that follow from the flags."""
-    dp = check.data_parallel_size(run, args)
+    dp = data_parallel_size(run.nproc, args)
     micro_batches = args.global_batch_size // (args.micro_batch_size * dp)
     return (
         f"{run.model} on {run.layout}: nproc {run.nproc} = "
@@ -42,11 +49,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         overrides = dict(config.parse_override(text) for text in arguments.set)
         run = config.load(arguments.model, arguments.layout, overrides, arguments.nproc)
-        args = check.check(run)
+        args = (check.check if arguments.check else check.check_without_megatron)(run)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(summary(run, args), file=sys.stderr)
+    unchecked = "" if arguments.check else " (--check: have Megatron's parser check all flags)"
+    print(summary(run, args) + unchecked, file=sys.stderr)
     for name, value in run.flags.items():
         if words := option(name, value):
             print(*words)

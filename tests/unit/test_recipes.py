@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from kvshift_megatron.cpu import cpu_device_layer
-from kvshift_megatron.recipes import config, show
+from kvshift_megatron.recipes import check, config, show, sizes
 from kvshift_megatron.recipes.flags import command_line, read
-from tests.distributed.launch import ranks
+from tests.distributed.launch import PROJECT, ranks
 from tests.transformer_engine.ranks import Layout, fake_rank
 
 
@@ -242,14 +242,41 @@ def test_overrides_win(capsys):
     assert "--bf16" not in lines
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+# With and without grouped queries, CP and sequence parallelism; parsing takes its time.
+@pytest.mark.parametrize(("model", "layout"), [r for r in RUNS if r[0] == "19b"] + [("10m", "cpu")])
+def test_sizes_are_those_of_megatrons_parser(model, layout):
+    run = config.load(model, layout)
+    plain, parsed = check.check_without_megatron(run), check.check(run)
+    for name in (*sizes.NUMBERS, *sizes.OTHERS):
+        assert getattr(plain, name) == getattr(parsed, name), name
+
+
+def test_sizes_that_are_left_out_are_megatrons_defaults():
+    empty = config.Run("none", "none", nproc=1, flags={})
+    parsed = vars(check.parse(empty))
+    assert {name: parsed[name] for name in sizes.NUMBERS} == sizes.NUMBERS
+    assert {name: parsed[name] for name in sizes.OTHERS} == sizes.OTHERS
+
+
+def test_flags_are_the_same_with_megatrons_check(capsys):
+    words = ["10m", "cpu", "--set", "kv-shift-variant=gate"]
+    assert show.main(words) == 0
+    plain = capsys.readouterr()
+    assert show.main([*words, "--check"]) == 0
+    checked = capsys.readouterr()
+    assert plain.out == checked.out
+    assert "--check" in plain.err and checked.err.rstrip() == plain.err.partition(" (--check")[0]
+
+
+# What only Megatron's parser knows.
+BY_MEGATRON = [
+    (["10m", "cpu", "--set", "num-layer=3"], "unrecognized arguments: --num-layer 3"),
+    (["10m", "cpu", "--set", "lr=fast"], "argument --lr: invalid float value: 'fast'"),
+]
+MISTAKES = [
         (["7b", "cpu"], "model 7b: neither one of 1.5b, 10m, 13b, 19b, 2.9b, 6.7b nor a file"),
         (["10m", "gpu"], "layout gpu: neither one of"),
         (["19b", "512x80gb"], "512x80gb.toml is for the models 1.5b, 2.9b, 6.7b, 13b, not for 19b"),
-        (["10m", "cpu", "--set", "num-layer=3"], "unrecognized arguments: --num-layer 3"),
-        (["10m", "cpu", "--set", "lr=fast"], "argument --lr: invalid float value: 'fast'"),
         (["10m", "cpu", "--set", "=3"], "--set =3: expected FLAG=VALUE or FLAG"),
         (["10m", "cpu", "--set", "seq-length=long"], "seq-length must be a positive integer"),
         (["10m", "cpu", "--nproc", "0"], "--nproc must be at least 1"),
@@ -258,14 +285,44 @@ def test_overrides_win(capsys):
         (["10m", "cpu", "--set", "num-attention-heads=6", "--set", "num-query-groups=3", "--set",
           "tensor-model-parallel-size=2", "--nproc", "2"], "num_query_groups=3"),
         (["10m", "cpu", "--set", "kv-shift-window=9"], "window=9"),
+        (["10m", "cpu", "--set", "kv-shift-windows=3"], "arguments: --kv-shift-windows 3"),
+        (["10m", "cpu", "--set", "kv-shift-window=3", "--set", "no-kv-shift"], "--no-kv-shift"),
         (["10m", "cpu", "--set", "reset-attention-mask"], "reset_attention_mask"),
-    ],
-)  # fmt: skip
-def test_a_mistake_is_one_sentence(words, message, capsys):
-    assert show.main(words) == 2
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("checked", [False, True], ids=["plain", "by-megatron"])
+@pytest.mark.parametrize(("words", "message"), MISTAKES)
+def test_a_mistake_is_one_sentence(words, message, checked, capsys):
+    assert show.main([*words, "--check"] if checked else words) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ") and message in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("words", "message"), BY_MEGATRON)
+def test_megatrons_parser_is_asked_with_check(words, message, capsys):
+    assert show.main(words) == 0
+    capsys.readouterr()
+    test_a_mistake_is_one_sentence(words, message, True, capsys)
+
+
+def test_a_size_that_is_no_number(capsys):
+    words = ["10m", "cpu", "--set", "num-layers=many"]
+    assert show.main(words) == 2
+    assert "num-layers must be a whole number, got 'many'" in capsys.readouterr().err
+
+
+def test_a_job_under_slurm_asks_megatrons_parser_before_any_node_starts():
+    """What its batch script runs, with what it is given (examples/slurm/begin.py)."""
+    script = (PROJECT / "examples/slurm/pretrain.sbatch").read_text()
+    lines = [line.strip() for line in script.splitlines()]
+    (asked,) = [line for line in lines if "kvshift_megatron.recipes" in line and line[0] != "#"]
+    assert asked.startswith('here "$PYTHON" -m kvshift_megatron.recipes --check "${show[@]}"')
+    assert asked.endswith('|| finish $? "$@"')
+    assert lines.index(asked) < next(
+        i for i, line in enumerate(lines) if line.startswith("srun --kill")
+    )
 
 
 @pytest.mark.parametrize(

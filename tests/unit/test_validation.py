@@ -148,10 +148,10 @@ def test_packed_micro_batches_through_a_pipeline_are_refused(packing):
 
 def test_sft_over_context_parallel_ranks_needs_transformer_engine(monkeypatch):
     args = model(sft=True, context_parallel_size=2)
-    monkeypatch.setattr(validation, "HAVE_TE", False)
+    monkeypatch.setattr(validation, "_has_transformer_engine", lambda: False)
     with pytest.raises(ValueError, match=r"^sft with context_parallel_size=2.*-size 1"):
         check_args(args)
-    monkeypatch.setattr(validation, "HAVE_TE", True)
+    monkeypatch.setattr(validation, "_has_transformer_engine", lambda: True)
     check_args(args)
 
 

@@ -1,0 +1,81 @@
+"""The sizes of a run, and what must divide what: arithmetic on its flags, without Megatron."""
+
+from argparse import Namespace
+
+from kvshift_megatron.recipes.flags import Flags
+
+# What Megatron's parser gives where the flag is left out.
+NUMBERS = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "context_parallel_size": 1,
+    "micro_batch_size": None,
+    "global_batch_size": None,
+    "seq_length": None,
+    "num_layers": None,
+    "num_attention_heads": None,
+    "num_query_groups": 1,
+    "ffn_hidden_size": None,
+    "train_iters": None,
+}
+OTHERS = {
+    "group_query_attention": False,
+    "sequence_parallel": False,
+    "pipeline_model_parallel_layout": None,
+}
+
+
+def arguments(flags: Flags) -> Namespace:
+    """The flags under the names that Megatron's parser gives them.
+
+    Raises:
+        ValueError: a size that is no whole number.
+    """
+    given = {name.replace("-", "_"): value for name, value in flags.items() if value is not False}
+    numbers = {name: _whole(name, given[name]) for name in NUMBERS if name in given}
+    return Namespace(**{**NUMBERS, **OTHERS, **given, **numbers})
+
+
+def check_sizes(nproc: int, args: Namespace) -> None:
+    """Raise ValueError where a size is not divided by what must divide it.
+
+    Args:
+        nproc: processes in all.
+        args: Megatron's, or what `arguments` makes of flags.
+    """
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    cp, heads = args.context_parallel_size, args.num_attention_heads
+    _divides("the number of processes", nproc, "TP x PP x CP", tp * pp * cp)
+    _divides("global-batch-size", args.global_batch_size, "micro-batch-size x DP",
+             (args.micro_batch_size or 0) * data_parallel_size(nproc, args))  # fmt: skip
+    _divides("num-attention-heads", heads, "TP", tp)
+    _divides("ffn-hidden-size", args.ffn_hidden_size, "TP", tp)
+    if args.pipeline_model_parallel_layout is None:
+        _divides("num-layers", args.num_layers, "PP", pp)
+    if cp > 1:
+        _divides("seq-length", args.seq_length, "2 x CP", 2 * cp)
+    if args.sequence_parallel:
+        _divides("seq-length", args.seq_length, "TP x CP", tp * cp)
+
+
+def data_parallel_size(nproc: int, args: Namespace) -> int:
+    """Replicas of the model, each with its share of the batch."""
+    return nproc // (
+        args.tensor_model_parallel_size
+        * args.pipeline_model_parallel_size
+        * args.context_parallel_size
+    )
+
+
+def _divides(whole_name: str, whole: int | None, parts_name: str, parts: int | None) -> None:
+    if not whole or not parts or whole % parts:
+        raise ValueError(f"{whole_name} is {whole}, which {parts_name} = {parts} must divide")
+
+
+def _whole(name: str, value: object) -> int:
+    try:
+        if not isinstance(value, bool):
+            return int(str(value))
+    except ValueError:
+        pass
+    raise ValueError(f"{name.replace('_', '-')} must be a whole number, got {value!r}")
