@@ -22,6 +22,7 @@ from kvshift_megatron.checkpoint.megatron_model import (
 from kvshift_megatron.checkpoint.safetensors_files import SafetensorsFolder, read_json
 from kvshift_megatron.checkpoint.to_hf import MegatronTable, fitting_layout, read_architecture
 from kvshift_megatron.checkpoint.torch_dist import TorchDistReader
+from kvshift_megatron.launchers import own_path
 
 # Largest difference of two logits, relative to the largest. Both models compute in fp32, from
 # weights that were rounded to the same dtype.
@@ -29,7 +30,6 @@ TOLERANCE = 1e-4
 # Clients of Baichuan's layout round lm_head to its dtype once more, when they normalize it.
 _TOLERANCE_OF_CLIENTS = {torch.float32: TOLERANCE, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _COARSENESS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-_ROOT = Path(__file__).resolve().parents[2]
 _LONGEST = 2048  # tokens; a longer prompt would take more memory than the model
 
 
@@ -150,13 +150,12 @@ def mlx_logits(runs: list[Run]) -> list[list[Tensor]]:
             json.dumps([{**run._asdict(), "folder": str(run.folder.resolve())} for run in runs])
         )
         command = [sys.executable, "-m", "kvshift_megatron.checkpoint.mlx_logits"]
-        # Also where this package is used from a checkout that is not installed.
-        path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+        path = [*map(str, own_path()), os.environ.get("PYTHONPATH", "")]
         done = subprocess.run(
             [*command, str(asked), str(answer)],
             capture_output=True,
             text=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
         )
         if done.returncode:
             raise ValueError(

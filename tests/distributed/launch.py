@@ -14,7 +14,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from tools import launchers
+from kvshift_megatron import launchers
 
 PROJECT = Path(__file__).resolve().parents[2]
 

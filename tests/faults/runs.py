@@ -7,10 +7,10 @@ import time
 import uuid
 from pathlib import Path
 
+from kvshift_megatron import launchers
 from tests.distributed.launch import PROJECT, python_path
 from tests.integration.forked_launch import Run, forked
 from tests.integration.tiny_gpt import flags
-from tools import launchers
 
 RANKS, STEPS, SAVE_INTERVAL = 2, 8, 2
 HANG_TIMEOUT = 6

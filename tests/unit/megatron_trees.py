@@ -1,30 +1,20 @@
-"""Folders that look like a Megatron-LM to tools/patch_megatron.py."""
+"""Folders that look like a Megatron-LM to kvshift-patch."""
 
 import hashlib
 import importlib.util
 import re
 import shutil
 import subprocess
-import sys
+import tomllib
 from pathlib import Path
+
+from kvshift_megatron.megatron_lm import patch as tool
 
 PROJECT = Path(__file__).resolve().parents[2]
 PATCHES = PROJECT / "patches"
 TAGS = sorted(folder.name for folder in PATCHES.iterdir() if folder.is_dir())
 
 _PACKAGE_INFO = "megatron/core/package_info.py"
-
-
-def load_tool():
-    """tools/patch_megatron.py as a module."""
-    spec = importlib.util.spec_from_file_location(
-        "patch_megatron", PROJECT / "tools" / "patch_megatron.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    # The dataclasses in it look themselves up there.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def installed_root() -> Path:
@@ -59,7 +49,7 @@ def synthesize(file: Path, patches: list[Path], path: str) -> None:
     file.write_text("\n".join(text) + "\n")
 
 
-def installed_tree(tool, folder: Path) -> tuple[Path, Path]:
+def installed_tree(folder: Path) -> tuple[Path, Path]:
     """A copy of what the installed megatron-core has of its patched files.
 
     What only the repository of Megatron-LM has is synthesized.
@@ -70,15 +60,15 @@ def installed_tree(tool, folder: Path) -> tuple[Path, Path]:
     root, source = folder / "site", installed_root()
     _copy(source, root, _PACKAGE_INFO)
     tag = tool.find_set(tool.read_version(root)).name
-    return root, _complete(tool, tag, folder, root, source)
+    return root, _complete(tag, folder, root, source)
 
 
-def synthetic_repository(tool, tag: str, folder: Path) -> tuple[Path, Path]:
+def synthetic_repository(tag: str, folder: Path) -> tuple[Path, Path]:
     """A Git repository with synthesized files, and the patches for it."""
     root = folder / "repository"
-    version = tool.tomllib.loads((PATCHES / tag / "manifest.toml").read_text())["versions"][0]
+    version = tomllib.loads((PATCHES / tag / "manifest.toml").read_text())["versions"][0]
     write_version(root, version)
-    patches = _complete(tool, tag, folder, root, None)
+    patches = _complete(tag, folder, root, None)
     git(root, "init", "--quiet")
     git(root, "config", "core.autocrlf", "false")
     git(root, "add", "--all")
@@ -101,12 +91,12 @@ def write_version(root: Path, version: str) -> None:
     file.write_text("\n".join(name.format(value) for name, value in zip(names, numbers)) + "\n")
 
 
-def _complete(tool, tag, folder, root, source):
+def _complete(tag, folder, root, source):
     patches = folder / "patches"
     shutil.copytree(PATCHES, patches)
     manifest = patches / tag / "manifest.toml"
     text = manifest.read_text()
-    for path, digest in tool.tomllib.loads(text)["unpatched"].items():
+    for path, digest in tomllib.loads(text)["unpatched"].items():
         if source is not None and (source / path).exists():
             _copy(source, root, path)
             continue

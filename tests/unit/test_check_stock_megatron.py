@@ -1,4 +1,4 @@
-"""tools/check_stock_megatron.py: what it refuses, reads, compares and prints. Trains nothing."""
+"""kvshift-check: what it refuses, reads, compares and prints. Trains nothing."""
 
 import os
 import subprocess
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tools import check_stock_megatron as tool
-from tools import launchers
+from kvshift_megatron import launchers
+from kvshift_megatron.megatron_lm import check as tool
+from tests.distributed.launch import PROJECT
 
 FALLING = [5.0 - 0.1 * step for step in range(tool.STEPS)]
 
@@ -61,9 +62,9 @@ def refusal(path, capsys):
 
 
 def test_a_clean_release_is_accepted(checkout):
-    assert tool.release_of(checkout) == "0.18.2"
+    assert tool.release_of(checkout, tool.RELEASES) == "0.18.2"
     (checkout / "untracked.log").touch()
-    assert tool.release_of(checkout) == "0.18.2"
+    assert tool.release_of(checkout, tool.RELEASES) == "0.18.2"
 
 
 @pytest.mark.parametrize("missing", ["pretrain_gpt.py", "megatron/core/package_info.py"])
@@ -265,3 +266,8 @@ def test_a_launcher_that_has_ended_is_left_alone():
     process.wait()
     launchers.stop([process])
     assert process.returncode == 0
+
+
+def test_a_checkout_is_what_a_child_of_it_imports_from():
+    (folder,) = launchers.own_path()
+    assert (folder / "pyproject.toml").is_file() and folder == PROJECT

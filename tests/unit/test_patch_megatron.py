@@ -1,4 +1,4 @@
-"""tools/patch_megatron.py: all or nothing, and back to the byte."""
+"""kvshift-patch: all or nothing, and back to the byte."""
 
 import os
 import subprocess
@@ -6,27 +6,26 @@ import sys
 
 import pytest
 
+from kvshift_megatron.megatron_lm import patch as tool
 from tests.unit import megatron_trees as trees
-
-tool = trees.load_tool()
 
 
 @pytest.fixture
 def tree(tmp_path):
     """(folder, patches) of the installed megatron-core."""
-    return trees.installed_tree(tool, tmp_path)
+    return trees.installed_tree(tmp_path)
 
 
 @pytest.fixture(params=trees.TAGS)
 def repository(request, tmp_path):
     """(folder, patches) of a throw-away Git repository for each tag."""
-    return trees.synthetic_repository(tool, request.param, tmp_path)
+    return trees.synthetic_repository(request.param, tmp_path)
 
 
 @pytest.fixture
 def two_patches(tmp_path):
     """(folder, patches) with a file that two patches touch."""
-    return trees.synthetic_repository(tool, "core_v0.17.1", tmp_path)
+    return trees.synthetic_repository("core_v0.17.1", tmp_path)
 
 
 def run(action, tree):
@@ -48,7 +47,7 @@ def chosen_set(tree):
 def refusal(capsys):
     """The one sentence on standard error."""
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("patch_megatron: ")
+    assert len(lines) == 1 and lines[0].startswith("kvshift-patch: ")
     return lines[0]
 
 

@@ -4,16 +4,17 @@ import argparse
 import ast
 import os
 import sys
+import tomllib
 import types
 
 import pytest
 
+from kvshift_megatron.megatron_lm import patch as tool
 from tests.unit import megatron_trees as trees
 
-tool = trees.load_tool()
 SETS = {
     tag: tool.find_set(
-        tool.tomllib.loads((trees.PATCHES / tag / "manifest.toml").read_text())["versions"][0]
+        tomllib.loads((trees.PATCHES / tag / "manifest.toml").read_text())["versions"][0]
     )
     for tag in trees.TAGS
 }
@@ -68,7 +69,7 @@ def _indent(line):
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory):
     """path -> syntax tree of every patched file that the installed megatron-core has."""
-    root, patches = trees.installed_tree(tool, tmp_path_factory.mktemp("patched"))
+    root, patches = trees.installed_tree(tmp_path_factory.mktemp("patched"))
     assert tool.main(["apply", "--megatron-path", str(root)], patches) == 0
     chosen = tool.find_set(tool.read_version(root), patches)
     real = [path for path in chosen.unpatched if (trees.installed_root() / path).exists()]

@@ -1,16 +1,28 @@
-"""Ending torch's launcher: each of its ranks has a session of its own, which a signal to the
-launcher's session does not reach.
+"""Other processes of this package's: where they find it, and how torch's launcher is ended.
+
+Each rank of torch's launcher has a session of its own, which a signal to the launcher's session
+does not reach.
 """
 
 import contextlib
 import os
 import signal
 import subprocess
+import sysconfig
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
 PATIENCE = 15.0  # seconds
+
+
+def own_path() -> list[Path]:
+    """What a child's PYTHONPATH needs to find this package: nothing where it is installed.
+
+    The folder of installed packages on PYTHONPATH would come before Python's own library.
+    """
+    folder = Path(__file__).resolve().parents[1]
+    return [] if folder == Path(sysconfig.get_path("purelib")).resolve() else [folder]
 
 
 def stop(launchers: Iterable[subprocess.Popen]) -> None:
