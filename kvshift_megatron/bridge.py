@@ -3,7 +3,7 @@
     import kvshift_megatron.bridge
     from megatron.bridge import AutoBridge
 
-    bridge = AutoBridge.from_hf_pretrained(folder)         # written by tools/convert_checkpoint.py
+    bridge = AutoBridge.from_hf_pretrained(folder)         # written by kvshift-convert
     model = bridge.to_megatron_model(wrap_with_ddp=False)  # every layer shifts, or it raises
     bridge.save_hf_pretrained(model, other_folder)
 

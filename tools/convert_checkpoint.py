@@ -3,9 +3,7 @@
     python tools/convert_checkpoint.py megatron-to-hf CHECKPOINT FOLDER
     python tools/convert_checkpoint.py hf-to-megatron FOLDER CHECKPOINT
 
-On a CPU, in one process, one tensor in memory at a time, whatever parallel layout saved the
-checkpoint. The output appears under its name only when it is complete. Exit code 1 and one sentence
-on standard error where something cannot be converted.
+What kvshift-convert does, from a checkout that is not installed.
 """
 
 import sys

@@ -2,10 +2,7 @@
 
     python tools/plan_cluster.py MODEL LAYOUT [--nproc N] [--set FLAG[=VALUE]] [--gpu NAME]
 
-MODEL and LAYOUT are those of kvshift_megatron/recipes. Builds the real model for every pipeline
-stage on the meta device, runs Megatron's own training step there, and prints what was counted:
-memory, messages, FLOPs; and an estimate of the step's time. Needs no GPU. Exit status: 0 it fits,
-1 it does not, 2 for a mistake. `--help` has the rest.
+What kvshift-plan does, from a checkout that is not installed.
 """
 
 import sys

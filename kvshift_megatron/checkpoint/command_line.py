@@ -1,26 +1,30 @@
-"""The command line of `tools/convert_checkpoint.py`."""
+"""The command line of kvshift-convert.
+
+    kvshift-convert megatron-to-hf CHECKPOINT FOLDER
+    kvshift-convert hf-to-megatron FOLDER CHECKPOINT
+
+On a CPU, in one process, one tensor in memory at a time, whatever parallel layout saved the
+checkpoint. The output appears under its name only when it is complete. Exit code 1 and one sentence
+on standard error where something cannot be converted.
+
+torch is imported when something is converted: help and mistakes on the command line are quick.
+"""
 
 import argparse
 import re
 import sys
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from kvshift_megatron.arguments import add_kv_shift_args, kv_shift_config_from_args
-from kvshift_megatron.checkpoint.hf_config import layout_of
-from kvshift_megatron.checkpoint.name_map import LAYOUTS, LAYOUTS_WITH_TAPS
-from kvshift_megatron.checkpoint.safetensors_files import read_json
-from kvshift_megatron.checkpoint.to_hf import ToHF, megatron_to_hf
-from kvshift_megatron.checkpoint.to_megatron import ToMegatron, hf_to_megatron
+from kvshift_megatron.checkpoint.layouts import LAYOUTS, LAYOUTS_WITH_TAPS
 from kvshift_megatron.config import KVShiftConfig
 
-_DTYPES = {
-    "keep": None,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
+if TYPE_CHECKING:
+    import torch
+
+# Choice -> torch's name.
+_DTYPES = {"keep": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,10 +33,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options.convert(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"convert_checkpoint: {error}", file=sys.stderr)
+        print(f"kvshift-convert: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("convert_checkpoint: interrupted; nothing was written", file=sys.stderr)
+        print("kvshift-convert: interrupted; nothing was written", file=sys.stderr)
         return 1
     print(f"wrote {options.target}")
     return 0
@@ -40,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="convert_checkpoint.py",
+        prog="kvshift-convert",
         description="Convert checkpoints of KV-shifting models between Megatron and Hugging Face, "
         "on a CPU, one tensor in memory at a time.",
     )
@@ -125,11 +129,13 @@ def _add_to_megatron(parser: argparse.ArgumentParser) -> None:
 
 
 def _to_hf(options: argparse.Namespace) -> None:
+    from kvshift_megatron.checkpoint.to_hf import ToHF, megatron_to_hf
+
     job = ToHF(
         source=options.source,
         target=options.target,
         layout=options.layout,
-        dtype=_DTYPES[options.dtype],
+        dtype=_dtype(options.dtype),
         vocab_size=options.vocab_size,
         variant=options.kv_shift_variant,
         max_shard_size=options.max_shard_size,
@@ -142,13 +148,15 @@ def _to_hf(options: argparse.Namespace) -> None:
 
 
 def _to_megatron(options: argparse.Namespace) -> None:
+    from kvshift_megatron.checkpoint.to_megatron import ToMegatron, hf_to_megatron
+
     for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
     job = ToMegatron(
         source=options.source,
         target=options.target,
-        dtype=_DTYPES[options.dtype],
+        dtype=_dtype(options.dtype),
         kv_shift=_taps(options),
         divisible_by=options.make_vocab_size_divisible_by * options.tensor_model_parallel_size,
         overwrite=options.overwrite,
@@ -157,8 +165,17 @@ def _to_megatron(options: argparse.Namespace) -> None:
     hf_to_megatron(job, _verifier(options, None, options.source))
 
 
+def _dtype(choice: str) -> "torch.dtype | None":
+    import torch
+
+    return _DTYPES[choice] and getattr(torch, _DTYPES[choice])
+
+
 def _taps(options: argparse.Namespace) -> KVShiftConfig | None:
     """The taps for a model without any: identity, unless the flags say otherwise."""
+    from kvshift_megatron.checkpoint.hf_config import layout_of
+    from kvshift_megatron.checkpoint.safetensors_files import read_json
+
     names = [name for name in vars(options) if "kv_shift" in name]
     given = [name for name in names if getattr(options, name) not in (None, False)]
     file = options.source / "config.json"

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from kvshift_megatron.checkpoint.architecture import Architecture
+from kvshift_megatron.checkpoint.layouts import LAYOUTS
 from kvshift_megatron.checkpoint.transforms import (
     Convolution,
     ExpertMatrices,
@@ -26,9 +27,6 @@ from kvshift_megatron.checkpoint.transforms import (
     Vocabulary,
 )
 from kvshift_megatron.taps import tap_names
-
-LAYOUTS = ("kvshift", "baichuan_m1", "llama", "mistral", "qwen2", "qwen3", "mixtral")
-LAYOUTS_WITH_TAPS = LAYOUTS[:2]
 
 
 @dataclass(frozen=True)

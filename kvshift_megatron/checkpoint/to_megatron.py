@@ -11,8 +11,9 @@ from torch import Tensor
 from kvshift_megatron.checkpoint import baichuan
 from kvshift_megatron.checkpoint.architecture import Architecture
 from kvshift_megatron.checkpoint.hf_config import architecture_from_config, layout_of
+from kvshift_megatron.checkpoint.layouts import LAYOUTS_WITH_TAPS
 from kvshift_megatron.checkpoint.megatron_arguments import arguments_from_architecture
-from kvshift_megatron.checkpoint.name_map import LAYOUTS_WITH_TAPS, Row, expand
+from kvshift_megatron.checkpoint.name_map import Row, expand
 from kvshift_megatron.checkpoint.norm_head_padding import FIELD, UnpaddedFolder
 from kvshift_megatron.checkpoint.output import (
     Progress,

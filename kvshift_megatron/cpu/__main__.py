@@ -1,6 +1,6 @@
 """Runs an unmodified Megatron script on CPUs.
 
-    python -m kvshift_megatron.cpu [--nproc-per-node N] SCRIPT ARGS...
+    kvshift-cpu [--nproc-per-node N] SCRIPT ARGS...
     torchrun --nproc-per-node N -m kvshift_megatron.cpu SCRIPT ARGS...
 
 The first form calls torch's own launcher (``torch.distributed.run --standalone``) in this process,
@@ -16,14 +16,14 @@ import threading
 
 from kvshift_megatron import cpu
 
-_USAGE = "usage: python -m kvshift_megatron.cpu [--nproc-per-node N] SCRIPT ARGS..."
+_USAGE = "usage: kvshift-cpu [--nproc-per-node N] SCRIPT ARGS..."
 _SECONDS_TO_LEAVE = 10
 
 
 def _fail(sentence: str) -> int:
     # Every rank would say the same; the exit code is every rank's.
     if os.environ.get("RANK", "0") == "0":
-        print(f"kvshift_megatron.cpu: {sentence}", file=sys.stderr, flush=True)
+        print(f"kvshift-cpu: {sentence}", file=sys.stderr, flush=True)
     return 2
 
 
@@ -98,7 +98,9 @@ def _launch(processes: int, script: str, arguments: list[str]) -> int:
     return 0
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, the script's where it ran."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
         processes, script, arguments = _parse(argv)
         if script is None:
@@ -116,4 +118,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,4 +1,12 @@
-"""The command line of tools/plan_cluster.py."""
+"""The command line of kvshift-plan.
+
+    kvshift-plan MODEL LAYOUT [--nproc N] [--set FLAG[=VALUE]] [--gpu NAME]
+
+MODEL and LAYOUT are those of kvshift_megatron/recipes. Builds the real model for every pipeline
+stage on the meta device, runs Megatron's own training step there, and prints what was counted:
+memory, messages, FLOPs; and an estimate of the step's time. Needs no GPU. Exit status: 0 it fits,
+1 it does not, 2 for a mistake.
+"""
 
 import argparse
 import dataclasses
@@ -23,7 +31,7 @@ _TRIED = 10
 def parse_arguments(argv: list[str] | None) -> Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="plan_cluster.py",
+        prog="kvshift-plan",
         description="What a configuration needs of a cluster: memory, messages, FLOPs, time.",
     )
     config.add_arguments(parser)

@@ -18,7 +18,7 @@ the step's time and the GPUs' peak.
 from dataclasses import dataclass
 
 from kvshift_megatron.planning.gpus import GPU
-from kvshift_megatron.planning.traffic import wire_bytes
+from kvshift_megatron.planning.wire import wire_bytes
 
 # Bytes that a pointwise operation moves for each element: two 16-bit operands, one result.
 _POINTWISE_BYTES = 6

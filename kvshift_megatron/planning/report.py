@@ -4,7 +4,7 @@ from collections import Counter
 
 from kvshift_megatron.planning.estimate import Assumptions, estimate
 from kvshift_megatron.planning.gpus import GPU
-from kvshift_megatron.planning.traffic import wire_bytes
+from kvshift_megatron.planning.wire import wire_bytes
 
 _GB = 1e9
 

@@ -42,15 +42,6 @@ _GROUPS = (
     ("MODEL_PARALLEL", "model"),
 )
 
-# Bytes a rank puts on the wire for one byte of its contribution, in a group of n ranks, with ring
-# algorithms (an all-reduce is a reduce-scatter and an all-gather).
-_WIRE = {
-    "all-reduce": lambda n: 2 * (n - 1) / n,
-    "reduce-scatter": lambda n: (n - 1) / n,
-    "all-gather": lambda n: n - 1,
-    "all-to-all": lambda n: (n - 1) / n,
-}
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -101,11 +92,6 @@ class Traffic:
             asdict(kind) | {"messages": messages, "bytes": size}
             for kind, (messages, size) in sorted(self.totals.items(), key=lambda row: str(row[0]))
         ]
-
-
-def wire_bytes(row: dict) -> float:
-    """Bytes that a rank puts on the wire for a row of `Traffic.rows`."""
-    return row["bytes"] * _WIRE.get(row["operation"], lambda n: 1.0)(row["ranks"])
 
 
 def group_of(args: tuple) -> dist.ProcessGroup:

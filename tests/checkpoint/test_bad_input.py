@@ -43,7 +43,7 @@ def refused(capsys, command, source, *parts, flags=()):
     assert command_line.main([command, str(source), str(target), *flags]) == 1
     message = capsys.readouterr().err
     lines = [line for line in message.splitlines() if not line.startswith("converted ")]
-    assert len(lines) == 1 and lines[0].startswith("convert_checkpoint: "), message
+    assert len(lines) == 1 and lines[0].startswith("kvshift-convert: "), message
     for part in parts:
         assert part in message, message
     assert set(source.parent.iterdir()) == others

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvshift_megatron import KVShiftConfig
+from kvshift_megatron.checkpoint.layouts import LAYOUTS
 from kvshift_megatron.checkpoint.megatron_model import build_model, by_parameter
-from kvshift_megatron.checkpoint.name_map import LAYOUTS, expand, rows
+from kvshift_megatron.checkpoint.name_map import expand, rows
 from kvshift_megatron.checkpoint.transforms import Convolution, PackedQKV, SeparateQKV
 from tests.checkpoint import models
 

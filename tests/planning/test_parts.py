@@ -17,7 +17,7 @@ from kvshift_megatron.planning.memory import (
     unique_bytes,
 )
 from kvshift_megatron.planning.search import candidates
-from kvshift_megatron.planning.traffic import wire_bytes
+from kvshift_megatron.planning.wire import wire_bytes
 
 
 def row(operation, ranks, size, group="TP", messages=1):
