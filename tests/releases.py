@@ -14,6 +14,7 @@ NOT_IN_MATRIX = {
     "tests/planning/": "this project's entry point, likewise",
     "tests/benchmarks/": "this project's entry point, likewise",
     "tests/transformer_engine/": "`make test-te`, in an environment of its own",
+    "tests/packaging/": "sdist and wheel, with 0.19 (`make test`)",
     "tests/gpu/": "`make test-gpu`, on a GPU",
     "tests/slurm/": "`make test-slurm`, as root",
     "tests/unit/test_induction_": "the demo, which trains through the entry point",
