@@ -1,30 +1,19 @@
-"""KV-shifting attention (arXiv 2411.19574) for NVIDIA Megatron-Core."""
+"""KV-shifting attention (arXiv 2411.19574) for NVIDIA Megatron-Core.
+
+Importing it changes nothing in the process. It raises where the process was started with `--spec`
+and a module of this package that does not exist: Megatron would train vanilla attention.
+"""
 
 import sys
 
 from kvshift_megatron.config import KVShiftConfig
+from kvshift_megatron.named_specs import refuse_misspelt
 
 __version__ = "0.1.0"
 
 __all__ = ["KVShiftConfig", "__version__", "assert_kv_shift"]
 
-
-class _NoSuchModule:
-    """The last import finder: a misspelt submodule of this package is no ImportError.
-
-    Megatron turns an ImportError behind `--spec` into "no spec", and trains vanilla attention.
-    """
-
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.startswith(f"{__name__}."):
-            raise RuntimeError(
-                f"there is no {name}: for --spec, {__name__}.layer_specs has kv_shift_layer_spec, "
-                f"and {__name__}.finished_specs the finished specs"
-            )
-
-
-sys.meta_path.append(_NoSuchModule)
+refuse_misspelt(getattr(sys, "argv", []))
 
 
 def __getattr__(name: str):

@@ -14,7 +14,7 @@ import runpy
 import sys
 import threading
 
-from kvshift_megatron import cpu
+from kvshift_megatron import cpu, named_specs
 
 _USAGE = "usage: kvshift-cpu [--nproc-per-node N] SCRIPT ARGS..."
 _SECONDS_TO_LEAVE = 10
@@ -48,11 +48,7 @@ def _parse(argv: list[str]) -> tuple[int, str | None, list[str]]:
 
 def _run_worker(script: str, arguments: list[str]) -> None:
     """Runs the script in this process as ``python SCRIPT ARGS...`` would."""
-    directory = os.path.dirname(os.path.abspath(script))
-    if sys.flags.safe_path:
-        sys.path.insert(0, directory)
-    else:
-        sys.path[0] = directory  # it held the working directory, which is not the script's
+    sys.path[:] = _path_of(script)
     sys.argv = [script, *arguments]
     cpu.enable(force=True)
     try:
@@ -60,6 +56,24 @@ def _run_worker(script: str, arguments: list[str]) -> None:
     finally:
         _leave_process_group()
         cpu.disable()
+
+
+def _path_of(script: str) -> list[str]:
+    """`sys.path` as ``python SCRIPT`` would have it."""
+    directory = os.path.dirname(os.path.abspath(script))
+    # First is the working directory (-m) or the folder of this command, not the script's.
+    return [directory, *(sys.path if sys.flags.safe_path else sys.path[1:])]
+
+
+def _check_spec(script: str, arguments: list[str]) -> None:
+    """Raises ValueError where `--spec` names a module that the script would not find."""
+    module, before = named_specs.spec_module(arguments), list(sys.path)
+    sys.path[:] = _path_of(script)
+    try:
+        if module is not None and not named_specs.is_there(module):
+            raise ValueError(named_specs.sentence(module))
+    finally:
+        sys.path[:] = before
 
 
 def _leave_process_group() -> None:
@@ -109,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         if not os.path.isfile(script):
             return _fail(f"SCRIPT {script} does not exist.")
         cpu.check_flags(arguments)
+        _check_spec(script, arguments)
     except ValueError as error:
         return _fail(str(error))
     if "LOCAL_RANK" in os.environ and "RANK" in os.environ:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.distributed.launch import PROJECT
 
-_TIMEOUT = 300  # seconds for one command; the longest takes 30 alone on two cores
+_TIMEOUT = 600  # seconds for one command; the longest takes 30 alone on two cores
 
 
 def tracked_files(root: Path = PROJECT) -> list[str]:

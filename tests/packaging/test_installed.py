@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvshift_megatron.cpu.flags import DEFAULTS
 from kvshift_megatron.megatron_lm import patch
 from tests.distributed.launch import PROJECT
 from tests.integration.tiny_gpt import flags
@@ -75,6 +76,20 @@ def test_spec_on_a_stock_script(trained):
     losses = [float(loss) for loss in re.findall(r"lm loss: (\S+)", trained)]
     # A guess among 128 tokens.
     assert len(losses) == 3 and all(abs(loss - math.log(128)) < 0.3 for loss in losses)
+
+
+@pytest.mark.parametrize("by", ["the launcher", "the package's import"])
+def test_a_misspelt_module_never_trains_vanilla(installed, by):
+    wrong = ["--spec", "kvshift_megatron.layer_spec", "kv_shift_layer_spec"]
+    said = "there is no kvshift_megatron.layer_spec: for --spec, "
+    if by == "the launcher":
+        words = ["kvshift-cpu", STOCK_SCRIPT, *flags(), *wrong]
+        assert installed.run(*words, status=2).startswith(f"kvshift-cpu: {said}")
+    else:
+        # As on a GPU, where nothing of this package runs before Megatron imports it.
+        on_a_cpu = [word for flag in DEFAULTS for word in flag if word]
+        words = ["python", STOCK_SCRIPT, *flags(), *on_a_cpu, *wrong]
+        assert said in installed.run(*words, status=1).splitlines()[-1]
 
 
 def test_the_compiled_shift_is_built_from_the_wheel(trained, installed):

@@ -39,22 +39,71 @@ pytestmark = pytest.mark.usefixtures("megatron_rank")
 # --- a wrong module name after --spec ---
 
 
+@pytest.fixture
+def unimported():
+    """This package is not imported yet, as in a process of Megatron's; it is again afterwards."""
+
+    def ours():
+        return {name for name in sys.modules if name.partition(".")[0] == "kvshift_megatron"}
+
+    before = {name: sys.modules.pop(name) for name in ours()}
+    yield
+    for name in ours():
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+@pytest.fixture(params=["on the command line", "in parsed arguments"])
+def told(request, unimported, megatron_arguments, monkeypatch):
+    """Tells a process what --spec is, in one of the ways in which Megatron hears of it."""
+
+    def tell(*spec):
+        words = ["--bf16", "--spec", *spec, "--swiglu"]
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *words])
+        if request.param == "in parsed arguments":
+            # As from a YAML file or a checkpoint.
+            monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py"])
+            megatron_arguments(spec=list(spec))
+
+    return tell
+
+
 @pytest.mark.parametrize(
     ("module", "name"),
     [
         ("kvshift_megatron.layer_spec", "kv_shift_layer_spec"),
         ("kvshift_megatron.finished_spec", "local_layer_spec"),
         ("kvshift_megatron.local.layer_specs", "kv_shift_layer_spec"),
+        ("kvshift_megatron.layer_specs.kv_shift_layer_spec", "kv_shift_layer_spec"),
     ],
 )
-def test_a_misspelt_module_stops_the_run(module, name):
+def test_a_misspelt_module_stops_the_run(told, module, name):
+    told(module, name)
     with pytest.raises(RuntimeError, match=f"there is no {module}: .*layer_specs has"):
         import_module((module, name))
 
 
-def test_the_package_in_place_of_its_module_stops_the_run():
-    """__import__ looks for a submodule of that name, since the package has no such attribute."""
-    with pytest.raises((RuntimeError, KeyError), match="kv_shift_layer_spec"):
+def test_a_misspelt_module_stops_a_script_that_imports_the_package_itself(unimported, monkeypatch):
+    argv = ["train.py", "--spec", "kvshift_megatron.layer_spec", "kv_shift_layer_spec"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(RuntimeError, match=r"there is no kvshift_megatron\.layer_spec: "):
+        import_module(("kvshift_megatron.layer_specs", "kv_shift_layer_spec"))
+
+
+def test_what_nobody_can_catch(unimported, monkeypatch):
+    """Megatron goes on without a spec: `assert_kv_shift` is what is left (README, Out of reach)."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    # The name is a script's own, and neither on the command line nor in Megatron's arguments.
+    assert import_module(("kvshift_megatron.layer_spec", "kv_shift_layer_spec")) is None
+    # Another package's name: nothing of this one is imported.
+    argv = ["train.py", "--spec", "kvshift_megatronic.layer_specs", "kv_shift_layer_spec"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert import_module(("kvshift_megatronic.layer_specs", "kv_shift_layer_spec")) is None
+
+
+def test_the_package_in_place_of_its_module_stops_the_run(told):
+    told("kvshift_megatron", "kv_shift_layer_spec")
+    with pytest.raises(KeyError, match="kv_shift_layer_spec"):
         import_module(("kvshift_megatron", "kv_shift_layer_spec"))
 
 
@@ -64,19 +113,14 @@ def test_a_misspelt_attribute_stops_the_run(module):
         import_module((f"kvshift_megatron.{module}", "no_such_spec"))
 
 
-def test_the_names_of_the_readme_are_found():
-    assert import_module(("kvshift_megatron.layer_specs", "kv_shift_layer_spec")) is (
-        kv_shift_layer_spec
+def test_the_names_of_the_readme_are_found(told):
+    told("kvshift_megatron.layer_specs", "kv_shift_layer_spec")
+    assert import_module(("kvshift_megatron.layer_specs", "kv_shift_layer_spec")).__name__ == (
+        "kv_shift_layer_spec"
     )
+    told("kvshift_megatron.finished_specs", "local_layer_spec")
     spec = import_module(("kvshift_megatron.finished_specs", "local_layer_spec"))
     assert isinstance(spec, ModuleSpec)
-
-
-def test_a_module_of_the_package_that_lacks_a_dependency_still_says_which(monkeypatch):
-    """The finder at the end of sys.meta_path speaks for this package's submodules only."""
-    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
-        __import__("no_such_dependency")
-    assert import_module(("kvshift_megatronic.layer_specs", "x")) is None
 
 
 # --- multi-token prediction, which Megatron rebuilds from specs of its own ---
