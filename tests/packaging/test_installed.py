@@ -35,8 +35,8 @@ def test_help(installed, name):
 def test_a_recipe(installed):
     said = installed.run("kvshift-recipe", "19b", "240x80gb").splitlines()
     assert "--num-layers 48" in said and "--tensor-model-parallel-size 4" in said
-    wrong = installed.run("kvshift-recipe", "10m", "cpu", "--set", "seq-len=1", "--check", status=2)
-    assert "unrecognized arguments: --seq-len 1" in wrong
+    wrong = installed.run("kvshift-recipe", "7b", "cpu", status=2)
+    assert wrong.startswith("error: model 7b: neither one of 1.5b, ") and wrong.count("\n") == 1
 
 
 def test_a_plan(installed):
