@@ -5,7 +5,8 @@ d head_dim.
 """
 
 import torch
-from torch import Tensor, nn
+import torch.nn as nn
+from torch import Tensor
 
 from .compatibility_kvshift import Cache, attention_function, init, update
 from .configuration_kvshift import KVShiftLlamaConfig

@@ -7,6 +7,7 @@ custom model; they have names with a leading underscore there.
 | since | what changed in Transformers                              | here                |
 |-------|-----------------------------------------------------------|---------------------|
 | 5.2   | create_causal_mask: input_embeds is inputs_embeds         | causal_mask         |
+| 5.3   | takes a tied lm_head for a loaded one (until 5.4)         | FORGETS_TIES        |
 | 5.4   | caches count tokens, cache_position is no longer passed   | causal_mask, update |
 | 5.4   | configurations are dataclasses, unless they have __init__ | (nothing to do)     |
 | 5.13  | get_max_cache_shape() is get_max_length()                 | max_length          |
@@ -60,6 +61,10 @@ if CACHE_NAME is None:
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 # Releases whose caches are told where new tokens go.
 POSITIONS_ARE_PASSED = "cache_kwargs" in inspect.signature(Cache.update).parameters
+
+
+# This release leaves the output layer of a tied model of one's own with what is in memory.
+FORGETS_TIES = transformers.__version__.startswith("5.3.")
 
 
 def causal_mask(
@@ -122,6 +127,7 @@ def attention_function(name: str, eager):
 __all__ = [
     "ACT2FN",
     "CACHE_NAME",
+    "FORGETS_TIES",
     "POSITIONS_ARE_PASSED",
     "BaseModelOutputWithPast",
     "Cache",

@@ -9,7 +9,8 @@ Letters in shapes: b batch, s tokens, h hidden size, d head_dim, e experts, i in
 import math
 
 import torch
-from torch import Tensor, nn
+import torch.nn as nn
+from torch import Tensor
 
 from .compatibility_kvshift import ACT2FN
 

@@ -9,12 +9,14 @@ Letters in shapes: b batch, s new tokens, past tokens of the cache, v vocabulary
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+import torch.nn as nn
+from torch import Tensor
 
 from .attention_kvshift import KVShiftLlamaAttention
 from .cache_kvshift import take_over
 from .compatibility_kvshift import (
     CACHE_NAME,
+    FORGETS_TIES,
     POSITIONS_ARE_PASSED,
     BaseModelOutputWithPast,
     Cache,
@@ -245,6 +247,12 @@ class KVShiftLlamaForCausalLM(KVShiftLlamaPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
+
+    def tie_weights(self, *args, **kwargs) -> None:
+        """As PreTrainedModel's."""
+        super().tie_weights(*args, **kwargs)
+        if FORGETS_TIES and self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(
         self,

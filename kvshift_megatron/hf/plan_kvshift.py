@@ -9,7 +9,8 @@ Letters in shapes: b batch, g KV heads, w window, s new tokens, d head_dim.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.nn as nn
+from torch import Tensor
 
 from .compatibility_kvshift import Cache, max_length
 
