@@ -2,6 +2,7 @@
 
     kvshift-convert megatron-to-hf CHECKPOINT FOLDER
     kvshift-convert hf-to-megatron FOLDER CHECKPOINT
+    kvshift-convert refresh-code FOLDER
 
 On a CPU, in one process, one tensor in memory at a time, whatever parallel layout saved the
 checkpoint. The output appears under its name only when it is complete. Exit code 1 and one sentence
@@ -38,7 +39,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("kvshift-convert: interrupted; nothing was written", file=sys.stderr)
         return 1
-    print(f"wrote {options.target}")
     return 0
 
 
@@ -48,9 +48,17 @@ def _parser() -> argparse.ArgumentParser:
         description="Convert checkpoints of KV-shifting models between Megatron and Hugging Face, "
         "on a CPU, one tensor in memory at a time.",
     )
-    commands = parser.add_subparsers(required=True, metavar="megatron-to-hf | hf-to-megatron")
+    commands = parser.add_subparsers(
+        required=True, metavar="megatron-to-hf | hf-to-megatron | refresh-code"
+    )
     _add_to_hf(commands.add_parser("megatron-to-hf", help="Megatron's torch_dist to safetensors"))
     _add_to_megatron(commands.add_parser("hf-to-megatron", help="safetensors to torch_dist"))
+    _add_refresh(
+        commands.add_parser(
+            "refresh-code",
+            help="give a folder that an older version exported this version's model code",
+        )
+    )
     return parser
 
 
@@ -128,6 +136,18 @@ def _add_to_megatron(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(convert=_to_megatron)
 
 
+def _add_refresh(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="exported folder; weights and settings stay")
+    parser.set_defaults(convert=_refresh)
+
+
+def _refresh(options: argparse.Namespace) -> None:
+    from kvshift_megatron.checkpoint.refresh_code import refresh_code
+
+    for path in refresh_code(options.folder):
+        print(f"wrote {path}")
+
+
 def _to_hf(options: argparse.Namespace) -> None:
     from kvshift_megatron.checkpoint.to_hf import ToHF, megatron_to_hf
 
@@ -145,6 +165,7 @@ def _to_hf(options: argparse.Namespace) -> None:
         progress=True,
     )
     megatron_to_hf(job, _verifier(options, options.source, None))
+    print(f"wrote {options.target}")
 
 
 def _to_megatron(options: argparse.Namespace) -> None:
@@ -163,6 +184,7 @@ def _to_megatron(options: argparse.Namespace) -> None:
         progress=True,
     )
     hf_to_megatron(job, _verifier(options, None, options.source))
+    print(f"wrote {options.target}")
 
 
 def _dtype(choice: str) -> "torch.dtype | None":

@@ -2,10 +2,12 @@
 AutoModelForCausalLM. Megatron is not needed."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from kvshift_megatron import whole_files
 from kvshift_megatron.hf.configuration_kvshift import AUTO_MAP, KVShiftLlamaConfig
 from kvshift_megatron.hf.modeling_kvshift import (
     KVShiftLlamaForCausalLM,
@@ -32,11 +34,11 @@ def write_code(folder: str | Path) -> list[Path]:
     Returns:
         The files written.
     """
-    here = Path(__file__).parent
-    return [
-        Path(shutil.copyfile(path, Path(folder) / path.name))
-        for path in sorted(here.glob("*_kvshift.py"))
-    ]
+    written = []
+    for path in sorted(Path(__file__).parent.glob("*_kvshift.py")):
+        written.append(Path(folder) / path.name)
+        whole_files.replace(written[-1], partial(shutil.copyfile, path))
+    return written
 
 
 AutoConfig.register(KVShiftLlamaConfig.model_type, KVShiftLlamaConfig)

@@ -6,6 +6,7 @@ DIRECTORY gets one folder a model, with its tokenizer, and expected.pt: the prom
 greedy tokens and logits. `make test-transformers` runs this once, in the pinned environment.
 """
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,6 +35,7 @@ MODELS = {
     },
 }
 NEW = 12  # tokens
+WORKER = Path(__file__).with_name("exported_worker.py")
 
 
 def write_tokenizer(folder: Path, words: int) -> None:
@@ -47,6 +49,18 @@ def write_tokenizer(folder: Path, words: int) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<pad>", pad_token="<pad>"
     ).save_pretrained(folder)
+
+
+def use(directory: Path) -> subprocess.CompletedProcess:
+    """Use the folders as somebody does who has Transformers and not this package."""
+    environment = {"PATH": "", "HOME": str(directory), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, WORKER, directory],
+        capture_output=True,
+        text=True,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
 
 
 def main(directory: str) -> int:

@@ -11,7 +11,6 @@ import torch
 
 from tests.hf import export
 
-WORKER = Path(__file__).with_name("exported_worker.py")
 WAYS = 15
 
 
@@ -26,19 +25,8 @@ def exported(tmp_path_factory) -> Path:
     return directory
 
 
-def use(directory: Path) -> subprocess.CompletedProcess:
-    environment = {"PATH": "", "HOME": str(directory), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, WORKER, directory],
-        capture_output=True,
-        text=True,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        timeout=600,
-    )
-
-
 def test_every_way_to_use_it(exported):
-    done = use(exported)
+    done = export.use(exported)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == WAYS * len(export.MODELS)
 
@@ -48,7 +36,7 @@ def test_another_result_is_noticed(exported, tmp_path):
     expected = torch.load(tmp_path / "changed" / "expected.pt", weights_only=True)
     expected["dense"]["generated"][0, -1] += 1
     torch.save(expected, tmp_path / "changed" / "expected.pt")
-    done = use(tmp_path / "changed")
+    done = export.use(tmp_path / "changed")
     assert done.returncode == 1 and "AssertionError: dense: generate" in done.stderr
 
 
