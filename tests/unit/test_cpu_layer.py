@@ -345,6 +345,23 @@ def test_commands_that_start_nothing():
         assert words in error and "Traceback" not in error
 
 
+DYNAMO = """
+import torch
+from kvshift_megatron import cpu
+
+with cpu.cpu_device_layer():
+    torch.compile(lambda x: x + torch.ones(3, device="cuda"), backend="eager")(torch.ones(3))
+twice = torch.compile(lambda x: x + torch.full((3,), 2.0), fullgraph=True, backend="eager")
+print(twice(torch.ones(3)).tolist())
+"""
+
+
+def test_dynamo_that_starts_in_the_layer_forgets_it():
+    """It lists torch's functions when it is first imported, and again when it is told to."""
+    output, errors = _start("-c", DYNAMO, KVSHIFT_CPU="1").communicate(timeout=180)
+    assert output.splitlines()[-1] == "[3.0, 3.0, 3.0]", errors
+
+
 WORKER = """
 import os, sys, time
 import torch
