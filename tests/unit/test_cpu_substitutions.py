@@ -1,4 +1,4 @@
-"""The rows of the CPU layer's table in torch: each call with the layer, and without."""
+"""The rows of the CPU layer's table in torch: each call with its row, and without."""
 
 import zipfile
 from pathlib import Path
@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from kvshift_megatron import cpu
-from kvshift_megatron.cpu import devices
-from kvshift_megatron.cpu.substitutions import table
+from kvshift_megatron.cpu import devices, substitutions
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the layer is for CPU machines")
 
@@ -157,26 +156,35 @@ CALLS = {
     "torch.Tensor.new_tensor": lambda _: _is_on_cpu(X.new_tensor([1.0], device="cuda")),
     "torch.Tensor.new_zeros": lambda _: _is_on_cpu(X.new_zeros(2, device="cuda")),
 }
-# torch with CUDA answers these without a GPU as the layer does; torch without CUDA raises.
-ANSWERED_WITHOUT_A_GPU = {"torch.cuda.nvtx.mark", "torch.cuda.empty_cache"}
+# Answered without their rows, too: the first two by a torch with CUDA only; for the others torch
+# asks get_device_properties, which has a row.
+ANSWERED_WITHOUT = {
+    "torch.cuda.nvtx.mark",
+    "torch.cuda.empty_cache",
+    "torch.cuda.get_device_capability",
+    "torch.cuda.get_device_name",
+}
+
+
+def _is_answered(target: str, folder: Path) -> bool:
+    with cpu.cpu_device_layer():
+        try:
+            return CALLS[target](folder) is True
+        except Exception:  # each in its own way, from RuntimeError to NVML's
+            return False
 
 
 @pytest.mark.filterwarnings("ignore:torch.cuda.reset_max_memory_allocated")
 @pytest.mark.parametrize("target", CALLS)
-def test_a_call_is_answered_with_the_layer_and_not_without(target, tmp_path):
-    call = CALLS[target]
-    try:
-        without = call(tmp_path)
-    except Exception:  # each in its own way, from RuntimeError to NVML's
-        without = False
-    with cpu.cpu_device_layer():
-        assert call(tmp_path) is True
-    if target not in ANSWERED_WITHOUT_A_GPU:
-        assert not without
+def test_a_call_is_answered_because_of_its_row(target, tmp_path, monkeypatch):
+    assert _is_answered(target, tmp_path)
+    others = [row for row in substitutions.table() if row.target != target]
+    monkeypatch.setattr(substitutions, "table", lambda: others)
+    assert _is_answered(target, tmp_path) is (target in ANSWERED_WITHOUT)
 
 
 def test_every_row_in_torch_has_a_call():
     """Functions that make tensors are in tests/unit/test_cpu_layer.py."""
-    rows = {row.target for row in table() if not row.of_megatron}
+    rows = {row.target for row in substitutions.table() if not row.of_megatron}
     assert set(CALLS) <= rows
     assert rows - set(CALLS) <= set(devices.factory_targets())
