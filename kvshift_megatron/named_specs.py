@@ -57,7 +57,8 @@ def is_there(module: str) -> bool:
         if path is None and not is_top:
             return False
         try:
-            specs = (finder.find_spec(name, path) for finder in sys.meta_path)
+            finders = (finder for finder in sys.meta_path if hasattr(finder, "find_spec"))
+            specs = (finder.find_spec(name, path) for finder in finders)
             spec = next((spec for spec in specs if spec is not None), None)
         except KeyError:
             # A folder without __init__.py in one that is not imported: Python cannot tell yet.
@@ -92,4 +93,6 @@ def _is_own_command(argv: Sequence[str]) -> bool:
 
 def _parsed_spec_module() -> str | None:
     spec = getattr(megatron_args(), "spec", None)
-    return spec[0] if spec else None
+    # A script of somebody's may keep something else there, such as a finished spec.
+    is_pair = isinstance(spec, list | tuple) and len(spec) == 2 and isinstance(spec[0], str)
+    return spec[0] if is_pair else None

@@ -90,6 +90,12 @@ def test_a_misspelt_module_stops_a_script_that_imports_the_package_itself(unimpo
         import_module(("kvshift_megatron.layer_specs", "kv_shift_layer_spec"))
 
 
+@pytest.mark.parametrize("spec", [ModuleSpec(SelfAttention), [], ["local"], [None, None], "local"])
+def test_other_values_of_spec_are_somebody_elses(unimported, megatron_arguments, spec):
+    megatron_arguments(spec=spec)
+    assert import_module(("kvshift_megatron.config", "KVShiftConfig")) is not None
+
+
 def test_what_nobody_can_catch(unimported, monkeypatch):
     """Megatron goes on without a spec: `assert_kv_shift` is what is left (README, Out of reach)."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
