@@ -1,9 +1,15 @@
-# Every target does its own set-up: a virtual environment in .venv, made once and remade when
-# pyproject.toml changes.
+# Every target does its own set-up: a virtual environment in .venv with the exact versions of
+# tools/requirements, made once and brought up to date when the lists or pyproject.toml change.
 
 VENV := .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
 READY := $(VENV)/ready
+REQUIREMENTS := tools/requirements
+SETUP := pyproject.toml $(REQUIREMENTS)/dev.txt tools/environments.sh
+
+# Environments of both ends of pyproject.toml's ranges.
+LATEST_VENV := .venv-latest
+OLDEST_VENV := .venv-oldest
 
 # Transformer Engine has an environment of its own, made from a folder of wheels.
 TE_VENV := .venv-te
@@ -14,27 +20,43 @@ TE_WHEELS ?= ../shared/wheels
 VERSIONS := 0.17.1 0.18.2 0.19.2
 MATRIX_FLAGS :=
 
+# Which tests `test`, `test-latest` and `test-oldest` run, and other options for pytest; all of them.
+TESTS :=
+
+# What `lock` renews besides versions that no longer fit: names of packages, or `all`.
+UPGRADE :=
+
 # Further options of tools/benchmark.py for `bench`.
 BENCH_FLAGS :=
 
-.PHONY: help setup demo bench test test-matrix test-te test-gpu test-slurm lint clean
+# uv or pip (docs/install.md).
+export INSTALLER
+
+.PHONY: help setup lock demo bench test test-latest test-oldest test-matrix test-te test-gpu \
+	test-slurm lint clean
 
 help:
 	@echo "make demo   train with KV shifting through Megatron's loop and show the result (minutes)"
 	@echo "make bench  measure what KV shifting costs on this machine (10 minutes; BENCH_FLAGS=--quick)"
-	@echo "make test   run the tests (CPU, gloo)"
+	@echo "make test   run the tests (CPU, gloo; TESTS=tests/unit: part of them)"
+	@echo "make test-latest  run them with the newest versions that pyproject.toml allows"
+	@echo "make test-oldest  run them with the oldest ones"
 	@echo "make test-matrix  run the layer, layout and spec tests on every release of VERSIONS"
 	@echo "make test-te  run the tests of the Transformer Engine layer (wheels from TE_WHEELS)"
 	@echo "make test-gpu  run the layer, its kernels and the training loop on a GPU (as test-te)"
 	@echo "make test-slurm  run the Slurm script on a cluster of its own (root; installs Debian's Slurm)"
 	@echo "make lint   run the linter"
+	@echo "make lock   renew the lists of exact versions (UPGRADE='numpy psutil', UPGRADE=all)"
 	@echo "make clean  remove the virtual environments and the demo's output"
 
 setup: $(READY)
 
-$(READY): pyproject.toml tools/make_venv.sh
-	bash tools/make_venv.sh $(VENV)
-	touch $@
+$(READY): $(SETUP) tools/make_venv.sh
+	@bash tools/make_venv.sh $(VENV)
+	@touch $@
+
+lock:
+	@bash tools/lock.sh $(UPGRADE)
 
 demo: $(READY)
 	$(PYTHON_IN_VENV) examples/induction/run.py
@@ -47,10 +69,25 @@ lint: $(READY)
 	$(PYTHON_IN_VENV) -m ruff format --check .
 
 test: lint
-	$(PYTHON_IN_VENV) -m pytest
+	$(PYTHON_IN_VENV) -m pytest $(TESTS)
+
+# Without a stamp: what is newest changes by itself.
+test-latest:
+	@bash tools/make_range_venv.sh $(LATEST_VENV) highest
+	$(LATEST_VENV)/bin/python -m pytest --versions latest $(TESTS)
+
+# Twice: with the oldest megatron-core what that has (as test-matrix), with the pinned one everything.
+PINNED_MEGATRON = $(shell sed -n 's/^megatron-core==//p' $(REQUIREMENTS)/dev.txt)
+OLDEST_MEGATRON = $(shell sed -n 's/.*"megatron-core>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+test-oldest:
+	@bash tools/make_range_venv.sh $(OLDEST_VENV) lowest-direct
+	@bash tools/lay_megatron_over.sh $(OLDEST_VENV) $(PINNED_MEGATRON)
+	PYTHONPATH=$(abspath $(OLDEST_VENV))/megatron-core-$(PINNED_MEGATRON) \
+		$(OLDEST_VENV)/bin/python -m pytest --versions oldest $(TESTS)
+	$(OLDEST_VENV)/bin/python -m pytest --versions oldest --megatron $(OLDEST_MEGATRON) $(TESTS)
 
 $(VENV)/megatron-core-%/ready: tools/lay_megatron_over.sh | $(READY)
-	bash tools/lay_megatron_over.sh $(VENV) $*
+	@bash tools/lay_megatron_over.sh $(VENV) $*
 
 test-matrix: $(VERSIONS:%=$(VENV)/megatron-core-%/ready)
 	failed=; for version in $(VERSIONS); do \
@@ -58,9 +95,9 @@ test-matrix: $(VERSIONS:%=$(VENV)/megatron-core-%/ready)
 			--megatron $$version $(MATRIX_FLAGS) || failed="$$failed $$version"; \
 	done; [ -z "$$failed" ] || { echo "failed with megatron-core$$failed" >&2; exit 1; }
 
-$(TE_READY): $(READY) tools/make_te_venv.sh
-	bash tools/make_te_venv.sh $(TE_VENV) $(VENV) $(TE_WHEELS)
-	touch $@
+$(TE_READY): $(READY) $(REQUIREMENTS)/te.txt $(REQUIREMENTS)/te-alone.txt tools/make_te_venv.sh
+	@bash tools/make_te_venv.sh $(TE_VENV) $(VENV) $(TE_WHEELS)
+	@touch $@
 
 test-te: $(TE_READY)
 	$(TE_VENV)/bin/python -m pytest tests/transformer_engine
@@ -73,4 +110,4 @@ test-slurm: $(READY)
 	$(PYTHON_IN_VENV) -m pytest tests/slurm
 
 clean:
-	rm -rf $(VENV) $(TE_VENV) examples/induction/output
+	rm -rf $(VENV) $(TE_VENV) $(LATEST_VENV) $(OLDEST_VENV) .venv-lock examples/induction/output

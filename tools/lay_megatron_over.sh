@@ -4,11 +4,13 @@
 # VENV/megatron-core-VERSION will hold that wheel alone, and a stamp once it is complete. On
 # PYTHONPATH it comes before the installed release and shares its torch.
 set -euo pipefail
+. tools/environments.sh
 
 venv=$1 version=$2
 target=$venv/megatron-core-$version
 
+choose_installer "$venv/bin/python"
+uv=$venv/bin/uv
 rm -rf "$target"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
-    --target "$target" "megatron-core==$version"
+install "$venv" --no-deps --target "$target" "megatron-core==$version"
 touch "$target/ready"

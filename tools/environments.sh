@@ -1,0 +1,97 @@
+# Read by the scripts that make environments: which Python they take, and what installs into them.
+#
+# INSTALLER is uv or pip. Without it uv installs, which is several times as fast, unless pip alone has
+# been told of an index in place of the public one: uv does not read pip's configuration.
+
+requirements=tools/requirements
+
+is_usable() {
+    # By running it: a pyenv shim that is not activated exists on PATH and fails when called.
+    "$1" -c 'import sys, venv, ensurepip
+sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+}
+
+# Prints the first of $PYTHON, python3.12, python3.13, python3 and pyenv's versions that is usable.
+find_python() {
+    local candidate versions
+    for candidate in "${PYTHON:-}" python3.12 python3.13 python3; do
+        if [ -n "$candidate" ] && is_usable "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    versions=$(pyenv root 2>/dev/null)/versions || versions=$HOME/.pyenv/versions
+    for candidate in "$versions"/3.1[23]*/bin/python; do
+        if is_usable "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "No Python 3.12 or 3.13 with venv was found: install one (Debian, Ubuntu:" \
+        "apt-get install python3.12 python3.12-venv), or name it in PYTHON=." >&2
+    return 1
+}
+
+choose_installer() {
+    local python=$1
+    installer=${INSTALLER:-uv}
+    case $installer in
+        uv | pip) ;;
+        *)
+            echo "INSTALLER=$installer: expected uv or pip." >&2
+            return 1
+            ;;
+    esac
+    if [ -z "${INSTALLER:-}${UV_DEFAULT_INDEX:-}${UV_INDEX:-}${UV_INDEX_URL:-}${UV_NO_INDEX:-}" ] &&
+        "$python" -m pip config list 2>/dev/null | grep -Eq '\.(index-url|no-index)='; then
+        echo "pip has an index of its own: it installs (INSTALLER=uv with UV_DEFAULT_INDEX= is faster)"
+        installer=pip
+    fi
+}
+
+# begin_environment DIRECTORY: makes it where it is missing, with the pinned uv and setuptools.
+begin_environment() {
+    local venv=$1 python
+    # A set-up that was cut off may leave half a package that looks whole. What had been downloaded
+    # is in the installer's cache.
+    if [ -e "$venv/unfinished" ]; then
+        echo "$venv was not finished: it is made anew"
+        rm -rf "$venv"
+    fi
+    if ! is_usable "$venv/bin/python"; then
+        python=$(find_python)
+        echo "making $venv with $("$python" --version) ($python)"
+        rm -rf "$venv"
+        mkdir -p "$venv"
+        touch "$venv/unfinished"
+        "$python" -m venv "$venv"
+    fi
+    choose_installer "$venv/bin/python"
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
+        --constraint "$requirements/dev.txt" uv setuptools
+    uv=$venv/bin/uv
+}
+
+# install DIRECTORY ARGUMENT...: with the options that `uv pip install` and `pip install` share.
+install() {
+    local venv=$1 quiet=--quiet compile=
+    shift
+    if [ "$installer" = pip ]; then
+        # Twice: the first leaves warnings.
+        "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@"
+        return
+    fi
+    [ ! -t 2 ] || quiet= # a terminal gets uv's bars
+    # Python compiles what it imports, and would do so in every process where it may not keep that.
+    [ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || compile=--compile-bytecode
+    "$uv" pip install $quiet $compile --python "$venv/bin/python" "$@" || {
+        echo "uv could not install into $venv. It reads its own configuration (UV_DEFAULT_INDEX," \
+            "SSL_CERT_FILE, HTTPS_PROXY and so on); INSTALLER=pip takes pip and pip's." >&2
+        return 1
+    }
+}
+
+finish_environment() {
+    rm -f "$1/unfinished"
+    echo "$1 is ready after $SECONDS s"
+}
