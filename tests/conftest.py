@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import platform
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,13 @@ def pytest_addoption(parser):
     group.addoption(
         "--max-ranks", type=int, metavar="N", help="leave out layouts on more than N ranks"
     )
+    parser.addoption(
+        "--versions",
+        choices=["pinned", "latest", "oldest"],
+        default="pinned",
+        help="what tests/unit/test_requirements.py expects to be installed: the versions listed in "
+        "tools/requirements, or any in pyproject.toml's ranges, or those at their lower ends",
+    )
 
 
 def pytest_configure(config):
@@ -43,7 +52,11 @@ def pytest_configure(config):
 
 
 def pytest_report_header(config):
-    return f"megatron-core from {releases.imported_from()[0]}"
+    versions = [f"Python {platform.python_version()}"]
+    for name in ("torch", "megatron-core", "transformers", "numpy", "triton"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append(f"{name} {metadata.version(name)}")
+    return [", ".join(versions), f"megatron-core from {releases.imported_from()[0]}"]
 
 
 def pytest_collection_modifyitems(config, items):

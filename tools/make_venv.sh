@@ -14,7 +14,7 @@ packages=(--constraint "$requirements/dev.txt" --no-build-isolation --editable '
 # Without a network an environment that works is left alone.
 [ ! -e "$venv/ready" ] || install "$venv" --dry-run "${packages[@]}" >/dev/null
 touch "$venv/unfinished"
-echo "installing $requirements/dev.txt with $installer: on Linux 3.2 GB to download (kept for the" \
-    "next time), 6 GB on disk, minutes; without CUDA a quarter of it: docs/install.md"
+echo "installing $requirements/dev.txt with $installer: on Linux 3.2 GB to download (2.2 GB of" \
+    "them CUDA's: docs/install.md has the way without) and 6 GB on disk; minutes, later seconds"
 install "$venv" "${packages[@]}"
 finish_environment "$venv"
