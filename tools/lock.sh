@@ -32,12 +32,16 @@ compile() {
 }
 
 compile dev.txt --extra dev --constraint "$requirements/held.in" pyproject.toml
-# The environment of Transformer Engine sees the other's packages: only what it adds is listed.
-shared=$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package=\1/p' "$new/dev.txt")
+# The environment of Transformer Engine sees the other's packages: only what it adds is listed, or has
+# otherwise, which is the release of Transformers in te.in and what goes with it.
+grep -Ev '^(transformers|tokenizers|huggingface-hub)==' "$new/dev.txt" >"$new/shared"
+shared=$(sed -n 's/^\([a-z0-9-]*\)==.*/--no-emit-package=\1/p' "$new/shared")
 # shellcheck disable=SC2086
-compile te.txt --constraint "$new/dev.txt" $shared "$requirements/te.in"
+compile te.txt --constraint "$new/shared" $shared "$requirements/te.in"
 compile te-alone.txt --no-deps "$requirements/te-alone.in"
 
+# A list that stays as it was keeps its date, and make does nothing for it.
 for list in dev te te-alone; do
-    mv "$new/$list.txt" "$requirements/$list.txt"
+    cmp -s "$new/$list.txt" "$requirements/$list.txt" ||
+        mv "$new/$list.txt" "$requirements/$list.txt"
 done
