@@ -12,9 +12,14 @@ begin_environment "$venv"
 # none of its libraries.
 packages=(--constraint "$requirements/dev.txt" --no-build-isolation --editable '.[dev]')
 # Without a network an environment that works is left alone.
-[ ! -e "$venv/ready" ] || install "$venv" --dry-run "${packages[@]}" >/dev/null
+[ ! -e "$venv/ready" ] || UV_TORCH_BACKEND= install "$venv" --dry-run "${packages[@]}" >/dev/null
 touch "$venv/unfinished"
 echo "installing $requirements/dev.txt with $installer: on Linux 3.2 GB to download (2.2 GB of" \
     "them CUDA's: docs/install.md has the way without) and 6 GB on disk; minutes, later seconds"
+# First and alone: uv looks for Triton, too, only where PyTorch's other builds are.
+if [ "$installer" = uv ] && [ -n "${UV_TORCH_BACKEND:-}" ]; then
+    install "$venv" --constraint "$requirements/dev.txt" torch
+    unset UV_TORCH_BACKEND
+fi
 install "$venv" "${packages[@]}"
 finish_environment "$venv"
