@@ -67,9 +67,21 @@ begin_environment() {
         "$python" -m venv "$venv"
     fi
     choose_installer "$venv/bin/python"
-    "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
-        --constraint "$requirements/dev.txt" uv setuptools
+    install_by_pip "$venv" --constraint "$requirements/dev.txt" uv setuptools
     uv=$venv/bin/uv
+}
+
+# Into a file: quiet, pip hides the reason for some errors (an index that it does not reach), and else
+# prints hundreds of lines.
+install_by_pip() {
+    local venv=$1 log=$1/pip.log
+    "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
+        "${@:2}" >"$log" 2>&1 || {
+        grep '^WARNING: Retrying' "$log" | tail -n 1 >&2 || true
+        grep '^ *ERROR' "$log" >&2 || true
+        echo "pip could not install into $venv: all that it said is in $log" >&2
+        return 1
+    }
 }
 
 # install DIRECTORY ARGUMENT...: with the options that `uv pip install` and `pip install` share.
@@ -77,8 +89,7 @@ install() {
     local venv=$1 quiet=--quiet compile=
     shift
     if [ "$installer" = pip ]; then
-        # Twice: the first leaves warnings.
-        "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@"
+        install_by_pip "$venv" "$@"
         return
     fi
     [ ! -t 2 ] || quiet= # a terminal gets uv's bars

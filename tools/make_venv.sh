@@ -12,7 +12,8 @@ begin_environment "$venv"
 # none of its libraries.
 packages=(--constraint "$requirements/dev.txt" --no-build-isolation --editable '.[dev]')
 # Without a network an environment that works is left alone.
-[ ! -e "$venv/ready" ] || UV_TORCH_BACKEND= install "$venv" --dry-run "${packages[@]}" >/dev/null
+[ ! -e "$venv/ready" ] ||
+    (unset UV_TORCH_BACKEND && install "$venv" --dry-run "${packages[@]}" >/dev/null)
 touch "$venv/unfinished"
 echo "installing $requirements/dev.txt with $installer: on Linux 3.2 GB to download (2.2 GB of" \
     "them CUDA's: docs/install.md has the way without) and 6 GB on disk; minutes, later seconds"

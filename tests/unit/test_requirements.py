@@ -1,6 +1,7 @@
 """pyproject.toml, the lists of exact versions and what is installed agree."""
 
 import importlib.metadata
+import re
 from dataclasses import dataclass, field
 
 import pytest
@@ -58,6 +59,36 @@ def test_what_is_installed(request):
     elif kind == "oldest":
         wrong += pins.above_their_lowest(here(of_dev()), versions)
     assert not wrong, f"--versions {kind}: " + "; ".join(wrong)
+
+
+def versions_in(text: str) -> dict[str, list[str]]:
+    """Rows of docs/compatibility.md: name -> oldest, pinned, latest."""
+    rows = re.findall(r"^\| ([a-z-]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    return {name: versions for name, *versions in rows}
+
+
+def outdated(text: str, pyproject: dict, listed: pins.Pins) -> list[str]:
+    """Rows that are not the ends of pyproject.toml's ranges and the list's version."""
+    rows, wrong = versions_in(text), []
+    linux = pins.environment("3.12", "Linux", "x86_64")
+    needed = {r.name: r for r in pins.direct(pyproject, ["dev"]) if pins.applies(r, linux)}
+    for name, (oldest, pinned, latest) in rows.items():
+        if pins.above_their_lowest([needed[name]], {name: oldest}):
+            wrong.append(f"{name}: {oldest} is not the lower end of {needed[name].specifier}")
+        if latest not in needed[name].specifier:
+            wrong.append(f"{name}: {latest} is not in {needed[name].specifier}")
+        wrong += pins.other_than_pinned({name: pinned}, listed)
+    return wrong
+
+
+def test_the_table_of_versions_in():
+    text = (pins.PROJECT / "docs/compatibility.md").read_text()
+    project, listed = pins.pyproject(), pins.read(DEV)
+    assert {"torch", "megatron-core", "transformers", "numpy", "triton"} == set(versions_in(text))
+    assert not outdated(text, project, listed)
+    for planted in ("| torch | 2.12.0 | 2.14.1 |", "| torch | 2.11.0 | 2.14.0 |"):
+        changed = re.sub(r"\| torch \| [\d.]+ \| [\d.]+ \|", planted, text)
+        assert len(outdated(changed, project, listed)) == 1
 
 
 # What the checks are for, planted.
