@@ -82,9 +82,10 @@ OLDEST_MEGATRON = $(shell sed -n 's/.*"megatron-core>=\([0-9.]*\),.*/\1/p' pypro
 test-oldest:
 	@bash tools/make_range_venv.sh $(OLDEST_VENV) lowest-direct
 	@bash tools/lay_megatron_over.sh $(OLDEST_VENV) $(PINNED_MEGATRON)
-	PYTHONPATH=$(abspath $(OLDEST_VENV))/megatron-core-$(PINNED_MEGATRON) \
-		$(OLDEST_VENV)/bin/python -m pytest --versions oldest $(TESTS)
-	$(OLDEST_VENV)/bin/python -m pytest --versions oldest --megatron $(OLDEST_MEGATRON) $(TESTS)
+	failed=; PYTHONPATH=$(abspath $(OLDEST_VENV))/megatron-core-$(PINNED_MEGATRON) \
+		$(OLDEST_VENV)/bin/python -m pytest --versions oldest $(TESTS) || failed=1; \
+	$(OLDEST_VENV)/bin/python -m pytest --versions oldest --megatron $(OLDEST_MEGATRON) $(TESTS) \
+		|| failed=1; [ -z "$$failed" ]
 
 $(VENV)/megatron-core-%/ready: tools/lay_megatron_over.sh | $(READY)
 	@bash tools/lay_megatron_over.sh $(VENV) $*

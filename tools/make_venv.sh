@@ -13,8 +13,9 @@ begin_environment "$venv"
 packages=(--constraint "$requirements/dev.txt" --no-build-isolation --editable '.[dev]')
 # Without a network an environment that works is left alone.
 [ ! -e "$venv/ready" ] ||
-    (unset UV_TORCH_BACKEND && install "$venv" --dry-run "${packages[@]}" >/dev/null)
+    (unset UV_TORCH_BACKEND && install "$venv" --dry-run --quiet "${packages[@]}")
 touch "$venv/unfinished"
+rm -f "$venv/ready"
 echo "installing $requirements/dev.txt with $installer: on Linux 3.2 GB to download (2.2 GB of" \
     "them CUDA's: docs/install.md has the way without) and 6 GB on disk; minutes, later seconds"
 # First and alone: uv looks for Triton, too, only where PyTorch's other builds are.
