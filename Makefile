@@ -20,6 +20,11 @@ TE_WHEELS ?= ../shared/wheels
 VERSIONS := 0.17.1 0.18.2 0.19.2
 MATRIX_FLAGS :=
 
+# Releases of Transformers that `test-transformers` runs besides the pinned one: the first and last of
+# each stretch in which the library changed what the model touches (compatibility_kvshift.py).
+TRANSFORMERS := 5.0.0 5.3.0 5.4.0 5.12.1 5.14.1 5.15.1 5.19.0 5.20.2 5.23.0 newest
+TRANSFORMERS_VENVS := .venv-transformers
+
 # Which tests `test`, `test-latest` and `test-oldest` run, and other options for pytest; all of them.
 TESTS :=
 
@@ -32,8 +37,8 @@ BENCH_FLAGS :=
 # uv or pip (docs/install.md).
 export INSTALLER
 
-.PHONY: help setup lock demo bench test test-latest test-oldest test-matrix test-te test-gpu \
-	test-slurm lint clean
+.PHONY: help setup lock demo bench test test-latest test-oldest test-transformers test-matrix test-te \
+	test-gpu test-slurm lint clean
 
 help:
 	@echo "make demo   train with KV shifting through Megatron's loop and show the result (minutes)"
@@ -41,6 +46,7 @@ help:
 	@echo "make test   run the tests (CPU, gloo; TESTS=tests/unit: part of them)"
 	@echo "make test-latest  run them with the newest versions that pyproject.toml allows"
 	@echo "make test-oldest  run them with the oldest ones"
+	@echo "make test-transformers  run the tests of the exported model on the releases of TRANSFORMERS"
 	@echo "make test-matrix  run the layer, layout and spec tests on every release of VERSIONS"
 	@echo "make test-te  run the tests of the Transformer Engine layer (wheels from TE_WHEELS)"
 	@echo "make test-gpu  run the layer, its kernels and the training loop on a GPU (as test-te)"
@@ -87,6 +93,9 @@ test-oldest:
 	$(OLDEST_VENV)/bin/python -m pytest --versions oldest --megatron $(OLDEST_MEGATRON) $(TESTS) \
 		|| failed=1; [ -z "$$failed" ]
 
+test-transformers: $(READY)
+	@bash tools/test_transformers.sh $(TRANSFORMERS_VENVS) $(VENV) $(TRANSFORMERS)
+
 $(VENV)/megatron-core-%/ready: tools/lay_megatron_over.sh | $(READY)
 	@bash tools/lay_megatron_over.sh $(VENV) $*
 
@@ -111,4 +120,4 @@ test-slurm: $(READY)
 	$(PYTHON_IN_VENV) -m pytest tests/slurm
 
 clean:
-	rm -rf $(VENV) $(TE_VENV) $(LATEST_VENV) $(OLDEST_VENV) .venv-lock examples/induction/output
+	rm -rf $(VENV) $(TE_VENV) $(LATEST_VENV) $(OLDEST_VENV) $(TRANSFORMERS_VENVS) .venv-lock examples/induction/output

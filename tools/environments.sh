@@ -71,6 +71,19 @@ begin_environment() {
     uv=$venv/bin/uv
 }
 
+# Where the packages of an environment are.
+site_packages() {
+    "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+}
+
+# share_packages DIRECTORY VENV: DIRECTORY sees VENV's packages after its own.
+share_packages() {
+    local shared
+    shared=$(cd "$(site_packages "$2")" && pwd)
+    # addsitedir and not the bare path: it also reads the .pth files there (this package's own).
+    echo "import site; site.addsitedir('$shared')" >"$(site_packages "$1")/shared.pth"
+}
+
 # Into a file: quiet, pip hides the reason for some errors (an index that it does not reach), and else
 # prints hundreds of lines.
 install_by_pip() {

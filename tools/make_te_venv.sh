@@ -12,10 +12,6 @@ te_venv=$1
 venv=$2
 wheels=$3
 
-site_packages() {
-    "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
-}
-
 te_version=$(sed -n 's/^transformer-engine-torch==//p' "$requirements/te-alone.txt")
 
 if ! "$venv/bin/python" -m pip install --quiet --dry-run --ignore-installed --no-index \
@@ -34,10 +30,7 @@ choose_installer "$venv/bin/python"
 uv=$venv/bin/uv
 echo "making $te_venv with $installer: 0.4 GB to download, 0.9 GB on disk"
 "$venv/bin/python" -m venv --clear "$te_venv"
-here=$(site_packages "$te_venv")
-shared=$(cd "$(site_packages "$venv")" && pwd)
-# addsitedir and not the bare path: it also reads the .pth files there (this package's own).
-echo "import site; site.addsitedir('$shared')" >"$here/shared.pth"
+share_packages "$te_venv" "$venv"
 
 # The lists are whole, and VENV has the rest.
 install "$te_venv" --no-deps --requirement "$requirements/te.txt"
@@ -45,8 +38,9 @@ install "$te_venv" --no-deps --find-links "$wheels" --only-binary transformer-en
     --requirement "$requirements/te-alone.txt"
 
 # Transformer Engine looks for cuDNN beside itself.
+here=$(site_packages "$te_venv")
 if [ ! -e "$here/nvidia" ]; then
-    ln -s "$shared/nvidia" "$here/nvidia"
+    ln -s "$(cd "$(site_packages "$venv")" && pwd)/nvidia" "$here/nvidia"
 fi
 
 "$te_venv/bin/python" -c '

@@ -1,17 +1,30 @@
 #!/usr/bin/env bash
-# An environment with another release of Transformers: make_transformers_venv.sh DIRECTORY VENV SPEC
+# Makes an environment of `make test-transformers`: make_transformers_venv.sh DIRECTORY VENV RELEASE
 #
-# DIRECTORY is made anew, with the interpreter of VENV, and sees VENV's packages: only Transformers
-# and what that release wants in another version are installed (40 MB). SPEC is a requirement, such
-# as transformers==5.0.0.
+# RELEASE of Transformers, or `newest` for the newest that pyproject.toml allows. DIRECTORY is made
+# anew, with the interpreter of VENV, and sees VENV's packages: only Transformers and what that release
+# wants in another version are installed (120 MB on disk). By pip, which can see VENV's packages.
 set -euo pipefail
+. tools/environments.sh
 
-target=$1 venv=$2 spec=$3
+target=$1 venv=$2 release=$3
 
-"$venv/bin/python" -m venv --clear --without-pip "$target"
-site() {
-    "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+add() {
+    "$venv/bin/python" -m pip --python "$target" install --disable-pip-version-check \
+        --progress-bar off "$@" >>"$target/pip.log" 2>&1 || {
+        grep '^ *ERROR' "$target/pip.log" >&2 || true
+        echo "pip could not install $*: all that it said is in $target/pip.log" >&2
+        return 1
+    }
 }
-# addsitedir and not the bare path: it also reads the .pth files there (this package's own).
-echo "import site; site.addsitedir('$(site "$venv")')" >"$(site "$target")/shared.pth"
-"$venv/bin/python" -m pip --python "$target" --quiet --disable-pip-version-check install "$spec"
+
+wanted=transformers==$release
+[ "$release" != newest ] || wanted=$(sed -n 's/.*"\(transformers>=[^"]*\)".*/\1/p' pyproject.toml)
+echo "making $target with $wanted"
+"$venv/bin/python" -m venv --clear --without-pip "$target"
+# VENV's packages come into sight between the two, or pip would be content with its Transformers.
+add --no-deps "$wanted"
+share_packages "$target" "$venv"
+found=$("$target/bin/python" -c 'import importlib.metadata as m; print(m.version("transformers"))')
+# Packages that want a later Transformers are not in use there: pip's complaint stays in the log.
+add "transformers==$found"

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# The tests that touch Transformers, on other releases of it: test_transformers.sh DIRECTORY VENV RELEASE...
+#
+# DIRECTORY gets one environment a release (`newest`: the newest that pyproject.toml allows; nothing to
+# do where that is VENV's), and the folders that VENV's release exports once for all of them to use.
+set -euo pipefail
+
+directory=$1 venv=$2
+shift 2
+
+version() {
+    "$1/bin/python" -c 'import importlib.metadata as m; print(m.version("transformers"))'
+}
+
+mkdir -p "$directory"
+KVSHIFT_EXPORTED=$(cd "$directory" && pwd)/exported
+export KVSHIFT_EXPORTED
+rm -rf "$KVSHIFT_EXPORTED"
+"$venv/bin/python" -m tests.hf.export "$KVSHIFT_EXPORTED" >"$directory/export.log" 2>&1 ||
+    {
+        cat "$directory/export.log" >&2
+        exit 1
+    }
+
+results=() failed=
+for release; do
+    environment=$directory/$release
+    [ "$release" != newest ] && [ -e "$environment/ready" ] ||
+        bash tools/make_transformers_venv.sh "$environment" "$venv" "$release"
+    touch "$environment/ready"
+    found=$(version "$environment")
+    if [ "$release" = newest ] && [ "$found" = "$(version "$venv")" ]; then
+        results+=("$found: the newest, and the pinned one, which make test runs")
+        continue
+    fi
+    status=0
+    "$environment/bin/python" -m pytest -p no:cacheprovider tests/hf tests/checkpoint 2>&1 |
+        tee "$directory/$release.log" || status=$?
+    [ "$status" -eq 0 ] || failed=1
+    results+=("$found: $(tail -n 1 "$directory/$release.log" | tr -d =)")
+done
+printf 'Transformers %s\n' "${results[@]}"
+[ -z "$failed" ]
