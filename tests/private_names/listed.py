@@ -16,6 +16,8 @@ from tests import releases
 from tests.distributed.launch import PROJECT
 
 LIST = PROJECT / "docs" / "private_names.md"
+# Libraries that not every environment of `make test` has -> which one has.
+ELSEWHERE = {"megatron-bridge": "that of `make test-te`", "mlx-lm": "one on Linux and x86_64"}
 _COLUMNS = ("library", "names", "used in", "why no public name serves", "releases", "noticed by")
 
 

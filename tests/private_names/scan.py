@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from tests.distributed.launch import PROJECT
 from tests.private_names.syntax import aliases, is_private, is_private_part, own_names, root
@@ -178,11 +179,13 @@ class _File:
         if len(node.args) < 2:
             return
         owner, name = self._dotted(node.args[0]), node.args[1]
-        if ast.unparse(node.args[0]) == "self" and getattr(name, "value", None) in self.own:
+        is_literal = isinstance(name, ast.Constant)
+        # Of itself: an attribute of its own, or those of a loop.
+        if ast.unparse(node.args[0]) == "self" and (not is_literal or name.value in self.own):
             return
         if owner is not None and not _is_foreign(owner):
             return
-        if isinstance(name, ast.Constant):
+        if is_literal:
             if owner is not None or is_always or is_private_part(name.value):
                 yield f"{owner or ''}.{name.value}", kind
         else:
@@ -228,8 +231,9 @@ def _imports(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
 
 def _exports(module: str, name: str) -> bool:
     """Whether a module promises a name: PyTorch's rule, which goes by `__all__`."""
-    found = importlib.import_module(module)
-    return name in getattr(found, "__all__", [name])
+    found = getattr(importlib.import_module(module), name, None)
+    promised = getattr(importlib.import_module(module), "__all__", [name])
+    return name in promised or isinstance(found, ModuleType)
 
 
 def _string(text: str) -> Iterator[tuple[str, str]]:

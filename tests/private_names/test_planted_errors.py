@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 import torch._dynamo as dynamo
+from torch import nn
 from megatron.core import parallel_state as mpu
 from megatron.training import training
 from torch.nn import Module as Base
@@ -32,6 +33,8 @@ class Own(Base):
         return self._help(getattr(self, "_mine"), self.__dict__)
 
     def _help(self, *_):
+        for name in ("weight", "bias"):
+            setattr(self, name, None)
         return super()._call_impl()
 
     def _get_name(self):

@@ -8,8 +8,6 @@ from kvshift_megatron.cpu import devices
 from tests.private_names import compare, listed, planted, scan, syntax
 
 ROWS = listed.rows()
-# Libraries that not every environment has, and what makes one that has them.
-ELSEWHERE = {"megatron-bridge": "make test-te"}
 
 
 def words() -> dict[str, set[str]]:
@@ -39,7 +37,7 @@ def test_every_row_of_the_cpu_layers_table_is_listed():
 def test_the_installed_release_has_what_it_should(row):
     should = listed.is_there(row)
     if should is None:
-        assert row.library in ELSEWHERE, f"{row.library} is not installed"
+        assert row.library in listed.ELSEWHERE, f"{row.library} is not installed"
     for name in row.names:
         if should:
             listed.resolve(name)
