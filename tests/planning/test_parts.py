@@ -6,7 +6,8 @@ from argparse import Namespace
 import pytest
 import torch
 
-from kvshift_megatron.planning import gpus, kernels
+from kvshift_megatron.local import core_attention, sdpa
+from kvshift_megatron.planning import gpus, kernels, meta_device
 from kvshift_megatron.planning.estimate import Assumptions, estimate
 from kvshift_megatron.planning.flags import dry_run_flags
 from kvshift_megatron.planning.layout import Layout
@@ -245,3 +246,33 @@ def test_a_gpu_s_kernels_keep_what_they_are_said_to():
         kept = kernels.flash_attention(query, key, value, is_causal=True, enable_gqa=True)
     assert kept.shape == query.shape
     assert saved.now == tokens * ((2 * heads + 2 + 2) * size * 2 + heads * 4)
+
+
+def test_a_gpu_s_kernels_are_the_ones_that_modules_call(monkeypatch):
+    for owner, name in (
+        (torch.nn.functional, "rms_norm"),
+        (sdpa, "scaled_dot_product_attention"),
+        (core_attention, "blockwise_attention"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards
+    monkeypatch.setenv("KVSHIFT_IMPLEMENTATION", "reference")
+    kernels.use("gpu")
+    norm = torch.nn.RMSNorm(32, device="meta", dtype=torch.bfloat16)
+    x = torch.empty(64, 32, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    saved = SavedTensors(norm.parameters())
+    with saved:
+        y = norm(x)
+    assert y.shape == x.shape and saved.now == 64 * (32 * 2 + 4)
+
+
+def test_the_loop_of_a_dry_run_compiles_nothing_and_agrees_by_itself(monkeypatch):
+    from megatron.training import training
+
+    # What is read back from the other ranks is zero.
+    name = "logical_and_across_model_parallel_group"
+    monkeypatch.setattr(training, name, lambda flag, group: False)
+    args = Namespace()
+    with meta_device.loop_without_values(args):
+        training.set_jit_fusion_options(tp_size=1)  # Megatron's would ask for its arguments
+        assert training.logical_and_across_model_parallel_group(True, None) is True
+    assert args.do_train and training.logical_and_across_model_parallel_group(True, None) is False

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.private_names import compare, listed, planted, scan
+from tests.private_names import compare, listed, lookups, planted, scan
 
 TEXT = """
 import contextlib
@@ -193,3 +193,20 @@ def test_a_test_that_does_not_notice_is_told_from_one_that_does():
     parts = "tests/planning/test_parts.py::"
     assert not planted.passes(f"{parts}test_live_storages_follow_what_is_resized", *error)
     assert planted.passes(f"{parts}test_estimate_by_hand", *error)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("def f(): pass\ndef g(): return f()", True),
+        ("def f(): pass\ndef g(): return h()", False),
+        ("def f(): return f()", False),
+        ("def f(): pass\ndef g(f): return f()", False),
+        ("def f(): pass\nx = f()", False),
+        ("def g(): return module.f()", True),
+        ("def g():\n    from a import f", True),
+        ("from a import f", False),
+    ],
+)
+def test_a_name_that_is_not_looked_up_is_seen(text, expected):
+    assert lookups.is_looked_up("a.f", text) is expected

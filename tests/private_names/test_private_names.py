@@ -5,7 +5,7 @@ import re
 import pytest
 
 from kvshift_megatron.cpu import devices
-from tests.private_names import compare, listed, planted, scan, syntax
+from tests.private_names import compare, listed, lookups, planted, scan, syntax
 
 ROWS = listed.rows()
 
@@ -50,3 +50,11 @@ def test_every_test_that_is_named_exists():
     named = set(re.findall(r"tests/[\w/.]+::\w+", listed.LIST.read_text()))
     assert named >= {test for row in ROWS for test in row.tests}
     assert [test for test in sorted(named) if not listed.is_test(test)] == []
+
+
+def test_what_is_replaced_in_a_module_is_still_looked_up_there():
+    there = {name for row in ROWS if listed.is_there(row) for name in row.names}
+    names = [n for n in lookups.replaced(scan.uses(), planted.targets()) if n in there]
+    assert len(names) > 20
+    seen = {n for n in names for text in lookups.texts(n) if lookups.is_looked_up(n, text)}
+    assert set(names) - seen == set()
