@@ -157,6 +157,9 @@ def prepare(case: Case, chunks: list[torch.nn.Module]) -> tuple[list[torch.nn.Mo
             min_lr=1e-3,
             weight_decay=0.1,
             clip_grad=1.0,
+            # Above the rounding of a gradient: with Adam's 1e-8 a gradient of almost 0 moves its
+            # parameter by what the processor's order of summation makes of it.
+            adam_eps=1e-6,
             bf16=case.model.bf16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=case.distributed_optimizer,
