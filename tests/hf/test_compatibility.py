@@ -3,10 +3,12 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import transformers
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 from kvshift_megatron import hf
@@ -104,11 +106,20 @@ def test_a_release_that_cannot_work_is_refused(version, what):
     assert compatibility_kvshift.OLDEST in last and compatibility_kvshift.NEWEST in last
 
 
-def test_the_installed_release_is_among_the_tested():
-    installed = Version(transformers.__version__)
-    newest = Version(compatibility_kvshift.NEWEST)
-    assert Version(compatibility_kvshift.OLDEST) <= installed
-    assert installed.release[:2] <= newest.release[:2]
+def test_the_sentence_names_the_releases_that_are_tested():
+    """The range of pyproject.toml begins with the oldest, and make lock pins the newest."""
+    project = Path(__file__).parents[2]
+    extras = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+    (wanted,) = (
+        Requirement(line)
+        for line in extras["optional-dependencies"]["hf"]
+        if line.startswith("transformers")
+    )
+    floor = next(part.version for part in wanted.specifier if part.operator == ">=")
+    oldest, newest = compatibility_kvshift.OLDEST, compatibility_kvshift.NEWEST
+    assert Version(oldest) == Version(floor)
+    assert f"transformers=={newest}" in (project / "tools/requirements/dev.txt").read_text()
+    assert Version(transformers.__version__) in wanted.specifier
 
 
 def test_the_cache_by_both_names():
