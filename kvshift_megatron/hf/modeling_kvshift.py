@@ -163,6 +163,11 @@ class KVShiftLlamaModel(KVShiftLlamaPreTrainedModel):
         use_cache = config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # A layer that is computed again would append to the cache again.
+            if cache is not None and cache.get_seq_length() > 0:
+                raise ValueError(
+                    "past_key_values holds tokens, which gradient checkpointing would leave out: "
+                    "pass the whole sequence, or turn gradient checkpointing off"
+                )
             cache, use_cache = None, False
         if cache is None and use_cache:
             cache = DynamicCache()

@@ -97,6 +97,19 @@ def test_gradient_checkpointing(reentrant):
         assert agrees(gradients[1][name], expected, 1e-6), name
 
 
+def test_gradient_checkpointing_drops_no_tokens_in_silence():
+    model, ids = tiny_model(), tokens(1, 4)
+    cache = new_cache("dynamic", model)
+    model(ids, past_key_values=cache)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(ValueError, match="past_key_values holds tokens"):
+        model(ids, past_key_values=cache)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    assert cache.get_seq_length() == 8
+
+
 def test_eager_returns_weights_and_hidden_states():
     model, ids = tiny_model(attn_implementation="eager"), tokens(2, 5)
     out = model(ids, output_attentions=True, output_hidden_states=True)
