@@ -31,7 +31,7 @@ TESTS :=
 # What `lock` renews besides versions that no longer fit: names of packages, or `all`.
 UPGRADE :=
 
-# Further options of tools/benchmark.py for `bench`.
+# Further options of `python -m tools.benchmarks` for `bench`.
 BENCH_FLAGS :=
 
 # uv or pip (docs/install.md).
@@ -68,7 +68,7 @@ demo: $(READY)
 	$(PYTHON_IN_VENV) examples/induction/run.py
 
 bench: $(READY)
-	$(PYTHON_IN_VENV) tools/benchmark.py $(BENCH_FLAGS)
+	$(PYTHON_IN_VENV) -m tools.benchmarks $(BENCH_FLAGS)
 
 lint: $(READY)
 	$(PYTHON_IN_VENV) -m ruff check .

@@ -7,7 +7,7 @@ and a module of this package that does not exist: Megatron would train vanilla a
 import sys
 
 from kvshift_megatron.config import KVShiftConfig
-from kvshift_megatron.named_specs import refuse_misspelt
+from kvshift_megatron.specs.named_specs import refuse_misspelt
 
 __version__ = "0.1.0"
 
@@ -19,7 +19,7 @@ refuse_misspelt(getattr(sys, "argv", []))
 def __getattr__(name: str):
     # Importing it imports Megatron, which on a CPU has to wait for the device layer.
     if name == "assert_kv_shift":
-        from kvshift_megatron.model_check import assert_kv_shift
+        from kvshift_megatron.checks.model import assert_kv_shift
 
         return assert_kv_shift
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

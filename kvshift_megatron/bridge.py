@@ -29,14 +29,14 @@ from megatron.bridge.models.conversion.param_mapping import (
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 from megatron.core.models.gpt import GPTModel
 
-from kvshift_megatron.attention import KVShiftSelfAttention
-from kvshift_megatron.checkpoint.architecture import Architecture
-from kvshift_megatron.checkpoint.hf_config import architecture_from_config
-from kvshift_megatron.checkpoint.name_map import Row, rows
-from kvshift_megatron.checkpoint.transforms import GateAndUp, SeparateQKV
+from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
+from kvshift_megatron.checks.model import ModelCheck
+from kvshift_megatron.convert.architecture import Architecture
+from kvshift_megatron.convert.hf_config import architecture_from_config
+from kvshift_megatron.convert.name_map import Row, rows
+from kvshift_megatron.convert.transforms import GateAndUp, SeparateQKV
 from kvshift_megatron.hf.configuration_kvshift import KVShiftLlamaConfig
 from kvshift_megatron.layer_specs import kv_shift_layer_spec
-from kvshift_megatron.model_check import ModelCheck
 
 
 class TapMapping(AutoMapping):

@@ -21,8 +21,8 @@ try:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     from kvshift_megatron.config import KVShiftConfig
-    from kvshift_megatron.conversion import with_kv_shift
-    from kvshift_megatron.stock import convert_specs
+    from kvshift_megatron.gpt_specs import convert_specs
+    from kvshift_megatron.specs.replace_attention import with_kv_shift
 except ImportError as error:
     # Megatron turns an ImportError in a --spec module into "no spec": vanilla, silently.
     raise RuntimeError(f"kvshift_megatron.layer_specs cannot be imported: {error}") from error

@@ -13,13 +13,14 @@ import sys
 import time
 from argparse import Namespace
 
-from kvshift_megatron import cpu, watching
+from kvshift_megatron import cpu
 from kvshift_megatron.arguments import (
     add_kv_shift_args,
     add_vanilla_twin_arg,
     kv_shift_config_from_args,
 )
-from kvshift_megatron.faults.arguments import add_faults_args, check_faults_args
+from kvshift_megatron.training import metrics
+from kvshift_megatron.training.faults.fault_flags import add_faults_args, check_faults_args
 
 
 def main() -> None:
@@ -41,10 +42,10 @@ def main() -> None:
     from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from kvshift_megatron import dataset_helpers
-    from kvshift_megatron.faults.guard import Guard
-    from kvshift_megatron.training_step import TrainingStep
-    from kvshift_megatron.training_task import embedding_ranks, load_task
+    from kvshift_megatron.training.faults.guard import Guard
+    from kvshift_megatron.training.forward_step import TrainingStep
+    from kvshift_megatron.training.task import embedding_ranks, load_task
+    from kvshift_megatron.upstream import dataset_helpers
 
     dataset_helpers.use_built()
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
@@ -53,7 +54,7 @@ def main() -> None:
     task.datasets_provider.is_distributed = True
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     config = _model_config(args)
-    with Guard(args) as guard, watching.watch(args, config):
+    with Guard(args) as guard, metrics.watch(args, config):
         pretrain(
             pretrain_cfg_container_from_args(args, config),
             task.datasets_provider,
@@ -75,18 +76,18 @@ def _parse_and_check() -> Namespace:
             "this entry point needs megatron-core 0.19 (use kvshift_megatron.layer_specs in your "
             f"own script on older releases): {error}"
         ) from error
-    from kvshift_megatron.faults.fallback import settle_checkpoint
-    from kvshift_megatron.training_task import load_task
-    from kvshift_megatron.validation import check_args, check_transformer_config
+    from kvshift_megatron.attention.validation import check_args, check_transformer_config
+    from kvshift_megatron.training.faults.fallback import settle_checkpoint
+    from kvshift_megatron.training.task import load_task
 
     def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        add_faults_args(watching.add_watching_args(parser))
+        add_faults_args(metrics.add_watching_args(parser))
         add_vanilla_twin_arg(add_kv_shift_args(parser)).add_argument(
             "--task-module",
             default=None,
             metavar="MODULE",
             help="Importable module with datasets and validation metrics of its own, as "
-            "kvshift_megatron.training_task describes. Default: Megatron's GPT datasets.",
+            "kvshift_megatron.training.task describes. Default: Megatron's GPT datasets.",
         )
         # The task's own flags have to be known before the command line can be parsed.
         known, _ = parser.parse_known_args()
@@ -107,7 +108,7 @@ def _parse_and_check() -> Namespace:
     if args.hybrid_layer_pattern is not None:
         raise ValueError(
             "hybrid_layer_pattern: this entry point trains GPT models: run Megatron-LM's "
-            "pretrain_hybrid.py with --spec kvshift_megatron.finished_specs hybrid_stack_spec"
+            "pretrain_hybrid.py with --spec kvshift_megatron.static_specs hybrid_stack_spec"
         )
     if args.use_cpu_initialization and not (cpu.is_enabled() or args.use_torch_fsdp2):
         raise ValueError(
@@ -115,7 +116,7 @@ def _parse_and_check() -> Namespace:
             "--use-cpu-initialization"
         )
     check_args(args)
-    watching.check_watching_args(args)
+    metrics.check_watching_args(args)
     check_faults_args(args)
     if kv_shift_config_from_args(args) is not None:
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
@@ -128,8 +129,8 @@ def _model_config(args: Namespace):
     """Megatron's GPT configuration with the taps that were asked for."""
     from megatron.training.argument_utils import gpt_config_from_args
 
-    from kvshift_megatron.gpt_builder import KVShiftGPTModelConfig
-    from kvshift_megatron.model_check import report_after_build
+    from kvshift_megatron.checks.model import report_after_build
+    from kvshift_megatron.training.gpt_builder import KVShiftGPTModelConfig
 
     config = gpt_config_from_args(args, model_config_cls=KVShiftGPTModelConfig)
     config.kv_shift = kv_shift_config_from_args(args)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import releases
+from tests.support import releases
 
 # Before anything imports torch, and inherited by every process that a test starts.
 os.environ["KVSHIFT_CPU"] = "1"
@@ -24,8 +24,8 @@ def pytest_addoption(parser):
     group.addoption(
         "--megatron",
         metavar="VERSION",
-        help="run the release matrix (tests/releases.py), and stop unless the megatron-core that "
-        "is imported is this one",
+        help="run the release matrix (tests/support/releases.py), and stop unless the "
+        "megatron-core that is imported is this one",
     )
     group.addoption(
         "--max-ranks", type=int, metavar="N", help="leave out layouts on more than N ranks"
@@ -34,8 +34,8 @@ def pytest_addoption(parser):
         "--versions",
         choices=["pinned", "latest", "oldest"],
         default="pinned",
-        help="what tests/unit/test_requirements.py expects to be installed: the versions listed in "
-        "tools/requirements, or any in pyproject.toml's ranges, or those at their lower ends",
+        help="what tests/project/test_requirements.py expects to be installed: the versions "
+        "listed in tools/requirements, or any in pyproject.toml's ranges, or their lower ends",
     )
 
 
@@ -70,3 +70,21 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=why))
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(scope="module")
+def _process_group():
+    # Not for the session: the tests of the CPU layer expect to find it off.
+    # Imported here: tests that need no Megatron should not wait for it.
+    from tests.support.single_process import single_process
+
+    with single_process():
+        yield
+
+
+@pytest.fixture
+def megatron_rank(_process_group):
+    """One freshly seeded rank with Megatron's parallel state, on the CPU layer."""
+    from tests.support.single_process import seed_everything
+
+    seed_everything()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kvshift_megatron.checkpoint.command_line import main
+from kvshift_megatron.convert.command_line import main
 
 if __name__ == "__main__":
     sys.exit(main())

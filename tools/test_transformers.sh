@@ -34,7 +34,7 @@ for release; do
         continue
     fi
     status=0
-    "$environment/bin/python" -m pytest -p no:cacheprovider tests/hf tests/checkpoint 2>&1 |
+    "$environment/bin/python" -m pytest -p no:cacheprovider tests/hf tests/convert 2>&1 |
         tee "$directory/$release.log" || status=$?
     [ "$status" -eq 0 ] || failed=1
     results+=("$found: $(tail -n 1 "$directory/$release.log" | tr -d =)")

@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvshift_megatron.recipes import flags as megatron_flags
-from kvshift_megatron.recipes.flags import Flags
+from kvshift_megatron.recipes import toml_flags as megatron_flags
+from kvshift_megatron.recipes.toml_flags import Flags
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 

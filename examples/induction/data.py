@@ -22,7 +22,7 @@ Deviations from the printed code:
     successor is still the placeholder -1, which is emitted as a token. Here the successor is
     recorded in that branch too, and no placeholder exists.
   * The table is not walked token by token: r and p are found by sorting, and the cycle is filled by
-    indexing. `tests/unit/test_induction_data.py` compares this with the walk, draw for draw.
+    indexing. `tests/examples/induction/test_data.py` compares this with the walk, draw for draw.
   * Draws come from a counter-based generator, so a sequence depends on (seed, index) alone.
 
 A sequence whose draws all differ has no repeat, as in the paper (1.7 % of them at length 64 and

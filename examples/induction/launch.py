@@ -13,7 +13,7 @@ from pathlib import Path
 
 from examples.induction.config import Config, Model
 from examples.induction.logs import Evaluation, TrainingLog
-from kvshift_megatron import launchers
+from kvshift_megatron.utils import launchers
 
 ROOT = Path(__file__).resolve().parents[2]
 _TAIL_LINES = 30

@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from examples.induction.config import Claim, Config
 from examples.induction.launch import Result
 from examples.induction.logs import Evaluation
-from kvshift_megatron.whole_files import replace
+from kvshift_megatron.utils.atomic_files import replace
 
 _TABLE_STEPS = (100, 200, 300, 400)
 STYLES = {  # colours of Okabe and Ito, told apart by colour-blind readers; lines differ as well

@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from kvshift_megatron.whole_files import replace
+from kvshift_megatron.utils.atomic_files import replace
 
 FILE = "status.json"
 CHECKPOINTS = "checkpoints"

@@ -14,7 +14,8 @@ import runpy
 import sys
 import threading
 
-from kvshift_megatron import cpu, named_specs
+from kvshift_megatron import cpu
+from kvshift_megatron.specs import named_specs
 
 _USAGE = "usage: kvshift-cpu [--nproc-per-node N] SCRIPT ARGS..."
 _SECONDS_TO_LEAVE = 10

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from kvshift_megatron.cpu import flags
-from kvshift_megatron.dataset_helpers import HELPERS
+from kvshift_megatron.upstream.dataset_helpers import HELPERS
 
 ASYNC_MODULE = "megatron.core.dist_checkpointing.strategies.async_utils"
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from kvshift_megatron.cpu import devices, megatron_hooks, stand_ins
-from kvshift_megatron.dataset_helpers import skip_if_built
+from kvshift_megatron.upstream.dataset_helpers import skip_if_built
 
 _ABSENT = object()
 _RNG_MODULE = "megatron.core.tensor_parallel.random"

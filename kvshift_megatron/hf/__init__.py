@@ -7,13 +7,13 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from kvshift_megatron import whole_files
 from kvshift_megatron.hf.configuration_kvshift import AUTO_MAP, KVShiftLlamaConfig
 from kvshift_megatron.hf.modeling_kvshift import (
     KVShiftLlamaForCausalLM,
     KVShiftLlamaModel,
     KVShiftLlamaPreTrainedModel,
 )
+from kvshift_megatron.utils import atomic_files
 
 __all__ = [
     "AUTO_MAP",
@@ -37,7 +37,7 @@ def write_code(folder: str | Path) -> list[Path]:
     written = []
     for path in sorted(Path(__file__).parent.glob("*_kvshift.py")):
         written.append(Path(folder) / path.name)
-        whole_files.replace(written[-1], partial(shutil.copyfile, path))
+        atomic_files.replace(written[-1], partial(shutil.copyfile, path))
     return written
 
 

@@ -22,8 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvshift_megatron import launchers
 from kvshift_megatron.megatron_lm.checkouts import CheckoutError, git, release_of, series
+from kvshift_megatron.utils import launchers
 
 STEPS = 20
 RANKS = 2
@@ -63,7 +63,7 @@ class Release:
     vocab_size: int = 128
 
 
-_FINISHED = "kvshift_megatron.finished_specs local_layer_spec"
+_FINISHED = "kvshift_megatron.static_specs local_layer_spec"
 RELEASES = {
     "0.17": Release(_FINISHED, vocab_size=127),
     "0.18": Release(_FINISHED),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from kvshift_megatron.ops.implementation import functions, implementation
+from kvshift_megatron.ops.dispatch import functions, implementation
 
 
 def shift(

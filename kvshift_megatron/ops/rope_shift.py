@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvshift_megatron.ops.api import Taps, can_go_together, check, check_places, kv_shift
 from kvshift_megatron.ops.autograd import empty, has_no_data, to_keep
-from kvshift_megatron.ops.implementation import implementation
-from kvshift_megatron.ops.kv_shift import Taps, can_go_together, check, check_places, kv_shift
+from kvshift_megatron.ops.dispatch import implementation
 from kvshift_megatron.ops.rope_reference import rope_shift_ref
 
 
@@ -107,9 +107,9 @@ def _forward(
     if has_no_data(inputs[0]):
         return _rope_shift_operator(list(inputs), list(taps), position, *rope)
     # Imported late: Triton is not everywhere.
-    from kvshift_megatron.ops import triton_rope
+    from kvshift_megatron.ops.triton import rope_launch
 
-    return triton_rope.forward(inputs, taps, position, *rope)
+    return rope_launch.forward(inputs, taps, position, *rope)
 
 
 def _backward(
@@ -121,9 +121,9 @@ def _backward(
     if has_no_data(inputs[0]):
         *rope, grads = rope_and_grads
         return _backward_operator(list(inputs), list(taps), position, *rope, list(grads))
-    from kvshift_megatron.ops import triton_rope
+    from kvshift_megatron.ops.triton import rope_launch
 
-    return triton_rope.backward(inputs, taps, position, *rope_and_grads)
+    return rope_launch.backward(inputs, taps, position, *rope_and_grads)
 
 
 class _RopeShift(torch.autograd.Function):

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from kvshift_megatron.planning import gpus
 from kvshift_megatron.planning.estimate import Assumptions, estimate
-from kvshift_megatron.recipes import check, config
-from kvshift_megatron.recipes.flags import command_line
-from kvshift_megatron.whole_files import replace
+from kvshift_megatron.recipes import recipe, validate
+from kvshift_megatron.recipes.toml_flags import command_line
+from kvshift_megatron.utils.atomic_files import replace
 
 _LISTED = 12
 _FINALISTS = 3
@@ -34,7 +34,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
         prog="kvshift-plan",
         description="What a configuration needs of a cluster: memory, messages, FLOPs, time.",
     )
-    config.add_arguments(parser)
+    recipe.add_arguments(parser)
     parser.add_argument("--gpu", default="h100-80gb", help=f"one of {', '.join(gpus.GPUS)}")
     parser.add_argument(
         "--gpu-set",
@@ -90,12 +90,12 @@ def _run(arguments: Namespace) -> int:
     for path in (arguments.json, arguments.png):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: there is no directory {path.parent}")
-    overrides = dict(config.parse_override(text) for text in arguments.set)
-    run = config.load(arguments.model, arguments.layout, overrides, arguments.nproc)
+    overrides = dict(recipe.parse_override(text) for text in arguments.set)
+    run = recipe.load(arguments.model, arguments.layout, overrides, arguments.nproc)
     prepare()
     if arguments.search:
         run = _best(run, gpu, assumed, arguments.jobs)
-    layout = Layout.of(check.check(run), run.nproc)
+    layout = Layout.of(validate.check(run), run.nproc)
     planned = plan(command_line(run.flags), layout, arguments.jobs)
     title = f"{run.model} on {run.layout}"
     print(report(planned, title, arguments.gpu, gpu, assumed))
@@ -129,7 +129,7 @@ def _best(run, gpu: gpus.GPU, assumed: Assumptions, jobs: int):
     from kvshift_megatron.planning.plan import plan
     from kvshift_megatron.planning.search import search
 
-    args = check.parse(run)
+    args = validate.parse(run)
     found = search(command_line, run.flags, args, run.nproc, gpu, assumed, jobs)
     print(f"Layouts that should fit, best first by the quick models ({len(found)} in all):")
     for candidate, times in found[:_LISTED]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvshift_megatron import cpu
-from kvshift_megatron.planning.flags import dry_run_flags, undo_cpu_choices
+from kvshift_megatron.planning.dry_run_flags import dry_run_flags, undo_cpu_choices
 from kvshift_megatron.planning.observe import EnoughSteps, StepObserver
 
 # What a report or an estimate needs of Megatron's validated arguments.
@@ -60,11 +60,11 @@ def prepare() -> None:
         import megatron.core.models.mimo
         import megatron.training.training  # noqa: F401
 
-        import kvshift_megatron.gpt_builder
         import kvshift_megatron.planning.kernels
         import kvshift_megatron.planning.meta_device
         import kvshift_megatron.pretrain
-        import kvshift_megatron.training_step  # noqa: F401
+        import kvshift_megatron.training.forward_step
+        import kvshift_megatron.training.gpt_builder  # noqa: F401
 
 
 def count(ranks: list[DryRank], jobs: int = 2) -> list[dict]:
@@ -163,8 +163,8 @@ def _run(rank: DryRank) -> dict:
 
     from kvshift_megatron import pretrain
     from kvshift_megatron.planning import kernels, meta_device
-    from kvshift_megatron.training_step import TrainingStep
-    from kvshift_megatron.training_task import embedding_ranks, load_task
+    from kvshift_megatron.training.forward_step import TrainingStep
+    from kvshift_megatron.training.task import embedding_ranks, load_task
 
     sys.argv = ["plan", *dry_run_flags(rank.flags)]
     args = pretrain._parse_and_check()

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from kvshift_megatron.watching.gpu_peaks import peak_tflops
+from kvshift_megatron.training.metrics.gpu_peaks import peak_tflops
 
 
 @dataclass(frozen=True)

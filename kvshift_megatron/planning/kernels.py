@@ -27,7 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvshift_megatron.ops.implementation import HAS_TRITON, VARIABLE
+from kvshift_megatron.ops.dispatch import HAS_TRITON, VARIABLE
 
 aten = torch.ops.aten
 
@@ -38,7 +38,7 @@ def use(kernels: str) -> None:
     Args:
         kernels: gpu or cpu.
     """
-    from kvshift_megatron.local import core_attention, sdpa
+    from kvshift_megatron.specs.te_free import core_attention, sdpa
 
     if kernels == "cpu":
         sdpa.scaled_dot_product_attention = _as_on_cpu(sdpa.scaled_dot_product_attention)
@@ -85,7 +85,7 @@ def _as_on_cpu(original: Callable) -> Callable:
 
 def whole_attention(query, key, value, *places, scale, dropout, window=None) -> Tensor:
     """`blockwise_attention` as one kernel that needs no masks in memory."""
-    from kvshift_megatron.local.sdpa import sdpa
+    from kvshift_megatron.specs.te_free.sdpa import sdpa
 
     return sdpa(query, key, value, scale=scale, dropout=dropout)
 

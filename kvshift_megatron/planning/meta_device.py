@@ -29,7 +29,7 @@ def enter() -> None:
     """
     from megatron.core.optimizer import clip_grads
 
-    from kvshift_megatron import gpt_builder
+    from kvshift_megatron.training import gpt_builder
 
     # Point-to-point calls look for the backend of the tensors' device.
     if "meta" not in (served := dist.Backend.backend_capability["fake"]):

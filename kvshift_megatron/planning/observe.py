@@ -20,7 +20,7 @@ import torch
 from kvshift_megatron.planning.counting import StepCounter
 from kvshift_megatron.planning.memory import LiveStorages, SavedTensors, follow_resizes
 from kvshift_megatron.planning.static_memory import static_bytes, static_tensors
-from kvshift_megatron.whole_files import replace
+from kvshift_megatron.utils.atomic_files import replace
 
 
 class EnoughSteps(Exception):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from kvshift_megatron.planning.estimate import Assumptions
 from kvshift_megatron.planning.gpus import GPU
-from kvshift_megatron.whole_files import replace
+from kvshift_megatron.utils.atomic_files import replace
 
 # From what is always there to what comes and goes.
 _PARTS = (

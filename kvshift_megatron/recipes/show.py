@@ -12,15 +12,15 @@ import argparse
 import sys
 from argparse import Namespace
 
-from kvshift_megatron.recipes import check, config
-from kvshift_megatron.recipes.flags import option
+from kvshift_megatron.recipes import recipe, validate
 from kvshift_megatron.recipes.sizes import data_parallel_size
+from kvshift_megatron.recipes.toml_flags import option
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="kvshift-recipe", description=__doc__.partition("\n")[0])
-    config.add_arguments(parser)
+    recipe.add_arguments(parser)
     parser.add_argument(
         "--check",
         action="store_true",
@@ -30,7 +30,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def summary(run: config.Run, args: Namespace) -> str:
+def summary(run: recipe.Run, args: Namespace) -> str:
     """One line with the sizes that follow from the flags."""
     dp = data_parallel_size(run.nproc, args)
     micro_batches = args.global_batch_size // (args.micro_batch_size * dp)
@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = parse_arguments(argv)
     try:
-        overrides = dict(config.parse_override(text) for text in arguments.set)
-        run = config.load(arguments.model, arguments.layout, overrides, arguments.nproc)
-        args = (check.check if arguments.check else check.check_without_megatron)(run)
+        overrides = dict(recipe.parse_override(text) for text in arguments.set)
+        run = recipe.load(arguments.model, arguments.layout, overrides, arguments.nproc)
+        args = (validate.check if arguments.check else validate.check_without_megatron)(run)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from kvshift_megatron.recipes.flags import Flags
+from kvshift_megatron.recipes.toml_flags import Flags
 
 # What Megatron's parser gives where the flag is left out.
 NUMBERS = {

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from kvshift_megatron.benchmarks import operation
-from kvshift_megatron.benchmarks.candidates import Candidate, candidates
-from kvshift_megatron.benchmarks.correctness import Expected, WrongResult
-from kvshift_megatron.benchmarks.formulations import naive_pair, padded_sum
-from kvshift_megatron.benchmarks.inputs import Shape, make_inputs
-from kvshift_megatron.benchmarks.settings import Settings
 from kvshift_megatron.ops import kv_shift
-from kvshift_megatron.ops.implementation import VARIABLE
+from kvshift_megatron.ops.dispatch import VARIABLE
+from tools.benchmarks import operation
+from tools.benchmarks.candidates import Candidate, candidates
+from tools.benchmarks.correctness import Expected, WrongResult
+from tools.benchmarks.formulations import naive_pair, padded_sum
+from tools.benchmarks.inputs import Shape, make_inputs
+from tools.benchmarks.settings import Settings
 
 SHAPE = Shape(19, 2, 3, 8, queries=2)
 DTYPES = [torch.float32, torch.bfloat16]

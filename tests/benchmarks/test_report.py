@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from kvshift_megatron.benchmarks import command_line, picture, results, sections, tables
-from kvshift_megatron.benchmarks.timing import spread
+from tools.benchmarks import command_line, picture, results, sections, tables
+from tools.benchmarks.timing import spread
 
 MACHINE = {
     "time": "2031-02-03T04:05:06+00:00",

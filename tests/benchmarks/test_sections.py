@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-from kvshift_megatron.benchmarks import sections
-from kvshift_megatron.benchmarks.settings import Settings
+from tools.benchmarks import sections
+from tools.benchmarks.settings import Settings
 
-# What stands for `python -m kvshift_megatron.benchmarks.sections NAME FOLDER`.
+# What stands for `python -m tools.benchmarks.sections NAME FOLDER`.
 GOOD = """
 import pathlib, sys
 print("progress 0.25 begun", flush=True)

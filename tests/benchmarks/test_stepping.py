@@ -2,8 +2,8 @@
 
 import pytest
 
-from kvshift_megatron.benchmarks.flags import model_flags
-from kvshift_megatron.benchmarks.stepping import Run, RunFailed
+from tools.benchmarks.model_flags import model_flags
+from tools.benchmarks.stepping import Run, RunFailed
 
 
 def test_windows_figures_and_the_end(tmp_path):

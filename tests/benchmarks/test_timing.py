@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvshift_megatron.benchmarks import timing
-from kvshift_megatron.benchmarks.stepping import there_and_back
+from tools.benchmarks import timing
+from tools.benchmarks.stepping import there_and_back
 
 
 def test_spread():

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.launch import ranks
-from tests.releases import imported_from
+from tests.support.launch import ranks
+from tests.support.releases import imported_from
 
 _TIMEOUT = 600  # seconds for one launch; the largest takes under 100 on two cores
 

@@ -19,9 +19,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from kvshift_megatron.gpt_specs import convert_specs
 from kvshift_megatron.layer_specs import kv_shift_layer_spec, vanilla_layer_spec
-from kvshift_megatron.local import SequenceParallelNorm
-from kvshift_megatron.stock import convert_specs
+from kvshift_megatron.specs.te_free import SequenceParallelNorm
 from tests.distributed.cases import Case
 
 try:

@@ -5,12 +5,12 @@ from unittest import mock
 
 import torch
 
-from kvshift_megatron import attention, boundaries
-from kvshift_megatron.attention import KVShiftSelfAttention
-from kvshift_megatron.chunks import EqualHalves
-from kvshift_megatron.cp_exchange import HistoryExchange
-from kvshift_megatron.local import SDPACoreAttention
+from kvshift_megatron.attention import context_parallel, self_attention
+from kvshift_megatron.attention.cp_chunks import EqualHalves
+from kvshift_megatron.attention.halo_exchange import HistoryExchange
+from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
 from kvshift_megatron.ops import shift_ref
+from kvshift_megatron.specs.te_free import SDPACoreAttention
 
 
 def planted(error: str | None) -> contextlib.AbstractContextManager:
@@ -47,7 +47,7 @@ def _shift_by_two():
         return shift_ref(x, torch.stack([taps[0], torch.zeros_like(taps[1]), taps[1]]))
 
     return mock.patch.object(
-        attention,
+        self_attention,
         "shift_across_boundaries",
         lambda k, v, a, b, *_: (shift(k, a), shift(v, b)),
     )
@@ -78,7 +78,7 @@ def _rope_before_shift():
 
 def _shared_groups_not_summed():
     return mock.patch.object(
-        attention, "copy_to_tensor_model_parallel_region", lambda x, group=None: x
+        self_attention, "copy_to_tensor_model_parallel_region", lambda x, group=None: x
     )
 
 
@@ -114,7 +114,7 @@ def _no_backward_exchange():
 def _halves_of_the_whole_sequence():
     """Packed documents are cut as if they were one: boundaries in the middle of the memory."""
     return mock.patch.object(
-        boundaries,
+        context_parallel,
         "DocumentHalves",
         lambda cu, tokens, ranks, back: EqualHalves(tokens, back, cu.device),
     )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
-from kvshift_megatron.model_check import ModelCheck, describe, gather_layers
+from kvshift_megatron.checks.model import ModelCheck, describe, gather_layers
 from kvshift_megatron.taps import initial_values
 from tests.distributed import canonical, packed, traffic
 from tests.distributed.cases import GQA, GQA2, MQA, VANILLA, WINDOW_3, Case

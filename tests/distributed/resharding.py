@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from unittest import mock
 
-from kvshift_megatron import attention
+from kvshift_megatron.attention import self_attention
 from tests.distributed.cases import BF16, GATE, GQA, GQA2, MQA, WINDOW_3, Case
 
 # Adam has its moments after the first step, and both steps' in them after the second.
@@ -79,10 +79,10 @@ def in_force(declared: Callable | None) -> AbstractContextManager:
     """The context in which the taps are declared to Megatron's checkpoints by this function."""
     if declared is None:
         return nullcontext()
-    return mock.patch.object(attention, "make_sharded_tensors_for_checkpoint", declared)
+    return mock.patch.object(self_attention, "make_sharded_tensors_for_checkpoint", declared)
 
 
-_right = attention.make_sharded_tensors_for_checkpoint
+_right = self_attention.make_sharded_tensors_for_checkpoint
 
 
 def _one_ranks_groups_for_all(tensors, prefix, tensor_parallel_layers_axis_map, **kwargs):

@@ -15,7 +15,7 @@ import torch
 
 from kvshift_megatron import cpu
 from tests.distributed.worker import _TIMEOUT, model_parallel, store_outcome
-from tests.releases import imported_from
+from tests.support.releases import imported_from
 
 
 def main(output: Path) -> None:

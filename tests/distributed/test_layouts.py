@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from tests.compare import assert_close_rel, relative_error
 from tests.distributed.cases import BF16, BF16_LAYOUTS, LAYOUTS, PLANTED, REFERENCES, Case
-from tests.tolerances import BF16_SPREADS, FP32_REL
+from tests.support.compare import assert_close_rel, relative_error
+from tests.support.tolerances import BF16_SPREADS, FP32_REL
 
 
 def compare_runs(actual: dict, expected: dict) -> None:

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests.distributed.launch import python_path
+from tests.support.launch import python_path
 
 _RANKS, _LOST, _TIMEOUT = 3, 1, 6
 _RANK = f"""
@@ -19,7 +19,7 @@ import os, signal, sys, time
 from datetime import timedelta
 import torch
 import torch.distributed as dist
-from kvshift_megatron.boundaries import shift_across_boundaries
+from kvshift_megatron.attention.context_parallel import shift_across_boundaries
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo", timeout=timedelta(seconds={_TIMEOUT}))

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.compare import assert_close_rel
 from tests.distributed.packed import SEEDS, document_lengths
 from tests.distributed.properties import PACKED
 from tests.distributed.test_layouts import taps_joined
+from tests.support.compare import assert_close_rel
 
 _CASES = [(world, case) for world in (2, 4) for case in PACKED[world]]
 

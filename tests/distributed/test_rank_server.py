@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import ranks
+from tests.support.launch import ranks
 
 _PROBE = "tests.distributed.probe_rank"
 

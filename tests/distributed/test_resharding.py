@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from tests.distributed.launch import ranks
 from tests.distributed.resharding import FAMILIES, PLANTS, SAVED_AFTER, STEPS
-from tests.releases import imported_from
-from tests.tolerances import FP32_REL
+from tests.support.launch import ranks
+from tests.support.releases import imported_from
+from tests.support.tolerances import FP32_REL
 
 _TIMEOUT = 600  # seconds; it takes a tenth of that on two cores
 

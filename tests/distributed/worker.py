@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from kvshift_megatron import cpu
-from tests.releases import imported_from
+from tests.support.releases import imported_from
 
 # A rank that waits longer than this for another has lost it.
 _TIMEOUT = timedelta(seconds=90)

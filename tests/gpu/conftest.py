@@ -11,7 +11,7 @@ os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
 import torch
 
-from tests.unit.single_process import SEED
+from tests.support.single_process import SEED
 
 
 def pytest_configure(config):

@@ -10,9 +10,9 @@ from megatron.core.transformer.spec_utils import build_module
 
 from kvshift_megatron import KVShiftConfig
 from kvshift_megatron.layer_specs import kv_shift_layer_spec, vanilla_layer_spec
-from tests.compare import assert_close_rel, relative_error
-from tests.unit.dense_layer import DenseLayer
-from tests.unit.single_process import SEED, gradients, randomize_taps, transformer_config
+from tests.attention.dense_layer import DenseLayer
+from tests.support.compare import assert_close_rel, relative_error
+from tests.support.single_process import SEED, gradients, randomize_taps, transformer_config
 
 pytestmark = pytest.mark.usefixtures("nccl_rank")
 

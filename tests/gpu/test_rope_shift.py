@@ -4,11 +4,11 @@ import pytest
 import torch
 from megatron.core.models.common.embeddings.rope_utils import fused_apply_rotary_pos_emb
 
-from kvshift_megatron.ops.implementation import implementation
+from kvshift_megatron.ops.dispatch import implementation
 from kvshift_megatron.ops.rope_shift import kv_shift_rope
-from kvshift_megatron.ops.triton_check import self_check
-from tests.compare import relative_error
-from tests.rope_cases import CASES, assert_rope, rope_errors
+from kvshift_megatron.ops.triton.self_check import self_check
+from tests.support.compare import relative_error
+from tests.support.rope_cases import CASES, assert_rope, rope_errors
 
 # Rounding the result to the dtype: half a unit in the last place of each element at most.
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}

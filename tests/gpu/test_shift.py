@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kvshift_megatron.ops import kv_shift
-from kvshift_megatron.ops.implementation import implementation
-from tests.shift_cases import SHAPES, assert_right, shift_errors
+from kvshift_megatron.ops.dispatch import implementation
+from tests.support.shift_cases import SHAPES, assert_right, shift_errors
 
 # Rounding the result to the dtype: half a unit in the last place of each element at most.
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}

@@ -18,8 +18,8 @@ import pynvml
 import pytest
 import torch
 
-from kvshift_megatron.watching.nvml import CLOCK_REASONS, open_gpus
-from kvshift_megatron.watching.telemetry import Sampler
+from kvshift_megatron.training.metrics.nvml import CLOCK_REASONS, open_gpus
+from kvshift_megatron.training.metrics.telemetry import Sampler
 
 _ALL = {
     "gpu", "uuid", "utilization_percent", "memory_utilization_percent", "memory_used_bytes",
@@ -126,7 +126,7 @@ def test_no_driver_is_one_warning(monkeypatch):
 def test_a_process_ends_with_a_sampler_running():
     """No thread holds the interpreter back."""
     program = (
-        "import time; from kvshift_megatron.watching.telemetry import Sampler;"
+        "import time; from kvshift_megatron.training.metrics.telemetry import Sampler;"
         "assert Sampler(print, 'here', interval_s=0.1).start(); time.sleep(1)"
     )
     ended = subprocess.run(

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from kvshift_megatron.benchmarks import timing
+from tools.benchmarks import timing
 
 
 def test_the_pause_keeps_the_gpu_busy_until_the_call_is_queued():

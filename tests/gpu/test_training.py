@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from tests.distributed.launch import python_path, torchrun
 from tests.integration.tiny_gpt import flags
+from tests.support.launch import python_path, torchrun
 
 _TIMEOUT = 300
 # Apex has the kernel of gradient accumulation fusion; these tests do not need it.

@@ -23,9 +23,9 @@ def main() -> None:
     from kvshift_megatron import cpu
 
     cpu.enable()
-    from kvshift_megatron import training_step
+    from kvshift_megatron.training import forward_step
 
-    original, training_step.masked_loss = training_step.masked_loss, recording
+    original, forward_step.masked_loss = forward_step.masked_loss, recording
     try:
         pretrain.main()
     finally:

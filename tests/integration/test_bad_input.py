@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tests.distributed.launch import ranks, torchrun
 from tests.integration.bad_input import BAD_INPUT
 from tests.integration.tiny_gpt import flags
+from tests.support.launch import ranks, torchrun
 
 _RANKS = 2
 

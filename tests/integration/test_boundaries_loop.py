@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from tests.distributed.launch import ranks
 from tests.integration import sft_data
 from tests.integration.tiny_gpt import flags
-from tests.tolerances import FP32_REL
+from tests.support.launch import ranks
+from tests.support.tolerances import FP32_REL
 
 _TIMEOUT = 300
 _NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}

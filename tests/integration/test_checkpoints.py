@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.integration.forked_launch import Run, forked
 from tests.integration.tiny_gpt import flags
-from tests.saved_tensors import tensors
+from tests.support.forked_launch import Run, forked
+from tests.support.saved_tensors import tensors
 
 _RANKS = 2
 _STEPS = 2
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(runs, name):
 
 
 def test_the_newest_one_is_passed_over_where_it_is_damaged(runs):
-    """More of this: tests/faults."""
+    """More of this: tests/training/faults."""
     (second,) = trained(runs["fall back"], 1)
     first, mean = trained(runs["save"])
     assert float(mean) == pytest.approx((float(first) + float(second)) / 2, abs=1.01e-6)

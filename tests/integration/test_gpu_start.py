@@ -5,7 +5,8 @@ import sys
 import pytest
 from megatron.core.datasets import utils
 
-from kvshift_megatron import cpu, dataset_helpers, pretrain
+from kvshift_megatron import cpu, pretrain
+from kvshift_megatron.upstream import dataset_helpers
 from tests.integration.tiny_gpt import flags
 
 

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from tests.distributed.launch import ranks
 from tests.integration.tiny_gpt import flags
-from tests.tolerances import FP32_REL
+from tests.support.launch import ranks
+from tests.support.tolerances import FP32_REL
 
 _TIMEOUT = 300
 

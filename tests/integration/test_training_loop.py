@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from tests.distributed.launch import ranks, torchrun
 from tests.integration.tiny_gpt import flags
+from tests.support.launch import ranks, torchrun
 
 _RANKS = 2
 _TIMEOUT = 300

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import pytest
 
-from kvshift_megatron.checkpoint_check import stored_taps
-from tests.distributed.launch import ranks
+from kvshift_megatron.checks.checkpoint import stored_taps
 from tests.integration.tiny_gpt import flags
+from tests.support.launch import ranks
 
 _STEPS = 2
 _MICRO_BATCHES = 2  # a step
@@ -81,7 +81,7 @@ def runs(directory) -> dict[str, Run]:
     (directory / "plan.json").write_text(json.dumps(plan))
     launch = ranks(
         1,
-        "tests.integration.forked_runs",
+        "tests.support.forked_runs",
         [str(directory / "plan.json")],
         timeout=400,
         forks=True,

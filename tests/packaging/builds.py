@@ -9,7 +9,7 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.distributed.launch import PROJECT
+from tests.support.launch import PROJECT
 
 _TIMEOUT = 600  # seconds for one command; the longest takes 30 alone on two cores
 

@@ -11,9 +11,9 @@ from pathlib import PurePosixPath
 import pytest
 
 import kvshift_megatron
-from tests.distributed.launch import PROJECT
 from tests.packaging.builds import tracked_files
-from tests.unit.test_own_imports import imports
+from tests.project.test_own_imports import imports
+from tests.support.launch import PROJECT
 
 # What is imported -> what has to be installed for it. Apex has no distribution: it is built.
 DISTRIBUTIONS = {
@@ -81,7 +81,9 @@ def test_the_wheel_has_every_module_and_nothing_from_outside_the_package(wheel):
 def test_the_wheel_has_what_its_modules_read(wheel):
     package = PROJECT / "kvshift_megatron"
     expected = {"kvshift_megatron/py.typed"}
-    expected |= {f"kvshift_megatron/ops/{path.name}" for path in (package / "ops").glob("*.c")}
+    expected |= {
+        f"kvshift_megatron/ops/cpu/{path.name}" for path in (package / "ops/cpu").glob("*.c")
+    }
     for folder in ("models", "layouts"):
         found = (package / "recipes" / folder).glob("*.toml")
         expected |= {f"kvshift_megatron/recipes/{folder}/{path.name}" for path in found}

@@ -10,9 +10,9 @@ import pytest
 
 from kvshift_megatron.cpu.flags import DEFAULTS
 from kvshift_megatron.megatron_lm import patch
-from tests.distributed.launch import PROJECT
 from tests.integration.tiny_gpt import flags
-from tests.unit import megatron_trees
+from tests.megatron_lm import megatron_trees
+from tests.support.launch import PROJECT
 
 SCRIPTS = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["scripts"]
 STOCK_SCRIPT = Path(__file__).with_name("stock_script.py")
@@ -23,7 +23,7 @@ def test_the_installed_package_is_what_is_imported(installed):
     where = "import kvshift_megatron, torch; print(kvshift_megatron.__file__, torch.__file__)"
     package, shared = map(Path, installed.python(where).split())
     assert installed.folder in package.parents and installed.folder not in shared.parents
-    children = "from kvshift_megatron.launchers import own_path; print(own_path())"
+    children = "from kvshift_megatron.utils.launchers import own_path; print(own_path())"
     assert installed.python(children) == "[]\n"
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import ranks
 from tests.planning.cases import CASES
+from tests.support.launch import ranks
 
 _TIMEOUT = 600  # seconds for one launch; the longest takes about 70 alone on two cores
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from kvshift_megatron import cpu
-from tests.integration.forked_process import run_and_exit
+from tests.support.forked_process import run_and_exit
 
 
 def main(cases: Path) -> None:

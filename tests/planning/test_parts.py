@@ -6,10 +6,9 @@ from argparse import Namespace
 import pytest
 import torch
 
-from kvshift_megatron.local import core_attention, sdpa
 from kvshift_megatron.planning import gpus, kernels, meta_device
+from kvshift_megatron.planning.dry_run_flags import dry_run_flags
 from kvshift_megatron.planning.estimate import Assumptions, estimate
-from kvshift_megatron.planning.flags import dry_run_flags
 from kvshift_megatron.planning.layout import Layout
 from kvshift_megatron.planning.memory import (
     LiveStorages,
@@ -19,6 +18,7 @@ from kvshift_megatron.planning.memory import (
 )
 from kvshift_megatron.planning.search import candidates
 from kvshift_megatron.planning.wire import wire_bytes
+from kvshift_megatron.specs.te_free import core_attention, sdpa
 
 
 def row(operation, ranks, size, group="TP", messages=1):

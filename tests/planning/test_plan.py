@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from kvshift_megatron.planning import command_line
-from tests.distributed.launch import PROJECT
 from tests.planning.planned_cases import MANY
+from tests.support.launch import PROJECT
 
 
 def test_two_short_steps_say_what_a_long_one_costs(plan_folder):

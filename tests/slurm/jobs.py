@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvshift_megatron.watching import read_metrics
+from kvshift_megatron.training.metrics import read_metrics
 from tests.slurm.cluster import OVER, Cluster
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from tests.saved_tensors import differing
 from tests.slurm.jobs import ROOT
+from tests.support.saved_tensors import differing
 
 _STARTER = """
 import sys, time

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.saved_tensors import differing, tensors
 from tests.slurm.jobs import STEPS
+from tests.support.saved_tensors import differing, tensors
 
 
 def final(job) -> Path:

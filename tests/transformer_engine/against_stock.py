@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.attention import SelfAttention
 
-from kvshift_megatron.attention import KVShiftSelfAttention
+from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
 
 _TAP = re.compile(r"(alpha|beta)_(logit_)?\d+$")
 

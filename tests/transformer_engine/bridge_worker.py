@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import kvshift_megatron.bridge  # noqa: F401  (registers)
-from kvshift_megatron.attention import KVShiftSelfAttention
+from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
 from kvshift_megatron.hf import KVShiftLlamaConfig, KVShiftLlamaForCausalLM
 
 VOCABULARY = 300

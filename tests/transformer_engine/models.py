@@ -9,7 +9,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from tests.transformer_engine.ranks import Layout, constructing_on
+from tests.support.fake_ranks import Layout, constructing_on
 
 NUM_LAYERS = 4
 _HIDDEN = 256

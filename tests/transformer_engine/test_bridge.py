@@ -12,13 +12,13 @@ from megatron.core.transformer.enums import AttnBackend
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 from kvshift_megatron import KVShiftConfig
-from kvshift_megatron.attention import KVShiftSelfAttention
+from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
+from kvshift_megatron.checks.model import ModelCheck, assert_kv_shift
 from kvshift_megatron.layer_specs import kv_shift_layer_spec, shifting
-from kvshift_megatron.local import SDPACoreAttention
-from kvshift_megatron.model_check import ModelCheck, assert_kv_shift
+from kvshift_megatron.specs.te_free import SDPACoreAttention
+from tests.support.fake_ranks import Layout, constructing_on, fake_rank
 from tests.transformer_engine.against_stock import differences, tap_problems
 from tests.transformer_engine.models import NUM_LAYERS, transformer_config
-from tests.transformer_engine.ranks import Layout, constructing_on, fake_rank
 
 _EXPERTS = {"num_moe_experts": 8, "moe_ffn_hidden_size": 128, "moe_grouped_gemm": True}
 KINDS = {

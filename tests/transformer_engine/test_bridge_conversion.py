@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import kvshift_megatron.hf  # noqa: F401  (registers)
-from tests.distributed.launch import torchrun
+from tests.support.launch import torchrun
 from tests.transformer_engine import bridge_worker
 from tests.transformer_engine.bridge_worker import CASES
 

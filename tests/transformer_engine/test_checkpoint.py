@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from kvshift_megatron.attention import KVShiftSelfAttention
+from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
 from kvshift_megatron.layer_specs import kv_shift_layer_spec
+from tests.support.fake_ranks import Layout, fake_rank
 from tests.transformer_engine.against_stock import is_tap, saved_taps
 from tests.transformer_engine.models import NUM_LAYERS, gpt_model, transformer_config
-from tests.transformer_engine.ranks import Layout, fake_rank
 
 TAPS = ("alpha_1", "alpha_2", "beta_1", "beta_2")
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from kvshift_megatron.attention import KVShiftSelfAttention
+from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
 from kvshift_megatron.layer_specs import kv_shift_layer_spec
+from tests.support.fake_ranks import Layout, fake_rank
 from tests.transformer_engine.against_stock import differences, tap_problems
 from tests.transformer_engine.models import gpt_model, transformer_config
-from tests.transformer_engine.ranks import Layout, fake_rank
 from tests.transformer_engine.test_gpt import stock_spec
 
 _LAYOUT = Layout(tp=8)

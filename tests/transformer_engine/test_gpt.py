@@ -13,11 +13,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 
-from kvshift_megatron.attention import KVShiftSelfAttention
+from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
 from kvshift_megatron.layer_specs import kv_shift_layer_spec, with_kv_shift
+from tests.support.fake_ranks import Layout, fake_rank
 from tests.transformer_engine.against_stock import differences, tap_problems
 from tests.transformer_engine.models import NUM_LAYERS, gpt_model, transformer_config
-from tests.transformer_engine.ranks import Layout, fake_rank
 
 _EXPERTS = {"num_moe_experts": 8, "moe_ffn_hidden_size": 128, "moe_router_topk": 2}
 _GROUPED = {**_EXPERTS, "moe_grouped_gemm": True}

@@ -10,11 +10,11 @@ from megatron.core.transformer.heterogeneous.heterogeneous_config import (
     HeterogeneousTransformerConfig,
 )
 
-from kvshift_megatron.attention import KVShiftSelfAttention
+from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
 from kvshift_megatron.layer_specs import with_kv_shift
+from tests.support.fake_ranks import Layout, fake_rank
 from tests.transformer_engine.against_stock import differences, tap_problems
 from tests.transformer_engine.models import gpt_model, transformer_config
-from tests.transformer_engine.ranks import Layout, fake_rank
 
 _BLOCKS = [
     {"attention": {"num_query_groups": 8}, "mlp": {"ffn_hidden_size": 512}},

@@ -7,11 +7,11 @@ import pytest
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.ssm.mamba_layer import MambaLayer
 
-from kvshift_megatron.attention import KVShiftSelfAttention
+from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
 from kvshift_megatron.layer_specs import with_kv_shift
+from tests.support.fake_ranks import Layout, fake_rank
 from tests.transformer_engine.against_stock import differences, tap_problems
 from tests.transformer_engine.models import hybrid_model, transformer_config
-from tests.transformer_engine.ranks import Layout, fake_rank
 
 _EXPERTS = {"num_moe_experts": 8, "moe_ffn_hidden_size": 128, "moe_grouped_gemm": True}
 # Pattern -> attention layers, configuration.

@@ -2,7 +2,7 @@
 
 from packaging.requirements import Requirement
 
-from tests import pins
+from tests.support import pins
 
 
 def test_what_is_installed():

@@ -1,8 +1,8 @@
-"""Names of libraries that only this environment is sure to have; tests/private_names has all."""
+"""Private names of the libraries that only this environment has (tests/project/private_names)."""
 
 import pytest
 
-from tests.private_names import listed
+from tests.project.private_names import listed
 
 ROWS = [row for row in listed.rows() if row.library in listed.ELSEWHERE]
 

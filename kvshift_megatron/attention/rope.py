@@ -1,0 +1,130 @@
+"""Whether a layer rotates its keys in the same pass over memory that shifts them.
+
+Fused where Megatron's own rotation is a fused kernel, on a GPU and a sequence that is whole. There
+the rotation of queries stays Megatron's.
+"""
+
+import functools
+import logging
+import os
+
+import torch
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_get_concentration_factor_from_config,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from kvshift_megatron.attention.packed_sequences import document_positions
+from kvshift_megatron.ops.dispatch import implementation
+from kvshift_megatron.ops.rope_shift import kv_shift_rope
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "KVSHIFT_ROPE"
+CHOICES = ("auto", "fused", "separate")
+
+
+class RopeFusion:
+    """One layer's choice.
+
+    Args:
+        config, layer_number: the attention's.
+        is_spread: whether sequences are spread over context-parallel ranks.
+
+    Raises:
+        ValueError: KVSHIFT_ROPE is none of CHOICES, or asks for what the configuration rules out.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, is_spread: bool):
+        wanted = os.environ.get(VARIABLE, "auto")
+        if wanted not in CHOICES:
+            raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, not {wanted!r}")
+        self._is_forced = wanted == "fused"
+        obstacle = _obstacle(config, is_spread)
+        if self._is_forced and obstacle:
+            raise ValueError(f"{VARIABLE}=fused: {obstacle}: set it to auto or separate")
+        if wanted == "separate":
+            obstacle = f"{VARIABLE}=separate"
+        if config.no_rope_freq and config.no_rope_freq[layer_number - 1]:
+            obstacle = "no_rope_freq"
+        self.is_possible = obstacle is None
+
+    def take(
+        self, rotary_pos_emb: Tensor | tuple | None, hidden_states: Tensor
+    ) -> tuple[Tensor | None, Tensor | tuple | None]:
+        """(angles for the fused pass or None, what Megatron shall still rotate by).
+
+        Args:
+            rotary_pos_emb: angles [s, 1, 1, rotary], or those of queries and of keys.
+            hidden_states: of the device and dtype that keys will have.
+
+        Raises:
+            ValueError: KVSHIFT_ROPE=fused, and these tensors cannot be.
+        """
+        if rotary_pos_emb is None or not self.is_possible:
+            return None, rotary_pos_emb
+        queries = keys = rotary_pos_emb
+        if isinstance(rotary_pos_emb, tuple):
+            queries, keys = rotary_pos_emb
+        if keys is None:
+            return None, rotary_pos_emb
+        obstacle = None
+        if implementation(hidden_states) != "triton":
+            obstacle = "the shift is not Triton's here"
+        elif keys.dtype != torch.float32 or keys.numel() != keys[:, 0].numel():
+            obstacle = "the angles differ from sample to sample, or are not fp32"
+        if obstacle is None:
+            _log("in the pass that shifts keys")
+            return keys, (queries, None)
+        if self._is_forced:
+            raise ValueError(f"{VARIABLE}=fused: {obstacle}: set it to auto or separate")
+        _log(f"by Megatron ({obstacle})")
+        return None, rotary_pos_emb
+
+
+def shift_and_rotate(
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    freqs: Tensor,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """`shift_across_boundaries` of a whole sequence, with the keys rotated.
+
+    Args:
+        key, value, alpha, beta, cu_seqlens: as there.
+        freqs: fp32 [positions, 1, 1, rotary]; each packed document starts at the first.
+        interleaved: Megatron's rotary_interleaved.
+    """
+    position = places = None
+    if cu_seqlens is not None:
+        document, position = document_positions(cu_seqlens, key.size(0))
+        # What lies behind the last document belongs to nobody, and may be longer than any.
+        places = position.where(document < len(cu_seqlens) - 1, 0)
+    return kv_shift_rope(
+        key, value, alpha, beta, freqs, position, freq_index=places, interleaved=interleaved
+    )
+
+
+def _obstacle(config: TransformerConfig, is_spread: bool) -> str | None:
+    if not config.apply_rope_fusion:
+        return "apply_rope_fusion is off"
+    if is_spread:
+        return "context parallelism finishes the shift after the rotation could begin"
+    if config.flash_decode:
+        return "flash_decode rotates keys in its own kernel"
+    # Where Megatron falls back to the unfused rotation, keys are rotated as queries are.
+    if getattr(config, "mrope_section", None) is not None:
+        return "mrope_section"
+    if _yarn_get_concentration_factor_from_config(config) != 1.0:
+        return "YaRN's concentration factor"
+    return None
+
+
+@functools.cache
+def _log(how: str) -> None:
+    if not torch.compiler.is_compiling():
+        logger.info("kvshift_megatron: rotary embedding of the shifted keys: %s", how)

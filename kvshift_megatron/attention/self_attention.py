@@ -1,0 +1,243 @@
+"""KVShiftSelfAttention: Megatron-Core's self-attention with shifted keys and values."""
+
+from dataclasses import dataclass
+from types import NoneType
+
+import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+from torch import Tensor
+
+from kvshift_megatron.attention.context_parallel import (
+    context_parallel_group,
+    shift_across_boundaries,
+)
+from kvshift_megatron.attention.packed_sequences import physical_cu_seqlens
+from kvshift_megatron.attention.rope import RopeFusion, shift_and_rotate
+from kvshift_megatron.attention.validation import check_at_start, refuse_call
+from kvshift_megatron.config import KVShiftConfig
+from kvshift_megatron.taps import initial_values, resolve_seed, tap_names, taps_by_kind
+
+
+@dataclass(slots=True)
+class _Call:
+    """What one call of forward hands to its hook. (To set an attribute of a module is slow.)"""
+
+    cu_seqlens: Tensor | None = None
+    freqs: Tensor | None = None
+
+
+class KVShiftSelfAttention(SelfAttention):
+    """Self-attention whose keys and values are mixed with those of the previous tokens.
+
+    The shift comes after the QKV projection and k_layernorm and before the rotary embedding
+    (arXiv 2411.19574, Eq. 4-6 and Appendix F).
+
+    Args:
+        config, submodules, layer_number, **kwargs: as SelfAttention's.
+        kv_shift: the taps; see KVShiftConfig.
+
+    Raises:
+        ValueError: the configuration asks for something that KV shifting cannot honour yet; the
+            message names the setting and what to do instead.
+
+    Parallelism: taps are 1-D parameters, one element a query group.
+        num_query_groups >= TP: [num_query_groups / TP] each, sharded with the query groups.
+        num_query_groups < TP: [num_query_groups] each, replicated. TP / num_query_groups ranks
+        share one group, each with some of its query heads only, so the gradient is summed over the
+        tensor-parallel group (one all-reduce of a few scalars a layer).
+        Sequence parallelism needs nothing: linear_qkv gathers the sequence first.
+        Context parallelism: see context_parallel.py; the taps' gradients are reduced with all
+        others over the data- and context-parallel group.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules,
+        layer_number: int,
+        *args,
+        kv_shift: KVShiftConfig = KVShiftConfig(),
+        **kwargs,
+    ):
+        check_at_start(config)
+        super().__init__(config, submodules, layer_number, *args, **kwargs)
+        if config.qk_layernorm and isinstance(self.q_layernorm, NoneType | IdentityOp):
+            raise ValueError(
+                "qk_layernorm is on, but the layer spec leaves the norm of queries and keys out: "
+                "use a spec with it (kvshift_megatron.static_specs has both), or drop "
+                "--qk-layernorm"
+            )
+        self.kv_shift = kv_shift
+        self._tap_names = tap_names(kv_shift)
+        self._call = _Call()
+        self._cp_group = context_parallel_group(config, self.pg_collection)
+        self._rope = RopeFusion(config, layer_number, self._cp_group is not None)
+        self._loads_without_taps = False
+        self.taps_are_sharded = config.num_query_groups >= self.world_size
+        tp_rank = self.pg_collection.tp.rank()
+        if self.taps_are_sharded:
+            per_rank = self.num_query_groups_per_partition
+            self.stored_groups = slice(tp_rank * per_rank, (tp_rank + 1) * per_rank)
+        else:
+            self.stored_groups = slice(0, config.num_query_groups)
+            self._own_group = tp_rank // (self.world_size // config.num_query_groups)
+        self._register_taps()
+
+    def _register_taps(self) -> None:
+        # None leaves the choice to a surrounding `torch.device`, as Megatron's own layers do.
+        device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
+        if self.config.init_model_with_meta_device:
+            device = "meta"
+        shape = (self.stored_groups.stop - self.stored_groups.start,)
+        for names in self._tap_names.values():
+            for name in names:
+                tap = torch.nn.Parameter(
+                    torch.empty(shape, device=device, dtype=self.config.params_dtype)
+                )
+                if self.taps_are_sharded:
+                    set_tensor_model_parallel_attributes(tap, True, 0, 1)
+                self.register_parameter(name, tap)
+        # Not left to perform_initialization: a tap that nothing set is noise, not a slow start.
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """(Re)draw the taps in place; called again where a meta-device model gets its storage."""
+        values = initial_values(
+            self.kv_shift,
+            resolve_seed(self.kv_shift),
+            self.layer_number,
+            self.config.num_query_groups,
+        )
+        for name, value in values.items():
+            tap = getattr(self, name)
+            if not tap.is_meta:
+                tap.copy_(value[self.stored_groups])
+
+    def load_without_taps(self) -> None:
+        """Leave the taps out of the next checkpoint load, which is of a vanilla model."""
+        self._loads_without_taps = True
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, *rest
+    ):
+        """As Module's; attention weights without their taps are refused, strict or not.
+
+        Raises:
+            ValueError: the taps are missing, and they do not start as identity.
+        """
+        taps = [prefix + name for names in self._tap_names.values() for name in names]
+        missing = [key for key in taps if key not in state_dict]
+        # A state dict may be partial, such as one of adapters only.
+        has_weights = any(key.startswith(f"{prefix}linear_qkv.") for key in state_dict)
+        starts_from_vanilla = missing == taps and self.kv_shift.init == "identity"
+        if missing and has_weights and not starts_from_vanilla:
+            raise ValueError(
+                f"the state dict holds the attention {prefix!r} without its taps {missing}: to "
+                "start KV shifting from vanilla weights, set init='identity' "
+                "(--kv-shift-init identity); otherwise load a checkpoint with these taps"
+            )
+        self._loads_without_taps = False
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *rest
+        )
+        if has_weights and starts_from_vanilla:
+            self.reset_parameters()
+            missing_keys[:] = [key for key in missing_keys if key not in taps]
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs):
+        """As SelfAttention.forward; what the shift does not support yet is refused."""
+        refuse_call(**kwargs)
+        if self._loads_without_taps:
+            self._loads_without_taps = False
+        # The hook below is called without it. Only for the call: recompute enters here again.
+        call = self._call
+        call.cu_seqlens = physical_cu_seqlens(kwargs.get("packed_seq_params"))
+        call.freqs, kwargs["rotary_pos_emb"] = self._rope.take(
+            kwargs.get("rotary_pos_emb"), hidden_states
+        )
+        try:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        finally:
+            call.cu_seqlens = call.freqs = None
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, key_value_states: Tensor | None = None, *args, **kwargs
+    ):
+        """As SelfAttention's, with key and value [s, b, ng, hn] shifted.
+
+        Under `forward` with angles of its own, key is also rotated (rope.py).
+        """
+        output = super().get_query_key_value_tensors(
+            hidden_states, key_value_states, *args, **kwargs
+        )
+        if len(output) not in (3, 4):
+            raise ValueError(
+                "fused_single_qkv_rope leaves query, key and value unsplit, so that KV shifting "
+                "cannot reach them: turn it off (drop --fused-single-qkv-rope)"
+            )
+        query, key, value, *gate = output
+        taps, call = self.taps(), self._call
+        shifted = key, value, taps.get("alpha"), taps.get("beta")
+        if call.freqs is not None:
+            interleaved = self.config.rotary_interleaved
+            key, value = shift_and_rotate(*shifted, call.freqs, call.cu_seqlens, interleaved)
+        else:
+            key, value = shift_across_boundaries(*shifted, call.cu_seqlens, self._cp_group)
+        return (query, key, value, *gate)
+
+    def taps(self) -> dict[str, Tensor]:
+        """The taps this rank applies: {"alpha": fp32 [window, ng], "beta": ...}, differentiable."""
+        # Stacked first: a cast of each would be a kernel of each.
+        flat = torch.stack(
+            [getattr(self, name) for names in self._tap_names.values() for name in names]
+        ).float()
+        if not self.taps_are_sharded:
+            # One reduction for all taps; in fp32 whatever the parameters' dtype.
+            flat = copy_to_tensor_model_parallel_region(flat, group=self.pg_collection.tp)
+            flat = flat[:, self._own_group : self._own_group + 1]
+        return taps_by_kind(self.kv_shift, flat)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict | None = None,
+    ):
+        """Taps as global [num_query_groups] tensors under the same key at every TP size.
+
+        Megatron's default would declare a module's own parameters replicated over TP, and so save
+        one rank's query groups for all.
+        """
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        own_parameters = {}
+        self._save_to_state_dict(own_parameters, "", keep_vars=True)
+        taps = [name for names in self._tap_names.values() for name in names]
+        if self._loads_without_taps:
+            own_parameters = {k: v for k, v in own_parameters.items() if k not in taps}
+        sharded = make_sharded_tensors_for_checkpoint(
+            own_parameters,
+            prefix,
+            tensor_parallel_layers_axis_map=dict.fromkeys(taps, 0) if self.taps_are_sharded else {},
+            sharded_offsets=sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        for name, module in self.named_children():
+            sharded.update(
+                sharded_state_dict_default(
+                    module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
+                )
+            )
+        return sharded

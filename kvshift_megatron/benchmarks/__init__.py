@@ -1,6 +1,0 @@
-"""Benchmarks that anyone can run: `make bench`, or tools/benchmark.py.
-
-Each section is a module with `measure(settings, progress) -> dict` and runs in a process of its
-own (`sections`): what one sets (the allocator, Megatron's global state) does not reach another, and
-one that fails does not take the others' figures with it.
-"""

@@ -1,5 +1,0 @@
-import sys
-
-from kvshift_megatron.checkpoint.command_line import main
-
-sys.exit(main())

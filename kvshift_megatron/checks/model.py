@@ -1,0 +1,183 @@
+"""Which attention did every layer of a built model get? Say it, or stop the run."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.transformer.attention import Attention, CrossAttention
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import get_attr_wrapped_model
+
+from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
+from kvshift_megatron.checks.checkpoint import check_checkpoint
+from kvshift_megatron.config import KVShiftConfig
+from kvshift_megatron.specs.replace_attention import NO_ATTENTION
+
+
+class LayerAttention(NamedTuple):
+    """One layer's attention.
+
+    Args:
+        number: 1-based and global, as Megatron counts; multi-token-prediction layers count anew.
+        class_name: of the attention module.
+        kv_shift: its taps; None where it does not shift.
+        taps: parameters of KV shifting in the whole layer, whatever part of it this rank holds.
+        is_mtp: whether it belongs to multi-token prediction.
+    """
+
+    number: int
+    class_name: str
+    kv_shift: KVShiftConfig | None
+    taps: int
+    is_mtp: bool = False
+
+
+def assert_kv_shift(
+    model: torch.nn.Module | list[torch.nn.Module], kv_shift: KVShiftConfig | None = None
+) -> str:
+    """Raise unless every attention of a model shifts its keys and values.
+
+    Args:
+        model: a model or its virtual pipeline chunks, wrapped or not. Collective over the
+            pipeline-parallel group.
+        kv_shift: the taps that every layer must have; None accepts any.
+
+    Returns:
+        One line that says which layers have which attention, and how many taps there are.
+
+    Raises:
+        ValueError: a layer has another attention or other taps, or no layer has any attention;
+            with the line. Raised on every pipeline stage alike.
+    """
+    layers = gather_layers(model if isinstance(model, list) else [model])
+    line = describe(layers)
+    expected = f" ({kv_shift.describe()})" if kv_shift else ""
+    if not layers or any(
+        layer.kv_shift is None or kv_shift not in (None, layer.kv_shift) for layer in layers
+    ):
+        raise ValueError(
+            f"KV shifting{expected} was asked for, but not every attention of the model has it "
+            f"({line}): check the layer spec (--spec) and the specs of multi-token prediction; a "
+            "script whose model builder does not know --kv-shift cannot shift"
+        )
+    return line
+
+
+def report_after_build(model_config: Any, kv_shift: KVShiftConfig | None) -> None:
+    """Have the built model checked and reported, once, before training starts.
+
+    Args:
+        model_config: Megatron's model configuration; one without hooks (a bare TransformerConfig)
+            is left alone.
+        kv_shift: what was asked for; None for the vanilla twin.
+    """
+    hooks = getattr(model_config, "post_wrap_hooks", None)
+    # A spec callable runs once per virtual pipeline stage: one hook is enough.
+    if hooks is None or any(isinstance(hook, ModelCheck) for hook in hooks):
+        return
+    hooks.append(ModelCheck(kv_shift))
+
+
+class ModelCheck:
+    """`check_model` as a post-wrap hook of Megatron's (and Megatron-Bridge's) model builders.
+
+    Args:
+        kv_shift: the taps that were asked for; None for the vanilla twin.
+    """
+
+    def __init__(self, kv_shift: KVShiftConfig | None):
+        self.kv_shift = kv_shift
+
+    def __call__(self, model: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        check_model(model, self.kv_shift)
+        return model
+
+
+def check_model(model: list[torch.nn.Module], kv_shift: KVShiftConfig | None) -> None:
+    """Say on rank 0 which attention was built; stop the run where it is not what was asked for.
+
+    Also looks at the checkpoint that Megatron is about to load. Collective over all ranks.
+
+    Args:
+        model: this rank's chunks, before a checkpoint is loaded.
+        kv_shift: the taps that were asked for; None for the vanilla twin.
+
+    Raises:
+        ValueError: the model or the checkpoint is not what was asked for.
+    """
+    if kv_shift is not None:
+        line = assert_kv_shift(model, kv_shift)
+    else:
+        layers = gather_layers(model)
+        line = describe(layers)
+        if any(layer.kv_shift for layer in layers):
+            raise ValueError(f"the vanilla twin was asked for, but the model shifts ({line})")
+    if torch.distributed.get_rank() == 0:
+        print(f"kvshift_megatron: {line}", flush=True)
+    check_checkpoint(model, kv_shift)
+
+
+def local_layers(model: list[torch.nn.Module]) -> list[LayerAttention]:
+    """What this rank holds, in the order of the modules."""
+    layers = []
+    for is_mtp, module in _attentions(model):
+        kv_shift = module.kv_shift if isinstance(module, KVShiftSelfAttention) else None
+        taps = kv_shift.parameters_per_group * module.config.num_query_groups if kv_shift else 0
+        layers.append(
+            LayerAttention(module.layer_number, type(module).__name__, kv_shift, taps, is_mtp)
+        )
+    return layers
+
+
+def _attentions(model: list[torch.nn.Module]) -> Iterator[tuple[bool, torch.nn.Module]]:
+    """(belongs to multi-token prediction, module) of everything that mixes tokens by attention."""
+    for chunk in model:
+        for name, module in chunk.named_modules():
+            is_mtp = "mtp" in name.split(".")
+            if isinstance(module, Attention) and not isinstance(module, CrossAttention):
+                yield is_mtp, module
+            elif isinstance(module, TransformerLayer):
+                # Linear attention and the like is no Attention, but stands where one would.
+                attention = module.self_attention
+                if not (
+                    isinstance(attention, Attention) or type(attention).__name__ in NO_ATTENTION
+                ):
+                    yield is_mtp, attention
+
+
+def gather_layers(model: list[torch.nn.Module]) -> list[LayerAttention]:
+    """`local_layers` of every pipeline stage, by layer number. Collective over the pp group."""
+    layers = local_layers(model)
+    group = get_attr_wrapped_model(model[0], "pg_collection").pp
+    if group.size() > 1:
+        parts = [None] * group.size()
+        torch.distributed.all_gather_object(parts, layers, group=group)
+        layers = [layer for part in parts for layer in part]
+    return sorted(layers, key=lambda layer: (layer.is_mtp, layer.number))
+
+
+def describe(layers: list[LayerAttention]) -> str:
+    """One line: which layers have which attention, and how many taps there are in all."""
+    kinds = {}
+    for layer in layers:
+        shift = layer.kv_shift
+        kind = f"KV shifting ({shift.describe()})" if shift else f"vanilla ({layer.class_name})"
+        kinds.setdefault((kind, layer.is_mtp), []).append(layer.number)
+    parts = [
+        f"{kind} in {'MTP ' if is_mtp else ''}{_ranges(numbers)}"
+        for (kind, is_mtp), numbers in kinds.items()
+    ]
+    taps = sum(layer.taps for layer in layers)
+    return f"attention: {'; '.join(parts) or 'none'}; {taps} taps"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[1, 2, 3, 7] -> 'layers 1-3, 7'."""
+    runs = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"layer{'s' if len(numbers) > 1 else ''} {text}"

@@ -1,0 +1,48 @@
+"""Logits of a Baichuan-M1 folder by mlx-lm, a public client of that layout.
+
+    python -m kvshift_megatron.convert.baichuan.mlx_logits RUNS.json LOGITS.npz
+
+A program of its own: neither PyTorch nor Megatron is needed where it runs.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+# Compiling kernels takes longer than a few prompts do. Read when mlx is imported.
+os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
+
+
+def main() -> None:
+    """Read the runs that are asked for, write one fp32 array [tokens, vocab] a prompt, in turn.
+
+    A run is {"folder": ..., "prompts": [[token ids], ...], "by_token": whether its cache is used}.
+    """
+    import mlx.core as mx
+    import numpy as np
+    from mlx_lm.utils import load_model
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("logits", type=Path)
+    options = parser.parse_args()
+    mx.set_default_device(mx.cpu)
+    results = []
+    for run in json.loads(options.runs.read_text()):
+        model, _ = load_model(Path(run["folder"]))
+        model.set_dtype(mx.float32)
+        for prompt in run["prompts"]:
+            tokens = mx.array([prompt])
+            if run["by_token"]:
+                cache = model.make_cache()
+                steps = [model(tokens[:, i : i + 1], cache=cache) for i in range(len(prompt))]
+                logits = mx.concatenate(steps, axis=1)
+            else:
+                logits = model(tokens)
+            results.append(np.array(logits[0].astype(mx.float32)))
+    np.savez(options.logits, *results)
+
+
+if __name__ == "__main__":
+    main()

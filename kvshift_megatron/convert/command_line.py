@@ -1,0 +1,237 @@
+"""The command line of kvshift-convert.
+
+    kvshift-convert megatron-to-hf CHECKPOINT FOLDER
+    kvshift-convert hf-to-megatron FOLDER CHECKPOINT
+    kvshift-convert refresh-code FOLDER
+
+On a CPU, in one process, one tensor in memory at a time, whatever parallel layout saved the
+checkpoint. The output appears under its name only when it is complete. Exit code 1 and one sentence
+on standard error where something cannot be converted.
+
+torch is imported when something is converted: help and mistakes on the command line are quick.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvshift_megatron.arguments import add_kv_shift_args, kv_shift_config_from_args
+from kvshift_megatron.config import KVShiftConfig
+from kvshift_megatron.convert.layouts import LAYOUTS, LAYOUTS_WITH_TAPS
+
+if TYPE_CHECKING:
+    import torch
+
+# Choice -> torch's name.
+_DTYPES = {"keep": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Convert as the command line says; the exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        options.convert(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"kvshift-convert: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("kvshift-convert: interrupted; nothing was written", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvshift-convert",
+        description="Convert checkpoints of KV-shifting models between Megatron and Hugging Face, "
+        "on a CPU, one tensor in memory at a time.",
+    )
+    commands = parser.add_subparsers(
+        required=True, metavar="megatron-to-hf | hf-to-megatron | refresh-code"
+    )
+    _add_to_hf(commands.add_parser("megatron-to-hf", help="Megatron's torch_dist to safetensors"))
+    _add_to_megatron(commands.add_parser("hf-to-megatron", help="safetensors to torch_dist"))
+    _add_refresh(
+        commands.add_parser(
+            "refresh-code",
+            help="give a folder that an older version exported this version's model code",
+        )
+    )
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, source: str, target: str) -> None:
+    parser.add_argument("source", type=Path, help=source)
+    parser.add_argument("target", type=Path, help=target)
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, default="keep", help="of what is written (default: as stored)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare the logits of source and target before the target gets its name (builds both "
+        "models, one after the other)",
+    )
+
+
+def _add_to_hf(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser, "Megatron's --save folder, or one iteration in it", "the folder to make")
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="default: kvshift; for a model without taps, the one of these that fits it",
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        help="tokens that exist; the embedding's padding is cut off (default: the checkpoint's)",
+    )
+    parser.add_argument(
+        "--kv-shift-variant",
+        choices=("free", "gate", "clamp"),
+        help="what the taps mean, where the checkpoint does not say it",
+    )
+    parser.add_argument(
+        "--max-shard-size", type=_size, default="5GB", help="of one file (default: 5GB)"
+    )
+    parser.add_argument("--tokenizer", type=Path, help="folder with the tokenizer's files")
+    parser.add_argument(
+        "--norm-head",
+        choices=("fold", "pad"),
+        default="fold",
+        help="baichuan_m1: its clients scale lm_head's rows to length one. fold: refuse where that "
+        "would change the logits. pad: widen the model so that it does not",
+    )
+    parser.set_defaults(convert=_to_hf)
+
+
+def _add_to_megatron(parser: argparse.ArgumentParser) -> None:
+    _add_common(
+        parser, "folder with config.json and safetensors", "the folder for Megatron's --load"
+    )
+    add_kv_shift_args(parser)
+    parser.epilog = (
+        "The flags of KV-shifting attention are for models without taps. Here --kv-shift-init is "
+        "identity where it is not given: the same function as before."
+    )
+    parser.add_argument(
+        "--no-kv-shift", action="store_true", help="Convert a vanilla model as a vanilla one."
+    )
+    parser.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        default=128,
+        help="as Megatron's flag (default: 128)",
+    )
+    parser.add_argument(
+        "--tensor-model-parallel-size",
+        type=int,
+        default=1,
+        help="Megatron pads the vocabulary to a multiple of the flag above times this; weights can "
+        "be loaded at any size (default: 1)",
+    )
+    parser.set_defaults(convert=_to_megatron)
+
+
+def _add_refresh(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="exported folder; weights and settings stay")
+    parser.set_defaults(convert=_refresh)
+
+
+def _refresh(options: argparse.Namespace) -> None:
+    from kvshift_megatron.convert.refresh_code import refresh_code
+
+    for path in refresh_code(options.folder):
+        print(f"wrote {path}")
+
+
+def _to_hf(options: argparse.Namespace) -> None:
+    from kvshift_megatron.convert.to_hf import ToHF, megatron_to_hf
+
+    job = ToHF(
+        source=options.source,
+        target=options.target,
+        layout=options.layout,
+        dtype=_dtype(options.dtype),
+        vocab_size=options.vocab_size,
+        variant=options.kv_shift_variant,
+        max_shard_size=options.max_shard_size,
+        tokenizer=options.tokenizer,
+        norm_head=options.norm_head,
+        overwrite=options.overwrite,
+        progress=True,
+    )
+    megatron_to_hf(job, _verifier(options, options.source, None))
+    print(f"wrote {options.target}")
+
+
+def _to_megatron(options: argparse.Namespace) -> None:
+    from kvshift_megatron.convert.to_megatron import ToMegatron, hf_to_megatron
+
+    for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    job = ToMegatron(
+        source=options.source,
+        target=options.target,
+        dtype=_dtype(options.dtype),
+        kv_shift=_taps(options),
+        divisible_by=options.make_vocab_size_divisible_by * options.tensor_model_parallel_size,
+        overwrite=options.overwrite,
+        progress=True,
+    )
+    hf_to_megatron(job, _verifier(options, None, options.source))
+    print(f"wrote {options.target}")
+
+
+def _dtype(choice: str) -> "torch.dtype | None":
+    import torch
+
+    return _DTYPES[choice] and getattr(torch, _DTYPES[choice])
+
+
+def _taps(options: argparse.Namespace) -> KVShiftConfig | None:
+    """The taps for a model without any: identity, unless the flags say otherwise."""
+    from kvshift_megatron.convert.formats.safetensors_files import read_json
+    from kvshift_megatron.convert.hf_config import layout_of
+
+    names = [name for name in vars(options) if "kv_shift" in name]
+    given = [name for name in names if getattr(options, name) not in (None, False)]
+    file = options.source / "config.json"
+    if given and file.is_file() and layout_of(read_json(file), file) in LAYOUTS_WITH_TAPS:
+        raise ValueError(
+            f"--{given[0].replace('_', '-')} is for models without taps, and {options.source} has "
+            "its own: drop it"
+        )
+    if not options.no_kv_shift and options.kv_shift_init is None:
+        options.kv_shift_init = "identity"
+    return kv_shift_config_from_args(options)
+
+
+def _verifier(options: argparse.Namespace, megatron: Path | None, hf: Path | None):
+    if not options.verify:
+        return None
+    from kvshift_megatron.convert.verify import verify
+
+    def check(written: Path) -> None:
+        verify(
+            megatron or written,
+            hf or written,
+            vocab_size=getattr(options, "vocab_size", None),
+            variant=getattr(options, "kv_shift_variant", None) if megatron else None,
+        )
+
+    return check
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?B?)", text.strip(), re.IGNORECASE)
+    if not match or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size: say 5GB, 500MB or a number of bytes"
+        )
+    unit = match[2].upper().removesuffix("B")
+    return int(match[1]) * 1000 ** " KMGT".index(unit or " ")

@@ -1,0 +1,335 @@
+"""A Hugging Face config.json to an Architecture and back, for every layout that can be read.
+
+The files are read as JSON; no class of Transformers and no code in the folder is loaded.
+"""
+
+from pathlib import Path
+
+import torch
+
+from kvshift_megatron.config import KVShiftConfig
+from kvshift_megatron.convert.architecture import Architecture, Llama3RopeScaling
+
+_MODEL_TYPES = {
+    "kvshift_llama": "kvshift",
+    "baichuan_m1": "baichuan_m1",
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "mixtral": "mixtral",
+}
+_CLASSES = {
+    "kvshift": "KVShiftLlama",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "mixtral": "Mixtral",
+}
+# Transformers' defaults, for files that leave the field out.
+_THETA = {"mixtral": 1_000_000.0}
+_SINGLE_HEADED = ("kvshift", "llama")  # num_key_value_heads defaults to num_attention_heads
+
+
+class _Config:
+    """A config.json whose fields are asked for by name, so that messages can name them."""
+
+    def __init__(self, fields: dict, file: Path):
+        self.fields, self.file = fields, file
+
+    def get(self, name: str, default=None):
+        return default if self.fields.get(name) is None else self.fields[name]
+
+    def need(self, name: str):
+        if self.fields.get(name) is None:
+            raise ValueError(f"{self.file} lacks {name}")
+        return self.fields[name]
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        value = self.need(name) if default is None else self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{self.file}: {name}={value!r} must be a positive whole number")
+        return value
+
+    def refuse(self, name: str, why: str):
+        raise ValueError(f"{self.file}: {name}={self.fields.get(name)!r} {why}")
+
+
+def layout_of(fields: dict, file: Path) -> str:
+    """The layout of a config.json.
+
+    Raises:
+        ValueError: a model_type that cannot be converted.
+    """
+    model_type = fields.get("model_type")
+    if model_type not in _MODEL_TYPES:
+        raise ValueError(
+            f"{file}: model_type={model_type!r} cannot be converted: {', '.join(_MODEL_TYPES)} can"
+        )
+    return _MODEL_TYPES[model_type]
+
+
+def architecture_from_config(fields: dict, file: Path, dtype: torch.dtype) -> Architecture:
+    """What a config.json says that its model is; the vocabulary is not padded yet.
+
+    Args:
+        fields: the file's content.
+        file: for messages.
+        dtype: of the stored weights, which the file need not say.
+
+    Raises:
+        ValueError: a field that is missing or that Megatron cannot honour; the message names it.
+    """
+    config, layout = _Config(fields, file), layout_of(fields, file)
+    _refuse_what_megatron_has_not(config, layout)
+    hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
+    groups = config.whole("num_key_value_heads", heads if layout in _SINGLE_HEADED else None)
+    if heads % groups:
+        config.refuse("num_key_value_heads", f"must divide num_attention_heads={heads}")
+    if config.get("head_dim") is None and hidden % heads:
+        config.refuse("hidden_size", f"must be a multiple of num_attention_heads={heads}")
+    theta, scaling = _rope(config, layout)
+    bias = _biases(config, layout)
+    experts = _experts(config, layout)
+    vocab = config.whole("vocab_size")
+    if config.get("max_position_embeddings") is None and layout == "baichuan_m1":
+        positions = config.whole("model_max_length")
+    else:
+        positions = config.whole("max_position_embeddings")
+    return Architecture(
+        num_layers=config.whole("num_hidden_layers"),
+        hidden_size=hidden,
+        ffn_hidden_size=config.whole("intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=config.whole("head_dim", hidden // heads),
+        vocab_size=vocab,
+        padded_vocab_size=vocab,
+        max_position_embeddings=positions,
+        norm_epsilon=float(config.need("rms_norm_eps")),
+        rotary_base=theta,
+        rope_scaling=scaling,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        qk_layernorm=layout == "qwen3" or (layout == "kvshift" and config.get("qk_norm", False)),
+        num_experts=experts,
+        moe_router_topk=config.whole("num_experts_per_tok", 2) if experts else 2,
+        kv_shift=_kv_shift(config, layout),
+        dtype=dtype,
+        **bias,
+    )
+
+
+def _refuse_what_megatron_has_not(config: _Config, layout: str) -> None:
+    if config.get("quantization_config") is not None:
+        config.refuse("quantization_config", "cannot be converted: dequantize the model first")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        config.refuse("hidden_act", "cannot be converted: the MLP has to be SwiGLU ('silu')")
+    positions = config.get("max_position_embeddings", 0)
+    window = config.get("sliding_window")
+    layers = config.get("layer_types", [])
+    if layout == "baichuan_m1":
+        if config.need("sliding_window_layers"):
+            config.refuse(
+                "sliding_window_layers",
+                "cannot be converted: global-attention layers only, so it has to be []",
+            )
+        if config.whole("conv_window") != 2:
+            config.refuse("conv_window", "cannot be converted: it has to be 2")
+        if config.get("tie_word_embeddings", False):
+            config.refuse("tie_word_embeddings", "cannot be converted: clients want an lm_head")
+        return
+    if any(kind != "full_attention" for kind in layers):
+        config.refuse("layer_types", "cannot be converted: every layer has to be full_attention")
+    uses_window = config.get("use_sliding_window", layout not in ("qwen2", "qwen3"))
+    if window is not None and uses_window and window < positions:
+        config.refuse(
+            "sliding_window",
+            f"is below max_position_embeddings={positions} and would be lost: KV shifting has no "
+            "sliding window in Hugging Face's layouts",
+        )
+
+
+def _rope(config: _Config, layout: str) -> tuple[float, Llama3RopeScaling | None]:
+    """Transformers 5 has rope_parameters; before, there were rope_theta and rope_scaling."""
+    field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = dict(config.get(field, {}))
+    theta = rope.get("rope_theta", config.get("rope_theta", _THETA.get(layout, 10_000.0)))
+    if layout == "baichuan_m1":
+        theta = config.need("rope_theta")
+    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise ValueError(
+            f"{config.file}: partial_rotary_factor={partial} cannot be converted: it has to be 1.0"
+        )
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return float(theta), None
+    if kind != "llama3" or layout == "baichuan_m1":
+        config.refuse(field, "cannot be converted: rope_type has to be 'default' or 'llama3'")
+    try:
+        scaling = Llama3RopeScaling(
+            float(rope["factor"]),
+            float(rope["low_freq_factor"]),
+            float(rope["high_freq_factor"]),
+            int(rope["original_max_position_embeddings"]),
+        )
+    except KeyError as error:
+        config.refuse(field, f"lacks {error.args[0]}")
+    return float(theta), scaling
+
+
+def _biases(config: _Config, layout: str) -> dict[str, bool]:
+    if layout == "qwen2":
+        return {"add_qkv_bias": True}
+    attention, mlp = config.get("attention_bias", False), config.get("mlp_bias", False)
+    qkv = layout == "kvshift" and config.get("qkv_bias", False)
+    experts = config.get("num_local_experts", 0)
+    if attention != mlp or (attention and experts):
+        raise ValueError(
+            f"{config.file}: attention_bias={attention} with mlp_bias={mlp} cannot be converted: "
+            "Megatron has biases on all linear layers of a dense model (both true), on none, or on "
+            "queries, keys and values only"
+        )
+    return {"add_bias_linear": bool(attention), "add_qkv_bias": bool(qkv and not attention)}
+
+
+def _experts(config: _Config, layout: str) -> int:
+    if layout == "mixtral":
+        return config.whole("num_local_experts")
+    return config.get("num_local_experts", 0) if layout == "kvshift" else 0
+
+
+def _kv_shift(config: _Config, layout: str) -> KVShiftConfig | None:
+    if layout == "baichuan_m1":
+        return KVShiftConfig(init="identity")
+    if layout != "kvshift":
+        return None
+    variant = config.get("kv_shift_variant", "free")
+    try:
+        return KVShiftConfig(
+            variant=variant,
+            window=config.get("kv_shift_window", 2),
+            shift_keys=config.get("kv_shift_keys", True),
+            shift_values=config.get("kv_shift_values", True),
+            init="uniform" if variant == "gate" else "identity",
+        )
+    except ValueError as error:
+        raise ValueError(f"{config.file}: kv_shift: {error}") from error
+
+
+def config_from_architecture(layout: str, architecture: Architecture) -> dict:
+    """The config.json of a model in a layout.
+
+    Raises:
+        ValueError: the layout has no place for something; the message names it.
+    """
+    one = architecture
+    _refuse_what_the_layout_has_not(layout, one)
+    fields = {
+        "vocab_size": one.vocab_size,
+        "hidden_size": one.hidden_size,
+        "intermediate_size": one.ffn_hidden_size,
+        "num_hidden_layers": one.num_layers,
+        "num_attention_heads": one.num_attention_heads,
+        "num_key_value_heads": one.num_query_groups,
+        "hidden_act": "silu",
+        "max_position_embeddings": one.max_position_embeddings,
+        "rms_norm_eps": one.norm_epsilon,
+        "tie_word_embeddings": one.tied,
+        "dtype": str(one.dtype).removeprefix("torch."),
+        "use_cache": True,
+    }
+    if layout == "baichuan_m1":
+        return {
+            "architectures": ["BaichuanM1ForCausalLM"],
+            "model_type": "baichuan_m1",
+            **fields,
+            "rope_theta": one.rotary_base,
+            "sliding_window": one.max_position_embeddings,
+            "sliding_window_layers": [],
+            "conv_window": 2,
+        }
+    fields["head_dim"] = one.kv_channels
+    fields["rope_parameters"] = _rope_parameters(one)
+    head = {
+        "architectures": [f"{_CLASSES[layout]}ForCausalLM"],
+        "model_type": "kvshift_llama" if layout == "kvshift" else layout,
+    }
+    return {**head, **fields, **_own_fields(layout, one)}
+
+
+def _rope_parameters(one: Architecture) -> dict:
+    if one.rope_scaling is None:
+        return {"rope_type": "default", "rope_theta": one.rotary_base}
+    scaling = one.rope_scaling
+    return {
+        "rope_type": "llama3",
+        "rope_theta": one.rotary_base,
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_position_embeddings,
+    }
+
+
+def _own_fields(layout: str, one: Architecture) -> dict:
+    experts = {"num_local_experts": one.num_experts, "num_experts_per_tok": one.moe_router_topk}
+    if layout in ("kvshift", "llama"):
+        biases = {"attention_bias": one.add_bias_linear, "mlp_bias": one.add_bias_linear}
+        if layout == "llama":
+            return biases
+        return {
+            **biases,
+            **experts,
+            "qkv_bias": one.add_qkv_bias and not one.add_bias_linear,
+            "qk_norm": one.qk_layernorm,
+            "kv_shift_variant": one.kv_shift.variant,
+            "kv_shift_window": one.kv_shift.window,
+            "kv_shift_keys": one.kv_shift.shift_keys,
+            "kv_shift_values": one.kv_shift.shift_values,
+        }
+    return {
+        "mistral": {"sliding_window": None},
+        "qwen2": {"use_sliding_window": False},
+        "qwen3": {"use_sliding_window": False, "attention_bias": False},
+        "mixtral": {**experts, "sliding_window": None},
+    }[layout]
+
+
+def _refuse_what_the_layout_has_not(layout: str, one: Architecture) -> None:
+    shift = one.kv_shift
+    has = {
+        "taps": shift is not None,
+        "experts": one.num_experts > 0,
+        "qk_layernorm": one.qk_layernorm,
+        "add_qkv_bias": one.add_qkv_bias and not one.add_bias_linear,
+        "add_bias_linear": one.add_bias_linear,
+        "rope scaling": one.rope_scaling is not None,
+        "a window above 2 tokens": shift is not None and shift.window > 2,
+        "keys or values that are not shifted": shift is not None
+        and not (shift.shift_keys and shift.shift_values),
+        "heads that do not add up to the hidden size": one.num_attention_heads * one.kv_channels
+        != one.hidden_size,
+    }
+    odd_heads = "heads that do not add up to the hidden size"
+    shifts = {"a window above 2 tokens", "keys or values that are not shifted"}
+    may, must = {
+        "kvshift": ({*has}, {"taps"}),
+        "baichuan_m1": ({"taps"}, {"taps"}),
+        "llama": ({"add_bias_linear", "rope scaling", odd_heads}, set()),
+        "mistral": ({"rope scaling", odd_heads}, set()),
+        "qwen2": ({"add_qkv_bias", "rope scaling"}, {"add_qkv_bias"}),
+        "qwen3": ({"qk_layernorm", "rope scaling", odd_heads}, {"qk_layernorm"}),
+        "mixtral": ({"experts", "rope scaling", odd_heads}, {"experts"}),
+    }[layout]
+    for name, is_there in has.items():
+        if is_there and name not in may and not (name in shifts and "taps" not in may):
+            raise ValueError(
+                f"the layout {layout} has no place for {name}, which the model has"
+                + (": use --layout kvshift" if shift is not None else "")
+            )
+        if name in must and not is_there:
+            raise ValueError(f"the layout {layout} is for models with {name}, and this has none")
+    if one.num_experts and one.add_bias_linear:
+        raise ValueError("experts with biases (add_bias_linear) have no place in any layout")

@@ -1,0 +1,44 @@
+"""This version's model code for a folder that an older version exported."""
+
+import json
+from pathlib import Path
+
+from kvshift_megatron.convert.formats.safetensors_files import read_json
+from kvshift_megatron.utils import atomic_files
+
+
+def refresh_code(folder: Path) -> list[Path]:
+    """Replace the model's code in an exported folder; its weights and settings stay.
+
+    Args:
+        folder: with the config.json of a KV-shifting Llama.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: not such a folder, or a setting that this version does not support; nothing is
+            written then.
+    """
+    from kvshift_megatron.hf import AUTO_MAP, KVShiftLlamaConfig, write_code
+
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is no exported folder: it has no config.json")
+    fields = read_json(file)
+    model_type = fields.get("model_type")
+    if model_type != KVShiftLlamaConfig.model_type:
+        raise ValueError(
+            f"{file}: model_type={model_type!r} has no code of this package: expected "
+            f"{KVShiftLlamaConfig.model_type!r}"
+        )
+    try:
+        KVShiftLlamaConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    written = write_code(folder)
+    if fields.get("auto_map") != AUTO_MAP:
+        text = json.dumps(fields | {"auto_map": AUTO_MAP}, indent=2) + "\n"
+        atomic_files.replace(file, lambda path: path.write_text(text))
+        written.append(file)
+    return written

@@ -1,0 +1,229 @@
+"""Megatron's torch_dist to a Hugging Face folder."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvshift_megatron.convert.architecture import Architecture
+from kvshift_megatron.convert.baichuan import export
+from kvshift_megatron.convert.formats.output import (
+    Progress,
+    check_free_space,
+    check_target,
+    complete_or_absent,
+)
+from kvshift_megatron.convert.formats.safetensors_files import Planned, write_safetensors
+from kvshift_megatron.convert.formats.tokenizer_files import (
+    SUBFOLDER,
+    carry_tokenizer,
+    has_tokenizer,
+    token_ids,
+)
+from kvshift_megatron.convert.formats.torch_dist import Location, TorchDistReader
+from kvshift_megatron.convert.hf_config import config_from_architecture
+from kvshift_megatron.convert.megatron_arguments import (
+    architecture_from_arguments,
+    kv_shift_from_arguments,
+)
+from kvshift_megatron.convert.name_map import Row, expand
+from kvshift_megatron.taps import taps_among
+
+
+@dataclass(frozen=True)
+class ToHF:
+    """What to convert and how.
+
+    Args:
+        source: Megatron's checkpoint: the folder of --save, or one iteration in it.
+        target: the folder to make.
+        layout: a layout of the name map; None takes the one that fits the model.
+        dtype: of everything written; None keeps each tensor's.
+        vocab_size: tokens that exist; None takes the checkpoint's arguments'.
+        variant: of the taps, for checkpoints whose arguments do not say it.
+        max_shard_size: bytes a file.
+        tokenizer: folder with tokenizer files; None takes those carried in the checkpoint.
+        norm_head: "fold" or "pad", for baichuan_m1 (see baichuan.py).
+        overwrite: replace an existing target.
+        progress: print lines about it on standard error.
+    """
+
+    source: Path
+    target: Path
+    layout: str | None = None
+    dtype: torch.dtype | None = None
+    vocab_size: int | None = None
+    variant: str | None = None
+    max_shard_size: int = 5_000_000_000
+    tokenizer: Path | None = None
+    norm_head: str = "fold"
+    overwrite: bool = False
+    progress: bool = False
+
+
+def megatron_to_hf(job: ToHF, verify: Callable[[Path], None] | None = None) -> Architecture:
+    """Convert, one row of the name map in memory at a time.
+
+    Args:
+        verify: called with the complete folder before it gets its name; what it raises leaves no
+            target.
+
+    Returns:
+        What was converted.
+
+    Raises:
+        ValueError: the source cannot be converted, or not into that layout; nothing is written.
+        OSError: as the file system has it; nothing is left at the target.
+    """
+    check_target(job.target, job.source, job.overwrite)
+    reader = TorchDistReader(job.source)
+    architecture = read_architecture(reader, job.vocab_size, job.variant)
+    layout = job.layout or fitting_layout(architecture)
+    written = architecture if job.dtype is None else replace(architecture, dtype=job.dtype)
+    if job.tokenizer and not has_tokenizer(job.tokenizer):
+        raise ValueError(f"--tokenizer {job.tokenizer} holds no tokenizer file")
+    if layout == "baichuan_m1":
+        config = export.config_for_clients(written, job.norm_head)
+    else:
+        config = config_from_architecture(layout, written)
+    if layout == "kvshift":
+        # Imports Transformers, and a missing one is better found before the work than after it.
+        from kvshift_megatron.hf import AUTO_MAP, write_code
+    table = MegatronTable(reader, layout, architecture, job.dtype)
+    if layout == "baichuan_m1":
+        table, further = export.for_clients(table, written, job.norm_head)
+        config.update(further)
+    groups = [[Planned(*one) for one in table.planned(i)] for i in range(len(table))]
+    total = sum(planned.nbytes for group in groups for planned in group)
+    check_free_space(job.target, total)
+    progress = Progress(total, job.progress)
+
+    def read(i: int) -> tuple[Tensor, ...]:
+        tensors = table.read(i)
+        progress.add(sum(one.nbytes for one in tensors))
+        return tensors
+
+    with complete_or_absent(job.target) as folder:
+        write_safetensors(folder, groups, read, job.max_shard_size)
+        carry_tokenizer(job.tokenizer or reader.path.parent / SUBFOLDER, folder)
+        config.update(token_ids(folder))
+        if layout == "kvshift":
+            config["auto_map"] = dict(AUTO_MAP)
+            write_code(folder)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if verify is not None:
+            verify(folder)
+    return architecture
+
+
+def read_architecture(
+    reader: TorchDistReader, vocab_size: int | None = None, variant: str | None = None
+) -> Architecture:
+    """What a Megatron checkpoint holds.
+
+    Raises:
+        ValueError: it is no GPT, or its arguments and tensors do not go together.
+    """
+    arguments = reader.arguments()
+    embedding = reader.locate("embedding.word_embeddings.weight")
+    projection = reader.locate("decoder.layers.0.self_attention.linear_proj.weight")
+    if embedding is None or projection is None:
+        missing = "embedding.word_embeddings.weight" if embedding is None else "attention layers"
+        raise ValueError(f"{reader.path} holds no {missing}: it is no checkpoint of a GPT model")
+    taps = taps_among(reader.weights())
+    kv_shift = kv_shift_from_arguments(arguments, taps, variant, reader.path)
+    architecture = architecture_from_arguments(
+        arguments, kv_shift, reader.dtype(projection), vocab_size, embedding.shape[0], reader.path
+    )
+    if architecture.num_layers != reader.num_layers():
+        raise ValueError(
+            f"{reader.path} holds {reader.num_layers()} layers, but its arguments say num_layers="
+            f"{architecture.num_layers}: they are not of the same model"
+        )
+    return architecture
+
+
+def fitting_layout(architecture: Architecture) -> str:
+    """The layout that a model is written in where nobody asks for another."""
+    if architecture.kv_shift is not None:
+        return "kvshift"
+    if architecture.num_experts:
+        return "mixtral"
+    if architecture.qk_layernorm:
+        return "qwen3"
+    return "qwen2" if architecture.add_qkv_bias else "llama"
+
+
+class MegatronTable:
+    """The rows of the name map for one checkpoint, each with the place of its tensors in it.
+
+    Args:
+        dtype: of all tensors; None keeps each one's.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape than the arguments say, or has no place
+            in the layout.
+    """
+
+    def __init__(
+        self,
+        reader: TorchDistReader,
+        layout: str,
+        architecture: Architecture,
+        dtype: torch.dtype | None = None,
+    ):
+        self.reader, self.architecture, self._dtype = reader, architecture, dtype
+        self.rows: list[Row] = list(expand(layout, architecture))
+        self._locations: list[tuple[Location, ...]] = [self._locate(row) for row in self.rows]
+        aliases = {name for row in self.rows for one in row.megatron for name in one.stored}
+        used = {key for name in aliases if (at := reader.locate(name)) for key in at.keys}
+        if left := sorted(reader.weights() - used):
+            raise ValueError(
+                f"{reader.path} holds {left[0]} and {len(left) - 1} more tensors that have no place"
+                f" in the layout {layout}: it is of another architecture than its arguments say"
+            )
+
+    def _locate(self, row: Row) -> tuple[Location, ...]:
+        found = []
+        for name in row.megatron:
+            places = (self.reader.locate(stored) for stored in name.stored)
+            place = next((place for place in places if place), None)
+            if place is None:
+                raise ValueError(
+                    f"{self.reader.path}: the checkpoint lacks {' or '.join(name.stored)}"
+                )
+            wanted = name.shape(self.architecture)
+            if place.shape != wanted:
+                raise ValueError(
+                    f"{self.reader.path}: {name.stored[0]} has the shape {list(place.shape)}, but "
+                    f"the checkpoint's arguments mean {list(wanted)}"
+                )
+            found.append(place)
+        return tuple(found)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def planned(self, i: int) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        """Name, shape and dtype of each Hugging Face tensor of row i, without reading it."""
+        row, places = self.rows[i], self._locations[i]
+        with torch.device("meta"):
+            empty = tuple(torch.empty(at.shape, dtype=self._dtype_of(at)) for at in places)
+            made = row.transform.to_hf(empty, self.architecture)
+        return [(name, tuple(one.shape), one.dtype) for name, one in zip(row.hf, made, strict=True)]
+
+    def megatron(self, i: int) -> tuple[Tensor, ...]:
+        """Megatron's tensors of row i."""
+        return tuple(
+            self.reader.read(place).to(self._dtype_of(place)) for place in self._locations[i]
+        )
+
+    def _dtype_of(self, place: Location) -> torch.dtype:
+        return self._dtype or self.reader.dtype(place)
+
+    def read(self, i: int) -> tuple[Tensor, ...]:
+        """Hugging Face's tensors of row i."""
+        return self.rows[i].transform.to_hf(self.megatron(i), self.architecture)

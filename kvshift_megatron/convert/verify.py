@@ -1,0 +1,167 @@
+"""Comparing the logits of a Megatron checkpoint and a Hugging Face folder, on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvshift_megatron.convert.formats.safetensors_files import SafetensorsFolder, read_json
+from kvshift_megatron.convert.formats.torch_dist import TorchDistReader
+from kvshift_megatron.convert.hf_config import layout_of
+from kvshift_megatron.convert.megatron_model import (
+    build_model,
+    fill_model,
+    megatron_logits,
+    one_rank,
+)
+from kvshift_megatron.convert.to_hf import MegatronTable, fitting_layout, read_architecture
+from kvshift_megatron.utils.launchers import own_path
+
+# Largest difference of two logits, relative to the largest. Both models compute in fp32, from
+# weights that were rounded to the same dtype.
+TOLERANCE = 1e-4
+# Clients of Baichuan's layout round lm_head to its dtype once more, when they normalize it.
+_TOLERANCE_OF_CLIENTS = {torch.float32: TOLERANCE, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_COARSENESS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+_LONGEST = 2048  # tokens; a longer prompt would take more memory than the model
+
+
+def verify(
+    checkpoint: Path, folder: Path, vocab_size: int | None = None, variant: str | None = None
+) -> float:
+    """Compare the two models' logits on random and edge-case prompts, and print the result.
+
+    Args:
+        checkpoint: Megatron's.
+        folder: Hugging Face's; baichuan_m1 is run by mlx-lm.
+        vocab_size, variant: as given to the conversion.
+
+    Returns:
+        The largest difference, relative to the largest logit.
+
+    Raises:
+        ValueError: the difference is above the tolerance.
+    """
+    reader = TorchDistReader(checkpoint)
+    architecture = read_architecture(reader, vocab_size, variant)
+    # Any layout will do for reading Megatron's side.
+    layout = fitting_layout(architecture)
+    files = SafetensorsFolder(folder)
+    dtypes = {files.dtype(name) for name in files.names()}
+    coarsest = max(dtypes | reader.dtypes(), key=_COARSENESS.index)
+    rounded = None if dtypes == reader.dtypes() else coarsest
+    table = MegatronTable(reader, layout, architecture, rounded)
+    prompts = edge_case_prompts(architecture.vocab_size, architecture.max_position_embeddings)
+    tolerance = TOLERANCE
+    if layout_of(read_json(folder / "config.json"), folder) == "baichuan_m1":
+        (theirs,) = mlx_logits([Run(folder, prompts)])
+        tolerance = _TOLERANCE_OF_CLIENTS.get(coarsest, TOLERANCE)
+    else:
+        theirs = transformers_logits(folder, prompts, rounded)
+    with one_rank():
+        model = build_model(architecture)
+        fill_model(model, table.rows, table.megatron)
+        ours = megatron_logits(model, prompts, architecture.vocab_size)
+    difference = largest_difference(ours, theirs)
+    print(f"largest difference of logits: {difference:.3g} (tolerance {tolerance:g})")
+    if not difference <= tolerance:
+        raise ValueError(
+            f"verify: the logits of {checkpoint} and {folder} differ by {difference:.3g} of the "
+            f"largest, above {tolerance:g}: the conversion is wrong, or one of the two is damaged"
+        )
+    return difference
+
+
+def edge_case_prompts(vocab_size: int, max_positions: int) -> list[list[int]]:
+    """One token, the first and the last id, repetitions, the longest prompt, and random ones."""
+    generator = torch.Generator().manual_seed(0)
+    longest = min(max_positions, _LONGEST)
+
+    def random(length: int) -> list[int]:
+        return torch.randint(vocab_size, (length,), generator=generator).tolist()
+
+    few = min(8, longest)
+    return [
+        [vocab_size // 2],
+        [0, vocab_size - 1] * (few // 2) or [0],
+        [vocab_size - 1] * few,
+        random(min(33, longest)),
+        random(longest),
+    ]
+
+
+def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest difference of two logits, relative to the largest; NaN if any is."""
+    worst = 0.0
+    for one, other in zip(ours, theirs, strict=True):
+        if one.shape != other.shape:
+            raise ValueError(f"verify: logits {list(one.shape)} against {list(other.shape)}")
+        scale = one.abs().max().clamp(min=1e-3)
+        difference = ((one - other).abs().max() / scale).item()
+        worst = difference if difference != difference else max(worst, difference)
+        if worst != worst:
+            break
+    return worst
+
+
+@torch.no_grad()
+def transformers_logits(
+    folder: Path, prompts: list[list[int]], rounded: torch.dtype | None = None
+) -> list[Tensor]:
+    """Logits by Transformers, in fp32: [tokens, vocab] each.
+
+    Args:
+        rounded: a dtype that the weights are rounded to first; None leaves them.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import kvshift_megatron.hf  # noqa: F401  (registers the model)
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(rounded or parameter.dtype))
+    return [model(torch.tensor([prompt]), use_cache=False).logits[0] for prompt in prompts]
+
+
+class Run(NamedTuple):
+    """A folder that mlx-lm shall run; by_token feeds one token at a time, through its cache."""
+
+    folder: Path
+    prompts: list[list[int]]
+    by_token: bool = False
+
+
+def mlx_logits(runs: list[Run]) -> list[list[Tensor]]:
+    """Logits by mlx-lm, in a process of its own: for every run, [tokens, vocab] a prompt.
+
+    Raises:
+        ValueError: mlx-lm is missing, or fails.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answer = Path(scratch) / "runs.json", Path(scratch) / "logits.npz"
+        asked.write_text(
+            json.dumps([{**run._asdict(), "folder": str(run.folder.resolve())} for run in runs])
+        )
+        command = [sys.executable, "-m", "kvshift_megatron.convert.baichuan.mlx_logits"]
+        path = [*map(str, own_path()), os.environ.get("PYTHONPATH", "")]
+        done = subprocess.run(
+            [*command, str(asked), str(answer)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
+        )
+        if done.returncode:
+            raise ValueError(
+                "the layout baichuan_m1 is verified with mlx-lm, which failed (it is installed by "
+                f"pip install 'mlx[cpu]' mlx-lm): {done.stderr.strip()[-2000:]}"
+            )
+        with np.load(answer) as arrays:
+            logits = iter([torch.from_numpy(arrays[name]) for name in arrays.files])
+    return [[next(logits) for _ in run.prompts] for run in runs]

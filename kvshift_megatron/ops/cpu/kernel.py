@@ -1,0 +1,212 @@
+"""The shift on a CPU, by a compiled kernel (kernel.c): one pass over memory each way."""
+
+import ctypes
+import functools
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvshift_megatron.ops.cpu import build
+
+SOURCE = Path(__file__).with_suffix(".c")
+# As kernel.c.
+MAX_WINDOW = 8
+
+_DTYPES = (torch.float32, torch.bfloat16)
+# Products of each of the kernel's fp32 sums, at most; block by block they are added in float64.
+_PRODUCTS = 512
+_LANES = 16
+# Elements below which waking other threads costs more than it saves; torch's own grain.
+_GRAIN = 32768
+# Bytes written beyond which the caches would not hold them for whoever reads them next.
+_PAST_CACHES = 16 * 2**20
+
+
+class _Side(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "dy", "out", "taps", "dtaps", "partial")),
+        ("x_strides", ctypes.c_int64 * 3),
+        ("dy_strides", ctypes.c_int64 * 3),
+    ]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        ("sides", _Side * 2),
+        ("position", ctypes.c_void_p),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                *("count", "tokens", "samples", "groups", "head", "window"),
+                *("block", "is_bf16", "past_caches", "threads"),
+            )
+        ),
+        *((name, ctypes.c_void_p) for name in ("parallel", "thread", "team")),
+    ]
+
+
+def supports(dtype: torch.dtype) -> bool:
+    """Whether the kernel takes this dtype: fp32 and bf16."""
+    return dtype in _DTYPES
+
+
+@functools.cache
+def why_not() -> str | None:
+    """Why the kernel cannot serve on this machine, as a clause; None where it is ready.
+
+    Compiles it on the first call, unless a compiled one is in the cache.
+    """
+    machine = (sys.platform, platform.machine())
+    if machine not in (("linux", "x86_64"), ("linux", "aarch64")) or sys.byteorder != "little":
+        return f"the compiled kernel is for Linux on x86_64 and aarch64, not {' on '.join(machine)}"
+    try:
+        _entries()
+    except build.BuildError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _entries() -> tuple:
+    """(the kernel, addresses of OpenMP's GOMP_parallel, omp_get_thread_num, omp_get_num_threads)"""
+    kernel = build.load(SOURCE).kvshift_run
+    kernel.argtypes, kernel.restype = [ctypes.c_void_p], None
+    # Found through torch's own library: a runtime of our own would bring threads of its own.
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        torch_cpu = ctypes.CDLL(str(library))
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        openmp = [ctypes.cast(getattr(torch_cpu, name), ctypes.c_void_p).value for name in names]
+    except (OSError, AttributeError) as error:
+        raise build.BuildError(
+            f"torch has no OpenMP runtime to share threads with: {error}"
+        ) from error
+    return kernel, *openmp
+
+
+def forward(
+    inputs: Sequence[Tensor], taps: Sequence[Tensor], position: Tensor | None
+) -> list[Tensor]:
+    """`shift_ref` of keys and values in one call, or of one of them.
+
+    Args:
+        inputs: one or two [s, b, ng, hn] of one shape and dtype (fp32 or bf16), any strides.
+        taps: as many fp32 [window, ng], a window of at most 8.
+        position: int64 [s], or None.
+
+    Returns:
+        As many tensors: contiguous, rounded as the definition's.
+    """
+    outputs = [_empty(x) for x in inputs]
+    _run(inputs, taps, position, outputs)
+    return outputs
+
+
+def backward(
+    inputs: Sequence[Tensor],
+    taps: Sequence[Tensor],
+    position: Tensor | None,
+    output_grads: Sequence[Tensor],
+) -> list[Tensor]:
+    """Gradients of the inputs, then those of the taps (fp32 [window, ng]).
+
+    The same bits whatever the number of threads.
+    """
+    input_grads = [_empty(x) for x in inputs]
+    tap_grads = [_empty(tap) for tap in taps]
+    _run(inputs, taps, position, input_grads, output_grads, tap_grads)
+    return [*input_grads, *tap_grads]
+
+
+def _run(
+    inputs: Sequence[Tensor],
+    taps: Sequence[Tensor],
+    position: Tensor | None,
+    outputs: Sequence[Tensor],
+    output_grads: Sequence[Tensor] = (),
+    tap_grads: Sequence[Tensor] = (),
+) -> None:
+    if reason := why_not():
+        raise RuntimeError(f"the CPU kernel of the shift cannot run: {reason}")
+    kernel, *openmp = _entries()
+    shape, dtype = inputs[0].shape, inputs[0].dtype
+    tokens, samples, groups, head = shape
+    elements = inputs[0].numel()
+    if elements == 0:
+        for grad in tap_grads:
+            grad.zero_()
+        return
+    window = len(taps[0])
+    _check(inputs, taps, output_grads, position)
+    block = min(tokens, max(1, _PRODUCTS * _LANES // (samples * head)))
+    count = len(inputs)
+    size = inputs[0].element_size()
+
+    # Tensors made here have to outlive the call.
+    inputs = [_with_rows(x) for x in inputs]
+    output_grads = [_with_rows(dy) for dy in output_grads]
+    taps = [tap.contiguous() for tap in taps]
+    if position is not None:
+        position = position.contiguous()
+    if output_grads:
+        blocks = -(-tokens // block)
+        size_of_sums = (count, blocks, window, groups)
+        partial = torch.empty(size_of_sums, dtype=torch.float64, device="cpu")
+
+    call = _Call()
+    for n, (x, tap, out) in enumerate(zip(inputs, taps, outputs)):
+        side = call.sides[n]
+        side.x, side.out, side.taps = x.data_ptr(), out.data_ptr(), tap.data_ptr()
+        side.x_strides[:] = [stride * size for stride in x.stride()[:3]]
+        if output_grads:
+            dy = output_grads[n]
+            side.dy, side.dtaps = dy.data_ptr(), tap_grads[n].data_ptr()
+            side.partial = partial.data_ptr() + n * partial.stride(0) * 8
+            side.dy_strides[:] = [stride * size for stride in dy.stride()[:3]]
+    call.position = None if position is None else position.data_ptr()
+    call.count, call.window, call.block = count, window, block
+    call.tokens, call.samples, call.groups, call.head = tokens, samples, groups, head
+    call.is_bf16 = dtype == torch.bfloat16
+    aligned = head * size % 64 == 0 and all(out.data_ptr() % 64 == 0 for out in outputs)
+    call.past_caches = aligned and count * elements * size >= _PAST_CACHES
+    call.threads = torch.get_num_threads() if count * elements > _GRAIN else 1
+    call.parallel, call.thread, call.team = openmp
+    kernel(ctypes.byref(call))
+
+
+def _check(inputs, taps, output_grads, position) -> None:
+    # The kernel reads memory: what does not fit must not get there.
+    first = inputs[0]
+    alike = all(
+        x.shape == first.shape and x.dtype == first.dtype and x.device.type == "cpu"
+        for x in (*inputs, *output_grads)
+    )
+    window = len(taps[0])
+    fitting = all(
+        tap.shape == (window, first.shape[2])
+        and (tap.dtype, tap.device.type) == (torch.float32, "cpu")
+        for tap in taps
+    )
+    placed = position is None or (
+        (position.dtype, position.device.type) == (torch.int64, "cpu")
+        and position.shape == first.shape[:1]
+    )
+    if not (alike and fitting and placed and supports(first.dtype) and window <= MAX_WINDOW):
+        raise ValueError(
+            "the CPU kernel of the shift takes keys and values of one shape and dtype (fp32 or "
+            f"bf16) on the CPU, fp32 taps [window, ng] with a window of at most {MAX_WINDOW} and "
+            "an int64 position [s], all on the CPU: set KVSHIFT_IMPLEMENTATION=reference for others"
+        )
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """x with the elements of a head side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -1,0 +1,81 @@
+"""The shift by Triton kernels: keys and values in one launch."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from kvshift_megatron.ops.autograd import empty
+from kvshift_megatron.ops.triton.kernels import shift_backward_kernel, shift_kernel
+
+# Elements of a program's tile and its warps: 16 bytes a load and 4 loads a thread for bf16.
+_TILE, _WARPS = 4096, 4
+
+
+def forward(
+    inputs: Sequence[Tensor], taps: Sequence[Tensor], position: Tensor | None
+) -> list[Tensor]:
+    """`shift_ref` of one or two [s, b, ng, hn] of one shape and dtype (bf16, fp16 or fp32)."""
+    outputs = [empty(x) for x in inputs]
+    grid, sizes, constants = _launch(inputs, taps, position)
+    arguments = [(*strided(x), out, tap.contiguous()) for x, out, tap in zip(inputs, outputs, taps)]
+    with torch.cuda.device_of(inputs[0]):
+        shift_kernel[grid](
+            *arguments[0],
+            *arguments[-1],
+            inputs[0] if position is None else position.contiguous(),
+            *sizes,
+            **constants,
+        )
+    return outputs
+
+
+def backward(
+    inputs: Sequence[Tensor],
+    taps: Sequence[Tensor],
+    position: Tensor | None,
+    output_grads: Sequence[Tensor],
+) -> list[Tensor]:
+    """Gradients of the inputs, then those of the taps."""
+    grads = [empty(x) for x in inputs]
+    grid, sizes, constants = _launch(inputs, taps, position)
+    shape = (len(taps), *taps[0].shape, grid[0] * inputs[0].size(1))
+    partial = torch.empty(shape, dtype=torch.float32, device=inputs[0].device)
+    arguments = [
+        (*strided(x), *strided(dy), dx, tap.contiguous(), dtap)
+        for x, dy, dx, tap, dtap in zip(inputs, output_grads, grads, taps, partial)
+    ]
+    with torch.cuda.device_of(inputs[0]):
+        shift_backward_kernel[grid](
+            *arguments[0],
+            *arguments[-1],
+            inputs[0] if position is None else position.contiguous(),
+            *sizes,
+            **constants,
+        )
+    return grads + list(partial.sum(-1))
+
+
+def _launch(inputs: Sequence[Tensor], taps: Sequence[Tensor], position: Tensor | None):
+    """(grid, (tokens, samples, groups), the kernels' compile-time constants)."""
+    tokens, samples, groups, head = inputs[0].shape
+    block_d = triton.next_power_of_2(head)
+    block_s = max(1, _TILE // block_d)
+    constants = {
+        "HEAD": head,
+        "WINDOW": len(taps[0]),
+        "PACKED": position is not None,
+        "BLOCK_S": block_s,
+        "BLOCK_D": block_d,
+        "num_warps": _WARPS,
+    }
+    grid = (triton.cdiv(tokens, block_s), samples * groups, len(inputs))
+    return grid, (tokens, samples, groups), constants
+
+
+def strided(x: Tensor) -> tuple[Tensor, int, int, int]:
+    # The kernels count the elements between groups in 32 bits.
+    if x.stride(-1) != 1 or x.stride(2) * x.size(2) >= 2**31:
+        x = x.contiguous()
+    return x, *x.stride()[:3]

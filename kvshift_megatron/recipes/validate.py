@@ -1,0 +1,92 @@
+"""What can be known to be wrong before a machine is asked for."""
+
+import argparse
+import contextlib
+import io
+import warnings
+from argparse import Namespace
+from typing import NoReturn
+
+from kvshift_megatron.arguments import (
+    add_kv_shift_args,
+    add_vanilla_twin_arg,
+    kv_shift_config_from_args,
+)
+from kvshift_megatron.attention.validation import check_args, check_transformer_config
+from kvshift_megatron.recipes.recipe import Run
+from kvshift_megatron.recipes.sizes import arguments, check_sizes
+from kvshift_megatron.recipes.toml_flags import command_line
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong without the two thousand lines of Megatron's usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (known are Megatron's flags and KV shifting's)")
+
+
+def check(run: Run) -> Namespace:
+    """Checks names and kinds of all flags, divisions, and what KV shifting refuses.
+
+    Imports Megatron, which takes seconds; it checks the rest when it starts.
+
+    Returns:
+        The parsed flags.
+
+    Raises:
+        ValueError: one sentence with the flag and what is wrong, such as what must divide what.
+    """
+    return _checked(run, parse(run))
+
+
+def check_without_megatron(run: Run) -> Namespace:
+    """What `check` does, but for the names and kinds of Megatron's flags.
+
+    Returns:
+        The flags; their numbers are numbers as far as `sizes` lists them.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    parser = _kv_shift_parser()
+    own = {name: value for name, value in run.flags.items() if "kv-shift" in name}
+    args = Namespace(**vars(arguments(run.flags)) | vars(parser.parse_args(command_line(own))))
+    return _checked(run, args)
+
+
+def parse(run: Run) -> Namespace:
+    """The run's flags through Megatron's parser, with this package's flags.
+
+    Raises:
+        ValueError: an unknown flag or a value of the wrong kind, in the parser's words.
+    """
+    from kvshift_megatron import cpu
+
+    # Without a GPU Megatron can be imported only behind the CPU layer. That it is on, and what is
+    # not installed here, does not matter to a parser.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cpu.enable()
+        from megatron.training.arguments import add_megatron_arguments
+
+        from kvshift_megatron.training.task import load_task
+
+        parser = add_megatron_arguments(_kv_shift_parser())
+        parser.add_argument("--task-module", default=None)
+        task = load_task(run.flags.get("task-module"))
+        return task.add_args(parser).parse_args(command_line(run.flags))
+
+
+def _kv_shift_parser() -> argparse.ArgumentParser:
+    parser = _Parser(allow_abbrev=False, add_help=False)
+    return add_vanilla_twin_arg(add_kv_shift_args(parser))
+
+
+def _checked(run: Run, args: Namespace) -> Namespace:
+    check_sizes(run.nproc, args)
+    check_args(args)
+    if kv_shift_config_from_args(args) is not None:
+        heads, groups = args.num_attention_heads, args.num_query_groups
+        groups = groups if args.group_query_attention else heads
+        check_transformer_config(Namespace(**{**vars(args), "num_query_groups": groups}))
+    return args

@@ -1,0 +1,128 @@
+"""Which attention of a Megatron spec becomes a KV-shifting one, and which is refused."""
+
+from dataclasses import replace as replace_fields
+from typing import Any
+
+from megatron.core.transformer.attention import Attention, CrossAttention, SelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
+from kvshift_megatron.config import KVShiftConfig
+from kvshift_megatron.specs.rewrite import module_class, rewrite
+
+# What Megatron's heterogeneous models put where they have no attention: nothing, or one matrix.
+NO_ATTENTION = (
+    "IdentityOp",
+    "IdentityFuncOp",
+    "ColumnParallelLinearGathered",
+    "TELayerNormColumnParallelLinearGathered",
+)
+# A hybrid stack (Mamba stack before 0.18) lists every kind of layer; a pattern picks among them.
+_STACKS = ("HybridStackSubmodules", "MambaStackSubmodules")
+
+
+def with_kv_shift(spec: Any, kv_shift: KVShiftConfig = KVShiftConfig()) -> Any:
+    """A deep copy of a Megatron spec in which every SelfAttention shifts its keys and values.
+
+    Args:
+        spec: any layer, block, hybrid-stack or multi-token-prediction spec: a ModuleSpec, a
+            submodules dataclass, or a list or dict of such.
+        kv_shift: the taps of every replaced layer.
+
+    Returns:
+        The copy; `spec` stays as it was. In a hybrid stack, layer kinds with an attention that
+        cannot shift are refused when the layer pattern asks for one, as the model is built.
+
+    Raises:
+        ValueError: nothing was replaced, or the spec holds an attention that is not exactly
+            Megatron's SelfAttention and would have stayed as it is.
+    """
+    conversion = _Conversion(kv_shift)
+    result = rewrite(spec, conversion.visit)
+    if conversion.refused:
+        names = ", ".join(sorted(set(conversion.refused)))
+        raise ValueError(
+            f"the spec holds {names}, which KV shifting does not replace (only Megatron's own "
+            "SelfAttention): convert a spec without it"
+        )
+    if not conversion.replaced:
+        raise ValueError(
+            "the spec holds no SelfAttention, so that KV shifting would change nothing: pass a "
+            "layer, block, hybrid-stack or MTP spec with Megatron's SelfAttention"
+        )
+    return result
+
+
+class _Conversion:
+    """The visitor of one `rewrite`."""
+
+    def __init__(self, kv_shift: KVShiftConfig):
+        self.kv_shift = kv_shift
+        self.replaced = 0
+        self.refused: list[str] = []
+
+    def visit(self, node: Any) -> Any:
+        module = module_class(node)
+        if module is SelfAttention and isinstance(node, ModuleSpec):
+            self.replaced += 1
+            return replace_fields(
+                node,
+                module=KVShiftSelfAttention,
+                params={**node.params, "kv_shift": self.kv_shift},
+            )
+        if module is KVShiftSelfAttention:
+            raise ValueError(
+                "the spec shifts keys and values already: convert the spec it came from"
+            )
+        if _is_other_attention(module):
+            self.refused.append(module.__name__)
+        elif isinstance(node, TransformerLayerSubmodules):
+            return self._layer(node)
+        elif type(node).__name__ in _STACKS:
+            self._allow_guarded(node)
+        return node
+
+    def _allow_guarded(self, stack: Any) -> None:
+        """Take back the refusals of a stack's layers: their guards refuse once one is built."""
+
+        def visit(node):
+            if module_class(node) is RefusedAttention:
+                self.refused.remove(node.params["class_name"])
+            return node
+
+        rewrite(stack, visit)
+
+    def _layer(self, node: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
+        """Guard a layer whose self_attention is something else than a SelfAttention."""
+        module = module_class(node.self_attention)
+        if module is KVShiftSelfAttention or module is None or module.__name__ in NO_ATTENTION:
+            return node
+        if not _is_other_attention(module):
+            self.refused.append(module.__name__)
+        # Also where it may stay in the spec: this layer can never be built as if it shifted.
+        guard = ModuleSpec(RefusedAttention, params={"class_name": module.__name__})
+        return replace_fields(node, self_attention=guard)
+
+
+class RefusedAttention:
+    """What stands in a hybrid stack for a layer that cannot shift: it cannot be built.
+
+    Raises:
+        ValueError: always.
+    """
+
+    def __init__(self, *args, class_name: str, **kwargs):
+        raise ValueError(
+            f"the layer pattern asks for a layer with {class_name}, which has no per-head keys "
+            "and values to shift: use attention (*), Mamba (M), MLP (-) and MoE (E) layers only, "
+            "or train without KV shifting"
+        )
+
+
+def _is_other_attention(module: Any) -> bool:
+    return (
+        isinstance(module, type)
+        and issubclass(module, Attention)
+        and not issubclass(module, CrossAttention)
+    )

@@ -1,0 +1,68 @@
+"""Putting the TE-free parts into Megatron's own local specs."""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from kvshift_megatron.specs.rewrite import module_class, rewrite
+from kvshift_megatron.specs.te_free.core_attention import SDPACoreAttention
+from kvshift_megatron.specs.te_free.norm import SequenceParallelNorm
+
+try:
+    import apex  # noqa: F401  (probe: Megatron imports the class below even where apex is absent)
+    from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+except ImportError:
+    FusedLayerNorm = None
+
+
+def with_local_parts(spec: Any, config: TransformerConfig, vp_stage: int | None = None) -> Any:
+    """A spec of Megatron's TE-free parts that also runs under sequence parallelism.
+
+    Args:
+        spec: a layer, block, hybrid-stack or MTP spec with `transformer_impl` local; None is kept.
+        config: of the model; the number of layers of this pipeline stage comes from it.
+        vp_stage: virtual pipeline stage.
+
+    Returns:
+        The copy. For a layer spec, a block spec: only a block names the norm after the last layer,
+        and where Transformer Engine imports without a GPU Megatron would pick TE's there.
+    """
+    if isinstance(spec, ModuleSpec) and issubclass(module_class(spec), TransformerLayer):
+        num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+        spec = TransformerBlockSubmodules(
+            layer_specs=[spec] * num_layers, layer_norm=_final_norm(config)
+        )
+    return with_local_modules(spec)
+
+
+def with_local_modules(spec: Any) -> Any:
+    """A copy of a TE-free spec with this package's norm and core attention, and nothing added."""
+    return rewrite(spec, _replace)
+
+
+def _replace(node: Any) -> Any:
+    if node is DotProductAttention:
+        return SDPACoreAttention
+    if node is WrappedTorchNorm or (node is FusedLayerNorm and _apex_cannot_run()):
+        return SequenceParallelNorm
+    return node
+
+
+def _final_norm(config: TransformerConfig) -> type:
+    # As Megatron's local spec: Apex has a fused LayerNorm and no RMSNorm.
+    if FusedLayerNorm is not None and config.normalization == "LayerNorm":
+        return FusedLayerNorm
+    return WrappedTorchNorm
+
+
+def _apex_cannot_run() -> bool:
+    return FusedLayerNorm is not None and not torch.cuda.is_available()

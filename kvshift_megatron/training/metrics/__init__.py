@@ -1,0 +1,137 @@
+"""Watching a run: taps, loss, throughput, MFU and GPUs, to Megatron's writers and to JSON lines.
+
+`watch` is all that the entry point calls. Without a place to write to (--metrics-file,
+--tensorboard-dir, --save or --wandb-project) nothing is done.
+"""
+
+import argparse
+import contextlib
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from kvshift_megatron.training.metrics.json_lines import JsonLines, read_lines, read_metrics
+
+__all__ = ["add_watching_args", "check_watching_args", "metrics_file", "read_lines", "read_metrics",
+           "watch"]  # fmt: skip
+
+
+def add_watching_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of this package to Megatron's parser."""
+    group = parser.add_argument_group("watching a run")
+    group.add_argument(
+        "--metrics-file",
+        default=None,
+        metavar="PATH",
+        help="JSON lines with everything that is logged, one an iteration; a resumed run appends. "
+        "Default: metrics.jsonl in --tensorboard-dir, else in --save, else none.",
+    )
+    group.add_argument(
+        "--gpu-peak-tflops",
+        type=float,
+        default=None,
+        help="Peak dense TFLOP/s of one GPU, which MFU is a part of. Default: of the GPU's name "
+        "where it is known, in bf16.",
+    )
+    group.add_argument(
+        "--no-gpu-telemetry", action="store_true", help="Do not sample the GPUs through NVML."
+    )
+    group.add_argument(
+        "--gpu-telemetry-interval",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="Between two samples of a node's GPUs. Default: 10.",
+    )
+    return parser
+
+
+def check_watching_args(args: Namespace) -> None:
+    """Raise ValueError for a flag of this package that cannot be honoured."""
+    path = metrics_file(args)
+    if path is not None and path.is_dir():
+        raise ValueError(f"metrics_file={str(path)!r} is a folder: give --metrics-file a file")
+    if args.gpu_peak_tflops is not None and not args.gpu_peak_tflops > 0:
+        raise ValueError(
+            f"gpu_peak_tflops={args.gpu_peak_tflops} must be above 0: give --gpu-peak-tflops the "
+            "TFLOP/s of one GPU, or leave it out"
+        )
+    if not args.gpu_telemetry_interval > 0:
+        raise ValueError(
+            f"gpu_telemetry_interval={args.gpu_telemetry_interval} must be above 0 seconds: change "
+            "--gpu-telemetry-interval, or turn telemetry off with --no-gpu-telemetry"
+        )
+
+
+def metrics_file(args: Namespace) -> Path | None:
+    """Where the JSON lines of a run go."""
+    if args.metrics_file:
+        return Path(args.metrics_file)
+    folder = args.tensorboard_dir or args.save
+    return Path(folder) / "metrics.jsonl" if folder else None
+
+
+@contextlib.contextmanager
+def watch(args: Namespace, model_config: Any) -> Iterator[None]:
+    """Watch the training that happens inside the block, on every rank.
+
+    Args:
+        args: Megatron's, parsed and validated, after Megatron has set its writers up.
+        model_config: Megatron's model configuration, which this gives a post-wrap hook.
+    """
+    path = metrics_file(args)
+    if path is None and not args.tensorboard_dir and not getattr(args, "wandb_project", ""):
+        yield
+        return
+    # Megatron's own numbers, on by default: seconds a step, and TFLOP/s a GPU.
+    args.log_timers_to_tensorboard = True
+    args.log_throughput = True
+
+    # Imported late: this imports Megatron, which has to wait for the device layer.
+    from megatron.core import timers
+    from megatron.training import global_vars, training
+
+    from kvshift_megatron.training.metrics.recorders import LinesOnly, Recorder, record_scalars
+    from kvshift_megatron.training.metrics.watcher import Watcher
+
+    with contextlib.ExitStack() as stack:
+        recorder = writer = None
+        if args.rank == args.world_size - 1:
+            recorder = Recorder(JsonLines(path) if path else None)
+            writer = global_vars.get_tensorboard_writer()
+            if writer is not None:
+                stack.callback(record_scalars(writer, recorder))
+            else:
+                writer = LinesOnly(recorder)
+                stack.enter_context(
+                    mock.patch.object(global_vars, "_GLOBAL_TENSORBOARD_WRITER", writer)
+                )
+                # Timers are written to writers of this class only; None without TensorBoard.
+                stack.enter_context(mock.patch.object(timers, "SummaryWriter", LinesOnly))
+        watcher = Watcher(args, path, recorder, writer, global_vars.get_wandb_writer())
+        log = watcher.logging(training.training_log)
+        stack.enter_context(mock.patch.object(training, "training_log", log))
+        evaluate = watcher.evaluating(training.evaluate_and_print_results)
+        stack.enter_context(mock.patch.object(training, "evaluate_and_print_results", evaluate))
+        if model_config.kv_shift is not None:
+            refusal = _no_taps_because(args)
+            if refusal is None:
+                model_config.post_wrap_hooks.append(watcher.watch_taps)
+            elif args.rank == 0:
+                print(f"kvshift_megatron: no statistics of taps: {refusal}", flush=True)
+        if recorder is not None:
+            print(watcher.describe(), flush=True)
+        stack.callback(watcher.stop)
+        watcher.start_telemetry()
+        yield
+
+
+def _no_taps_because(args: Namespace) -> str | None:
+    """Why the taps cannot be read between backward pass and step; None where they can."""
+    if args.use_torch_fsdp2 or args.use_megatron_fsdp:
+        return "FSDP holds a part of each parameter only, between one pass and the next"
+    if args.cuda_graph_impl == "full_iteration":
+        return "a CUDA graph of the whole iteration lets nothing in between its passes"
+    return None

@@ -1,0 +1,160 @@
+"""Megatron's TensorBoard writer, and beside it one JSON line an iteration with the same tags.
+
+Megatron writes each number with `add_scalar` on the object that `get_tensorboard_writer` gives, on
+the last rank. That object stays Megatron's SummaryWriter; only what passes it is taken down too.
+Where no TensorBoard was asked for, or it is not installed, LinesOnly stands in for it, so that
+Megatron's numbers reach the JSON lines all the same.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from kvshift_megatron.training.metrics.json_lines import JsonLines
+
+# Megatron writes these tags a second time over the samples; a line has "samples" once instead.
+_OVER_SAMPLES = " vs samples"
+
+
+class Recorder:
+    """Collects the tags of an iteration and writes them as one line.
+
+    Args:
+        lines: where to; None collects for nobody.
+    """
+
+    def __init__(self, lines: JsonLines | None):
+        self._lines = lines
+        self._pending: dict[int, dict[str, Any]] = {}
+        self._last: int | None = None
+
+    def record(self, tag: str, value: Any, iteration: int) -> None:
+        """Take down one value, a number or what a line can hold otherwise."""
+        if tag.endswith(_OVER_SAMPLES):
+            # Comes after the same value over iterations.
+            if self._last in self._pending:
+                self._pending[self._last]["samples"] = iteration
+            return
+        if tag in self._pending.get(iteration, {}):
+            # Nothing is overwritten: Megatron's last evaluations share a tag and an iteration.
+            self.flush()
+        self._pending.setdefault(iteration, {})[tag] = value
+        self._last = iteration
+
+    def get(self, tag: str, iteration: int) -> Any:
+        """What was recorded since the last `flush`; None where nothing was."""
+        return self._pending.get(iteration, {}).get(tag)
+
+    def flush(self, **heading: Any) -> None:
+        """Write what is pending, with more entries at the head of the lines."""
+        pending, self._pending = self._pending, {}
+        if self._lines is not None:
+            for iteration, values in pending.items():
+                self._lines.append({"time": time.time(), "iteration": iteration} | heading | values)
+
+
+class LinesOnly:
+    """What Megatron calls on a SummaryWriter, for a recorder alone."""
+
+    def __init__(self, recorder: Recorder):
+        self._recorder = recorder
+
+    def add_scalar(self, tag: str, value: Any, global_step: int, *_, **__) -> None:
+        self._recorder.record(tag, float(value), int(global_step))
+
+    def add_text(self, *_, **__) -> None:
+        """The run's arguments, which are no metrics."""
+
+    def add_many(self, values: dict[str, Any], iteration: int) -> None:
+        """As record_scalars's."""
+        for tag, value in values.items():
+            self._recorder.record(tag, value, iteration)
+
+    def flush(self) -> None:
+        self._recorder.flush()
+
+    def close(self) -> None:
+        self._recorder.flush()
+
+
+def record_scalars(
+    writer: Any, recorder: Recorder, warn: Callable[[str], None] | None = None
+) -> Callable[[], None]:
+    """Have a SummaryWriter's scalars recorded too; a full disk under it is one warning.
+
+    Args:
+        writer: Megatron's SummaryWriter; its methods are exchanged on the object, and it gets
+            `add_many(values, iteration)` for {tag: number}, which makes one event of them all:
+            `add_scalar` makes and queues one each, and the taps are hundreds. Strings and lists
+            among the values go to the recorder only.
+        recorder: gets every scalar, whatever becomes of it in TensorBoard.
+        warn: takes a sentence; default: standard error.
+
+    Returns:
+        A function that gives the writer its own methods back.
+    """
+    state = {"failed": False}
+
+    def guarded(method: Callable) -> Callable:
+        def call(*args, **kwargs):
+            if state["failed"]:
+                return
+            try:
+                method(*args, **kwargs)
+            except OSError as error:
+                state["failed"] = True
+                (warn or _to_stderr)(
+                    f"kvshift_megatron: TensorBoard's files cannot be written ({error}); they "
+                    "end here, training goes on"
+                )
+
+        return call
+
+    add_scalar = guarded(writer.add_scalar)
+    flush = guarded(writer.flush)
+
+    def add_scalar_and_record(tag, scalar_value, global_step=None, *args, **kwargs):
+        # Once to the CPU, for both.
+        value = float(scalar_value)
+        recorder.record(tag, value, int(global_step))
+        add_scalar(tag, value, global_step, *args, **kwargs)
+
+    def add_event(values, iteration):
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        numbers = {tag: value for tag, value in values.items() if isinstance(value, int | float)}
+        writer.file_writer.add_summary(
+            Summary(value=[Summary.Value(tag=t, simple_value=v) for t, v in numbers.items()]),
+            iteration,
+        )
+
+    add_event = guarded(add_event)
+
+    def add_many(values, iteration):
+        for tag, value in values.items():
+            recorder.record(tag, value, iteration)
+        add_event(values, iteration)
+
+    def flush_both():
+        recorder.flush()
+        flush()
+
+    own = {
+        "add_scalar": add_scalar_and_record,
+        "add_many": add_many,
+        "add_text": guarded(writer.add_text),
+        "flush": flush_both,
+        "close": guarded(writer.close),
+    }
+    vars(writer).update(own)
+
+    def restore() -> None:
+        for name in own:
+            vars(writer).pop(name, None)
+
+    return restore
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,213 @@
+"""What the taps look like, layer by layer: mean, min, max, and the counts of the paper's Table 4.
+
+Read between the backward pass and the optimizer's step, so that an iteration's statistics are of
+the taps that its loss was computed with: right after the step the distributed optimizer may not
+have gathered the new parameters yet (--overlap-param-gather).
+"""
+
+from typing import NamedTuple
+
+import torch
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
+from kvshift_megatron.config import KVShiftConfig
+from kvshift_megatron.taps import tap_names, taps_by_kind
+
+_ALL = "taps/all_layers"
+
+
+class LayerPart(NamedTuple):
+    """What one rank holds of one layer's taps.
+
+    Args:
+        name: of the layer in the tags: "layer_7", or "mtp_layer_1" of multi-token prediction.
+        kv_shift: its taps.
+        num_query_groups: of the whole layer.
+        first, last: the rank's query groups, last exclusive.
+    """
+
+    name: str
+    kv_shift: KVShiftConfig
+    num_query_groups: int
+    first: int
+    last: int
+
+
+class TapStatistics:
+    """Gathers the taps of all layers and describes them, on the ranks of one model replica.
+
+    Args:
+        model: this rank's chunks.
+    """
+
+    def __init__(self, model: list[torch.nn.Module]):
+        self._modules = _shifting_layers(model)
+        self._group = get_attr_wrapped_model(model[0], "pg_collection").mp
+        self._ranks = torch.distributed.get_process_group_ranks(self._group)
+        self._flat: Tensor | None = None
+        self._layout: list[list[LayerPart]] | None = None
+        self._longest = 0
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Copy this rank's parameters of taps as they are now; two kernels, nothing waits."""
+        values = [
+            getattr(module, name).reshape(-1)
+            for _, module in self._modules
+            for names in tap_names(module.kv_shift).values()
+            for name in names
+        ]
+        device = torch.cuda.current_device()
+        self._flat = torch.cat(values).float() if values else torch.zeros(0, device=device)
+
+    def describe(self) -> dict[str, float]:
+        """What `take` copied, of all layers and query groups.
+
+        Collective over the tensor- and pipeline-parallel ranks of the last rank's model replica,
+        and nothing on others: one all-gather, whatever the number of layers (at the first call a
+        second one, of what each rank holds).
+
+        Returns:
+            On the last rank tag -> value, see `statistics`; elsewhere, and where `take` was not
+            called since the last time, nothing.
+        """
+        flat, self._flat = self._flat, None
+        writer = torch.distributed.get_world_size() - 1
+        if flat is None or writer not in self._ranks:
+            return {}
+        if self._layout is None:
+            self._exchange_layout()
+        if not self._longest:
+            return {}
+        padded = flat.new_zeros(self._longest)
+        padded[: flat.numel()] = flat
+        gathered = flat.new_empty(len(self._ranks) * self._longest)
+        torch.distributed.all_gather_into_tensor(gathered, padded, group=self._group)
+        if torch.distributed.get_rank() != writer:
+            return {}
+        return statistics(assemble(self._layout, gathered.view(len(self._ranks), -1).cpu()))
+
+    def _exchange_layout(self) -> None:
+        own = [
+            LayerPart(
+                name,
+                module.kv_shift,
+                module.config.num_query_groups,
+                module.stored_groups.start,
+                module.stored_groups.stop,
+            )
+            for name, module in self._modules
+        ]
+        self._layout = [None] * len(self._ranks)
+        torch.distributed.all_gather_object(self._layout, own, group=self._group)
+        self._longest = max(sum(map(_numel, parts)) for parts in self._layout)
+
+
+def assemble(
+    layout: list[list[LayerPart]], rows: Tensor
+) -> dict[str, tuple[KVShiftConfig, Tensor]]:
+    """Whole layers from what the ranks hold.
+
+    Args:
+        layout: the parts of each rank, in the order of its row.
+        rows: fp32 [ranks, longest], the parameters of each rank's parts, one after the other.
+
+    Returns:
+        layer -> its configuration and parameters, fp32 [parameters per group, num_query_groups].
+        Decoder layers ascending, then those of multi-token prediction.
+    """
+    layers = {}
+    for parts, row in zip(layout, rows):
+        start = 0
+        for part in parts:
+            parameters = part.kv_shift.parameters_per_group
+            values = row[start : start + _numel(part)].view(parameters, -1)
+            start += _numel(part)
+            shape = (parameters, part.num_query_groups)
+            # A part that no rank has would show as NaN.
+            whole = layers.setdefault(part.name, (part.kv_shift, torch.full(shape, torch.nan)))[1]
+            whole[:, part.first : part.last] = values
+    return {name: layers[name] for name in sorted(layers, key=_position)}
+
+
+def statistics(layers: dict[str, tuple[KVShiftConfig, Tensor]]) -> dict[str, float]:
+    """The tags of all layers.
+
+    Returns:
+        taps/layer_7/alpha_1_mean, _min, _max: over the query groups; likewise each other tap, as
+            the shift applies it (gate and clamp are done).
+        taps/layer_7/pairs_a1_gt_a2_b1_le_b2: query groups with alpha_1 > alpha_2 and not
+            beta_1 > beta_2; likewise the other three cells of the paper's Table 4. Where only keys
+            or values shift, two cells.
+        taps/all_layers/...: the same over the query groups of all decoder layers.
+    """
+    tags = {}
+    for part in _alike(layers):
+        kv_shift = part[0][1]
+        taps = _effective(kv_shift, torch.stack([parameters for _, _, parameters in part]))
+        described = _describe(taps)
+        for position, (name, *_) in enumerate(part):
+            tags |= {f"taps/{name}/{key}": row[position] for key, row in described.items()}
+    # Only where all decoder layers have the same taps is there a whole to speak of.
+    decoder = [value for name, value in layers.items() if not name.startswith("mtp_")]
+    if len({kv_shift for kv_shift, _ in decoder}) == 1:
+        kv_shift = decoder[0][0]
+        whole = torch.cat([parameters for _, parameters in decoder], dim=1)[None]
+        described = _describe(_effective(kv_shift, whole))
+        tags |= {f"{_ALL}/{key}": row[0] for key, row in described.items()}
+    return tags
+
+
+def _alike(layers) -> list[list[tuple[str, KVShiftConfig, Tensor]]]:
+    """The layers in parts of one configuration and shape, which are described together."""
+    parts = {}
+    for name, (kv_shift, parameters) in layers.items():
+        parts.setdefault((kv_shift, parameters.shape), []).append((name, kv_shift, parameters))
+    return list(parts.values())
+
+
+def _effective(kv_shift: KVShiftConfig, parameters: Tensor) -> dict[str, Tensor]:
+    """{"alpha": fp32 [window, layers, ng], "beta": ...} of parameters [layers, parameters, ng]."""
+    shape = (kv_shift.window, parameters.shape[0], parameters.shape[2])
+    taps = taps_by_kind(kv_shift, parameters.transpose(0, 1).flatten(1))
+    return {kind: values.reshape(shape) for kind, values in taps.items()}
+
+
+def _describe(taps: dict[str, Tensor]) -> dict[str, list[float]]:
+    """{"alpha_1_mean": a number a layer, ...} of taps [window, layers, ng]."""
+    tags = {}
+    for kind, values in taps.items():
+        for number, tap in enumerate(values, start=1):
+            tags[f"{kind}_{number}_mean"] = tap.double().mean(-1).tolist()
+            tags[f"{kind}_{number}_min"] = tap.amin(-1).tolist()
+            tags[f"{kind}_{number}_max"] = tap.amax(-1).tolist()
+    cells = {"pairs": torch.ones((), dtype=torch.bool)}
+    for kind, values in taps.items():
+        greater, letter = values[0] > values[1], kind[0]
+        cells = {
+            f"{name}_{letter}1_{word}_{letter}2": cell & side
+            for name, cell in cells.items()
+            for word, side in (("gt", greater), ("le", ~greater))
+        }
+    return tags | {name: cell.sum(-1).tolist() for name, cell in cells.items()}
+
+
+def _shifting_layers(model: list[torch.nn.Module]) -> list[tuple[str, KVShiftSelfAttention]]:
+    layers = []
+    for chunk in model:
+        for path, module in chunk.named_modules():
+            if isinstance(module, KVShiftSelfAttention):
+                prefix = "mtp_layer" if "mtp" in path.split(".") else "layer"
+                layers.append((f"{prefix}_{module.layer_number}", module))
+    return layers
+
+
+def _numel(part: LayerPart) -> int:
+    return part.kv_shift.parameters_per_group * (part.last - part.first)
+
+
+def _position(name: str) -> tuple[str, int]:
+    prefix, _, number = name.rpartition("_")
+    return prefix, int(number)

@@ -1,0 +1,528 @@
+"""Checkpoints with taps for models without, and the reverse: refused before a weight is loaded."""
+
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.transformer.module import Float16Module
+
+from kvshift_megatron import KVShiftConfig
+from kvshift_megatron.checks import checkpoint
+from kvshift_megatron.checks.checkpoint import (
+    check_checkpoint,
+    checkpoint_to_load,
+    compare_taps,
+    stored_taps,
+)
+from kvshift_megatron.checks.stored_files import read_checkpoint
+from kvshift_megatron.gpt_specs import convert_specs
+from kvshift_megatron.layer_specs import kv_shift_layer_spec, vanilla_layer_spec
+from tests.support.gpt_with_mtp import gpt_with_mtp
+from tests.support.single_process import gpt_model, randomize_taps, transformer_config
+
+FREE, IDENTITY = KVShiftConfig(), KVShiftConfig(init="identity")
+FREE_TAPS = {"alpha_1", "alpha_2", "beta_1", "beta_2"}
+ATTENTION = "decoder.layers.{}.self_attention."
+
+
+# --- which checkpoint Megatron is about to load ---
+
+
+def checkpoints(root, tracker="20"):
+    root.mkdir()
+    (root / "latest_checkpointed_iteration.txt").write_text(f"{tracker}\n")
+    return str(root)
+
+
+def arguments(**values):
+    defaults = {"load": None, "pretrained_checkpoint": None, "ckpt_step": None}
+    return Namespace(**{"finetune": False, "no_load_optim": None, **defaults, **values})
+
+
+@pytest.mark.parametrize(
+    ("tracker", "step", "name"),
+    [
+        ("20", None, "iter_0000020"),
+        ("20", 10, "iter_0000010"),
+        ("1234567", None, "iter_1234567"),
+        ("release", None, "release"),
+    ],
+)
+def test_the_tracker_file_or_ckpt_step_names_the_folder(tmp_path, tracker, step, name):
+    root = checkpoints(tmp_path / "run", tracker)
+    assert checkpoint_to_load(arguments(load=root, ckpt_step=step)) == Path(root) / name
+
+
+def test_nothing_to_load(tmp_path):
+    assert checkpoint_to_load(arguments()) is None
+    assert checkpoint_to_load(Namespace()) is None
+    # Megatron starts from scratch where --load has no checkpoint yet.
+    assert checkpoint_to_load(arguments(load=str(tmp_path / "new"))) is None
+    (tmp_path / "empty").mkdir()
+    assert checkpoint_to_load(arguments(load=str(tmp_path / "empty"))) is None
+
+
+def test_load_comes_before_pretrained_checkpoint(tmp_path):
+    first = checkpoints(tmp_path / "run", "3")
+    base = checkpoints(tmp_path / "base", "7")
+    both = arguments(load=first, pretrained_checkpoint=base)
+    assert checkpoint_to_load(both) == Path(first) / "iter_0000003"
+    for load in (None, str(tmp_path / "not-there-yet")):
+        found = checkpoint_to_load(arguments(load=load, pretrained_checkpoint=base))
+        assert found == Path(base) / "iter_0000007"
+
+
+# --- what taps it holds ---
+
+
+def save_distributed(directory, names):
+    state = {name: torch.zeros(2) for name in names}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(directory), no_dist=True)
+    return directory
+
+
+VANILLA_NAMES = [
+    "embedding.word_embeddings.weight",
+    "decoder.layers.self_attention.linear_qkv.weight",
+    "optimizer.state.exp_avg.decoder.layers.self_attention.linear_qkv.weight",
+]
+
+
+@pytest.mark.parametrize(
+    ("keys", "taps"),
+    [
+        ([], set()),
+        (["decoder.layers.self_attention.alpha_1"], {"alpha_1"}),
+        (["decoder.layers.3.self_attention.beta_logit"], {"beta_logit"}),
+        (
+            ["mtp.layers.0.mtp_model_layer.self_attention.alpha_2", "a.self_attention.beta_10"],
+            {"alpha_2", "beta_10"},
+        ),
+        # The optimizer's copies and other modules' names do not count.
+        (["optimizer.state.exp_avg.decoder.layers.self_attention.alpha_1"], set()),
+        (["decoder.layers.mlp.alpha_1", "decoder.self_attention.alpha_1.weight"], set()),
+    ],
+)
+def test_taps_of_a_distributed_checkpoint(tmp_path, keys, taps):
+    directory = save_distributed(tmp_path / "iter_0000002", VANILLA_NAMES + keys)
+    assert stored_taps(directory) == taps
+
+
+def test_another_format_is_left_to_the_load_itself(tmp_path):
+    legacy = tmp_path / "iter_0000002" / "mp_rank_00"
+    legacy.mkdir(parents=True)
+    torch.save({"model": {}}, legacy / "model_optim_rng.pt")
+    assert stored_taps(legacy.parent) is None
+
+
+# --- whether they go together with what was asked for ---
+
+
+def test_equal_taps_are_loaded():
+    directory = Path("run/iter_0000002")
+    assert compare_taps(directory, set(), None, arguments(load="run")) is False
+    for kv_shift in (FREE, IDENTITY):
+        assert compare_taps(directory, FREE_TAPS, kv_shift, arguments(load="run")) is False
+    keys_only = KVShiftConfig(window=3, shift_values=False)
+    stored = {"alpha_1", "alpha_2", "alpha_3"}
+    assert compare_taps(directory, stored, keys_only, arguments(load="run")) is False
+
+
+@pytest.mark.parametrize(
+    ("stored", "kv_shift", "given", "parts"),
+    [
+        (
+            FREE_TAPS,
+            None,
+            {},
+            ["load: ", "with KV shifting", "alpha_1, alpha_2, beta_1", "drop --no-kv-shift"],
+        ),
+        (
+            FREE_TAPS,
+            KVShiftConfig(window=3),
+            {},
+            ["load: ", "holds the taps alpha_1, alpha_2, beta_1, beta_2", "alpha_3", "--kv-shift-"],
+        ),
+        (FREE_TAPS, KVShiftConfig(variant="gate"), {}, ["gate, window 2", "alpha_logit"]),
+        (FREE_TAPS, KVShiftConfig(shift_keys=False), {}, ["has beta_1, beta_2:"]),
+        # Identity is for checkpoints without any tap.
+        (FREE_TAPS, KVShiftConfig(window=3, init="identity"), {"finetune": True}, ["alpha_3"]),
+        (set(), FREE, {}, ["load: ", "holds no taps", "--kv-shift-init identity"]),
+        (set(), FREE, {"finetune": True}, ["holds no taps", "--kv-shift-init identity"]),
+        (set(), IDENTITY, {}, ["load: ", "optimizer state", "--finetune", "--no-load-optim"]),
+    ],
+)
+def test_unequal_taps_are_refused_with_setting_and_remedy(stored, kv_shift, given, parts):
+    with pytest.raises(ValueError) as caught:
+        compare_taps(Path("run/iter_0000002"), stored, kv_shift, arguments(load="run", **given))
+    for part in ["run/iter_0000002", *parts]:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"load": "run", "finetune": True},
+        {"load": "run", "no_load_optim": True},
+        # Megatron loads the weights of --pretrained-checkpoint and no more.
+        {"load": None, "pretrained_checkpoint": "run"},
+        {"load": "new", "pretrained_checkpoint": "run"},
+    ],
+)
+def test_identity_taps_start_from_a_vanilla_checkpoints_weights(given):
+    assert compare_taps(Path("run/iter_0000002"), set(), IDENTITY, arguments(**given)) is True
+
+
+def test_a_trailing_slash_in_load_does_not_pass_for_another_folder(tmp_path):
+    root = checkpoints(tmp_path / "run")
+    args = arguments(load=root + "/")
+    with pytest.raises(ValueError, match="--finetune"):
+        compare_taps(checkpoint_to_load(args), set(), IDENTITY, args)
+
+
+# --- all of it, as check_model calls it ---
+
+
+def build(kv_shift, vocab_size=64, **overrides):
+    config = transformer_config(**overrides)
+    if kv_shift is None:
+        return gpt_model(config, vanilla_layer_spec(config), vocab_size=vocab_size)
+    spec = kv_shift_layer_spec(config, kv_shift=kv_shift)
+    return gpt_model(config, spec, vocab_size=vocab_size)
+
+
+@pytest.fixture
+def loading(tmp_path, monkeypatch):
+    """Has Megatron's arguments load a checkpoint with these keys."""
+
+    def load(keys, **given):
+        root = checkpoints(tmp_path / "run", "2")
+        save_distributed(Path(root) / "iter_0000002", VANILLA_NAMES + keys)
+        args = arguments(load=root, **given)
+        monkeypatch.setattr(checkpoint, "megatron_args", lambda: args)
+
+    return load
+
+
+TAP_KEYS = [f"decoder.layers.self_attention.{name}" for name in sorted(FREE_TAPS)]
+
+
+def asked_for(model):
+    return [key for key in model.sharded_state_dict() if re.search(r"\.(alpha|beta)_", key)]
+
+
+def test_a_vanilla_checkpoint_is_refused_before_it_is_loaded(megatron_rank, loading):
+    loading([])
+    model = build(FREE)
+    with pytest.raises(ValueError, match="--kv-shift-init identity"):
+        check_checkpoint([model], FREE)
+
+
+def test_a_checkpoint_with_taps_is_refused_by_the_twin(megatron_rank, loading):
+    loading(TAP_KEYS)
+    with pytest.raises(ValueError, match="drop --no-kv-shift"):
+        check_checkpoint([build(None)], None)
+
+
+def test_a_model_asks_a_vanilla_checkpoint_for_no_taps(megatron_rank, loading):
+    loading([], finetune=True)
+    model = build(IDENTITY)
+    assert len(asked_for(model)) == 8
+    check_checkpoint([model], IDENTITY)
+    assert asked_for(model) == []
+
+
+def test_matching_checkpoints_and_none_at_all_pass(megatron_rank, loading, monkeypatch):
+    monkeypatch.setattr(checkpoint, "megatron_args", lambda: None)
+    for kv_shift in (None, FREE, IDENTITY):
+        check_checkpoint([build(kv_shift)], kv_shift)
+    loading(TAP_KEYS)
+    model = build(FREE)
+    check_checkpoint([model], FREE)
+    assert len(asked_for(model)) == 8
+
+
+# --- the rest of the model, and the files ---
+
+# Keys with the layers' numbers; without experts the layers of a model are stacked under one key.
+NUMBERED = {
+    "num_moe_experts": 4,
+    "moe_layer_freq": [0, 1],
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 24,
+    "add_bias_linear": False,
+}
+
+
+def build_mtp():
+    config = transformer_config(mtp_num_layers=1)
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    mtp = get_gpt_mtp_block_spec(config, block, use_transformer_engine=False)
+    return gpt_with_mtp(config, *convert_specs(block, mtp, config, FREE, None))
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """Saves a model as Megatron does, and has Megatron's arguments load it."""
+
+    def save(model, **given):
+        root = checkpoints(tmp_path / "run", "2")
+        directory = Path(root) / "iter_0000002"
+        directory.mkdir()
+        content = {"singleton_local_shards": False}
+        state = {"model": model.sharded_state_dict(metadata=content)}
+        dist_checkpointing.save(state, str(directory), content_metadata=content)
+        args = arguments(load=root, **given)
+        monkeypatch.setattr(checkpoint, "megatron_args", lambda: args)
+        return directory
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("overrides", "numbered"), [({}, False), (NUMBERED, True)], ids=["stacked", "numbered"]
+)
+@pytest.mark.parametrize("kv_shift", [None, FREE], ids=["vanilla", "taps"])
+def test_a_checkpoint_of_the_same_model_passes(megatron_rank, saved, overrides, numbered, kv_shift):
+    directory = saved(build(kv_shift, **overrides))
+    keys = read_checkpoint(directory).shapes
+    assert ("decoder.layers.1.self_attention.linear_qkv.weight" in keys) == numbered
+    check_checkpoint([build(kv_shift, **overrides)], kv_shift)
+
+
+def test_wrapped_models_pass_and_so_does_multi_token_prediction(megatron_rank, saved):
+    directory = saved(build_mtp())
+    assert any(key.startswith("mtp.layers.0.") for key in read_checkpoint(directory).shapes)
+    model = build_mtp()
+    check_checkpoint([model], FREE)
+    bf16 = transformer_config(bf16=True, params_dtype=torch.bfloat16)
+    check_checkpoint([Float16Module(bf16, model)], FREE)
+
+
+@pytest.mark.parametrize("overrides", [{}, NUMBERED], ids=["stacked", "numbered"])
+def test_identity_taps_are_not_missed_in_a_vanilla_checkpoint(megatron_rank, saved, overrides):
+    saved(build(None, **overrides), finetune=True)
+    model = build(IDENTITY, **overrides)
+    check_checkpoint([model], IDENTITY)
+    assert asked_for(model) == []
+
+
+def test_another_padding_of_the_vocabulary_passes(megatron_rank, saved):
+    saved(build(FREE))
+    check_checkpoint([build(FREE, vocab_size=96)], FREE)
+
+
+@pytest.mark.parametrize(
+    ("trained", "built", "parts"),
+    [
+        ({}, {"hidden_size": 64}, ["decoder.final_layernorm.weight", "[32]", "[64] (and "]),
+        ({}, {"num_layers": 3}, ["decoder.layers.mlp.linear_fc1.", "[2, 32]", "[3, 32]"]),
+        ({}, {"num_query_groups": 4}, ["self_attention.alpha_1", "[2, 2]", "[2, 4]"]),
+        ({}, {"ffn_hidden_size": 64}, ["mlp.linear_fc1.weight", "[2, 96, 32]", "[2, 128, 32]"]),
+        ({}, {"qk_layernorm": True}, ["does not hold", "k_layernorm.weight", "shape [2, 8]"]),
+        ({}, NUMBERED, ["does not hold decoder.layers.0.mlp.", "shape [32]"]),
+        (NUMBERED, {}, ["does not hold decoder.layers.mlp.", "shape [2, 32]"]),
+        (NUMBERED, {**NUMBERED, "num_query_groups": 4}, ["layers.0.self_attention.alpha_1", "[4]"]),
+        (
+            NUMBERED,
+            {**NUMBERED, "num_layers": 3, "moe_layer_freq": [0, 1, 0]},
+            ["does not hold decoder.layers.2."],
+        ),
+        (
+            {**NUMBERED, "num_layers": 3, "moe_layer_freq": [0, 1, 0]},
+            NUMBERED,
+            ["layers that the model does not have", "drop (decoder.layers.2)"],
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(megatron_rank, saved, trained, built, parts):
+    saved(build(FREE, **trained))
+    with pytest.raises(ValueError) as caught:
+        check_checkpoint([build(FREE, **built)], FREE)
+    for part in ["load: the checkpoint", "run/iter_0000002", "--num-layers", *parts]:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given", [{"dist_ckpt_strictness": "log_unexpected"}, {"hybrid_layer_pattern": "*-*-"}]
+)
+def test_what_the_user_lets_be_missing_may_be_missing(megatron_rank, saved, given):
+    saved(build(FREE), **given)
+    check_checkpoint([build(FREE, qk_layernorm=True)], FREE)
+    with pytest.raises(ValueError, match=r"\[2, 32\].*\[3, 32\]"):
+        check_checkpoint([build(FREE, num_layers=3)], FREE)
+
+
+def shards(directory):
+    return sorted(directory.glob("*.distcp"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (lambda d: shards(d)[0].unlink(), ["file __0_0.distcp of", "is missing (it holds "]),
+        (
+            lambda d: shards(d)[0].write_bytes(shards(d)[0].read_bytes()[:-1]),
+            ["file __0_0.distcp of", "bytes long and should be"],
+        ),
+        (lambda d: (d / ".metadata").unlink(), ["no .metadata", "save did not finish"]),
+        (
+            lambda d: (d / ".metadata").write_bytes((d / ".metadata").read_bytes()[:-99]),
+            [".metadata of the checkpoint", "cannot be read"],
+        ),
+        (lambda d: (d / ".metadata").write_bytes(b""), [".metadata", "cannot be read"]),
+        (lambda d: d.rename(d.with_name("elsewhere")), ["no checkpoint folder", "--ckpt-step"]),
+    ],
+    ids=["no shard", "short shard", "no metadata", "short metadata", "no bytes", "no folder"],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused(megatron_rank, saved, damage, parts):
+    directory = saved(build(FREE))
+    damage(directory)
+    with pytest.raises(ValueError) as caught:
+        check_checkpoint([build(FREE)], FREE)
+    for part in ["load: ", "run/iter_0000002", *parts]:
+        assert part in str(caught.value)
+
+
+def test_plain_torch_checkpoints_are_looked_at_for_their_files_and_taps_only(tmp_path):
+    directory = save_distributed(tmp_path / "iter_0000002", VANILLA_NAMES)
+    assert read_checkpoint(directory).content is None
+    shards(directory)[0].unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        read_checkpoint(directory)
+
+
+# --- state dicts: what older formats and scripts of one's own load ---
+
+
+def taps(model):
+    return {n: p for n, p in model.named_parameters() if re.search(r"\.(alpha|beta)_", n)}
+
+
+def are_identity(model):
+    return all(
+        torch.equal(tap, torch.full_like(tap, float(name.endswith("_1"))))
+        for name, tap in taps(model).items()
+    )
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_vanilla_state_dict_is_refused(megatron_rank, strict):
+    vanilla, model = build(None).state_dict(), build(FREE)
+    before = {name: tap.clone() for name, tap in taps(model).items()}
+    with pytest.raises(ValueError, match=r"without its taps.*--kv-shift-init identity"):
+        model.load_state_dict(vanilla, strict=strict)
+    assert all(torch.equal(tap, before[name]) for name, tap in taps(model).items())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_identity_taps_accept_a_vanilla_state_dict_and_are_reset(megatron_rank, strict):
+    source, model = build(None), build(IDENTITY)
+    randomize_taps(model)
+    assert not are_identity(model)
+    result = model.load_state_dict(source.state_dict(), strict=strict)
+    assert not result.unexpected_keys
+    assert not [key for key in result.missing_keys if "_extra_state" not in key]
+    assert len(taps(model)) == 8 and are_identity(model)
+    # Vanilla weights with taps (1, 0) are the vanilla model.
+    tokens = torch.arange(16)[None]
+    assert torch.equal(model(tokens, tokens, None), source(tokens, tokens, None))
+
+
+def test_other_missing_keys_are_still_reported(megatron_rank):
+    state = build(None).state_dict()
+    del state["output_layer.weight"]
+    with pytest.raises(RuntimeError, match=r"output_layer\.weight") as caught:
+        build(IDENTITY).load_state_dict(state)
+    assert "alpha" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kv_shift", [FREE, IDENTITY], ids=["uniform", "identity"])
+@pytest.mark.parametrize("missing", [["alpha_2"], ["beta_1", "beta_2"]])
+def test_a_part_of_the_taps_is_refused_whatever_the_initial_ones(megatron_rank, kv_shift, missing):
+    model = build(kv_shift)
+    state = model.state_dict()
+    for name in missing:
+        del state[ATTENTION.format(1) + name]
+    with pytest.raises(ValueError, match=rf"layers\.1.*without its taps.*{missing[0]}"):
+        model.load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("kv_shift", [FREE, IDENTITY], ids=["uniform", "identity"])
+def test_a_state_dict_of_adapters_only_passes_and_leaves_the_taps(megatron_rank, kv_shift):
+    model = build(kv_shift)
+    randomize_taps(model)
+    before = {name: tap.clone() for name, tap in taps(model).items()}
+    adapters = {ATTENTION.format(0) + "linear_proj.adapter.weight": torch.zeros(2)}
+    for state in ({}, adapters):
+        model.load_state_dict(state, strict=False)
+    assert all(torch.equal(tap, before[name]) for name, tap in taps(model).items())
+
+
+def test_a_state_dict_with_its_taps_is_loaded(megatron_rank):
+    source = build(FREE)
+    randomize_taps(source)
+    for kv_shift in (FREE, IDENTITY):
+        model = build(kv_shift)
+        model.load_state_dict(source.state_dict())
+        loaded = taps(model)
+        assert all(torch.equal(tap, loaded[name]) for name, tap in taps(source).items())
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_twin_refuses_a_state_dict_with_taps(megatron_rank, strict):
+    twin, state = build(None), build(FREE).state_dict()
+    check_checkpoint([twin], None)
+    before = {name: p.clone() for name, p in twin.named_parameters()}
+    with pytest.raises(ValueError, match=r"self_attention\.alpha_1 and 7 more.*--no-kv-shift"):
+        twin.load_state_dict(state, strict=strict)
+    assert all(torch.equal(p, before[name]) for name, p in twin.named_parameters())
+    twin.load_state_dict(build(None).state_dict())
+
+
+def test_the_twin_refuses_it_also_where_megatron_has_wrapped_the_model(megatron_rank):
+    """Megatron's wrappers hand a state dict on to the model inside; their own hooks never run."""
+    config = transformer_config(bf16=True, params_dtype=torch.bfloat16)
+    wrapped = Float16Module(config, build(None))
+    state = build(FREE).state_dict()
+    check_checkpoint([wrapped], None)
+    with pytest.raises(ValueError, match="--no-kv-shift"):
+        wrapped.load_state_dict(state, strict=False)
+
+
+# --- leaving the taps out of one load ---
+
+
+@pytest.fixture
+def leaving_out(megatron_rank):
+    model = build(IDENTITY)
+    everything = set(model.sharded_state_dict())
+    for layer in model.decoder.layers:
+        layer.self_attention.load_without_taps()
+    assert everything - set(model.sharded_state_dict()) == set(taps(model))
+    # As often as it is asked, until the load.
+    assert asked_for(model) == []
+    return model
+
+
+def test_a_load_puts_the_taps_back(leaving_out):
+    leaving_out.load_state_dict(build(None).state_dict())
+    assert len(asked_for(leaving_out)) == 8
+
+
+def test_a_forward_puts_the_taps_back(leaving_out):
+    tokens = torch.arange(16)[None]
+    leaving_out(tokens, tokens, None)
+    assert len(asked_for(leaving_out)) == 8
+
+
+def test_a_plain_state_dict_has_the_taps_all_along(leaving_out):
+    assert set(taps(leaving_out)) <= set(leaving_out.state_dict())

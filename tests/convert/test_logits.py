@@ -1,0 +1,140 @@
+"""Converted models compute what their sources do: Megatron's layers against Transformers'."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from kvshift_megatron import KVShiftConfig
+from kvshift_megatron.convert.architecture import Llama3RopeScaling
+from kvshift_megatron.convert.to_hf import ToHF, megatron_to_hf
+from kvshift_megatron.convert.to_megatron import ToMegatron, hf_to_megatron
+from kvshift_megatron.convert.transforms import GateAndUp, SeparateQKV
+from kvshift_megatron.convert.verify import largest_difference
+from tests.convert import models
+
+pytestmark = pytest.mark.usefixtures("megatron_rank")
+TOLERANCE = 1e-5
+
+ARCHITECTURES = {
+    "grouped": {},
+    "one group": {"num_query_groups": 1},
+    "a group a head": {"num_query_groups": 4},
+    "tied": {"tied": True},
+    "window 3": {"kv_shift": KVShiftConfig(window=3, init="identity")},
+    "gate": {"kv_shift": KVShiftConfig(variant="gate")},
+    "clamp": {"kv_shift": KVShiftConfig(variant="clamp", init="identity")},
+    "values only": {"kv_shift": KVShiftConfig(shift_keys=False)},
+    "qk norm, wide heads": {"qk_layernorm": True, "kv_channels": 12},
+    "qkv bias": {"add_qkv_bias": True},
+    "all biases": {"add_bias_linear": True},
+    "experts": {"num_experts": 4},
+    "llama 3 rope": {"rope_scaling": Llama3RopeScaling(4.0)},
+}
+
+
+def load(folder):
+    import kvshift_megatron.hf  # noqa: F401  (registers the model)
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=list(ARCHITECTURES))
+def test_megatrons_model_exported(changes, tmp_path):
+    one = models.architecture(**changes)
+    model = models.random_model(one)
+    source = models.save_with_megatron(model, one, tmp_path / "megatron")
+    megatron_to_hf(ToHF(source, tmp_path / "hf"))
+    theirs = models.logits_of_transformers(load(tmp_path / "hf"))
+    ours = models.logits_of_megatron(model, one)
+    assert ours[0].shape == (1, one.vocab_size)
+    assert largest_difference(ours, theirs) < TOLERANCE
+
+
+SMALL = {
+    "vocab_size": 59,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 50_000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+STARTING_POINTS = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "llama, biases": lambda: transformers.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "llama 3": lambda: transformers.LlamaConfig(
+        **SMALL, rope_parameters=LLAMA3, tie_word_embeddings=True
+    ),
+    "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=None),
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
+    "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **SMALL, num_local_experts=4, sliding_window=None
+    ),
+}
+
+
+@pytest.mark.parametrize("config", STARTING_POINTS.values(), ids=list(STARTING_POINTS))
+def test_starting_from_another_model_with_identity_taps(config, tmp_path):
+    hf = models.randomize(transformers.AutoModelForCausalLM.from_config(config()))
+    hf.save_pretrained(tmp_path / "hf")
+    hf_to_megatron(ToMegatron(tmp_path / "hf", tmp_path / "megatron"))
+    model, one = models.load_by_map(tmp_path / "megatron")
+    assert one.kv_shift == models.FREE
+    ours = models.logits_of_megatron(model, one)
+    theirs = models.logits_of_transformers(hf)
+    assert largest_difference(ours, theirs) < TOLERANCE
+    # And as a Transformers model of this package's.
+    megatron_to_hf(ToHF(tmp_path / "megatron", tmp_path / "again"))
+    again = models.logits_of_transformers(load(tmp_path / "again"))
+    assert largest_difference(again, theirs) < TOLERANCE
+
+
+def test_the_papers_start_is_the_taps_that_training_would_draw(tmp_path):
+    from kvshift_megatron.convert.megatron_model import build_model
+
+    hf = transformers.LlamaForCausalLM(STARTING_POINTS["llama"]())
+    hf.save_pretrained(tmp_path / "hf")
+    taps = KVShiftConfig(seed=5)
+    hf_to_megatron(ToMegatron(tmp_path / "hf", tmp_path / "megatron", kv_shift=taps))
+    converted, one = models.load_by_map(tmp_path / "megatron")
+    built = build_model(replace(one, kv_shift=taps))
+    drawn = {
+        name: p for name, p in built.named_parameters() if ".alpha_" in name or ".beta_" in name
+    }
+    assert len(drawn) == 8
+    for name, parameter in drawn.items():
+        assert torch.equal(converted.get_parameter(name), parameter)
+
+
+def _swapped(transform, order):
+    to_hf = transform.to_hf
+
+    def swap(self, tensors, architecture):
+        parts = to_hf(self, tensors, architecture)
+        return tuple(parts[i] for i in order)
+
+    return swap
+
+
+@pytest.mark.parametrize(
+    "transform, order", [(SeparateQKV, (0, 2, 1)), (GateAndUp, (1, 0))], ids=["k and v", "gate, up"]
+)
+def test_a_wrong_transform_is_noticed(transform, order, tmp_path, monkeypatch):
+    one = models.architecture()
+    model = models.random_model(one)
+    source = models.save_with_megatron(model, one, tmp_path / "megatron")
+    monkeypatch.setattr(transform, "to_hf", _swapped(transform, order))
+    megatron_to_hf(ToHF(source, tmp_path / "hf"))
+    theirs = models.logits_of_transformers(load(tmp_path / "hf"))
+    assert largest_difference(models.logits_of_megatron(model, one), theirs) > 100 * TOLERANCE

@@ -1,0 +1,66 @@
+"""`--verify` on the command line: passes on a right conversion, stops a wrong one."""
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from kvshift_megatron.convert import command_line
+from kvshift_megatron.convert.transforms import SeparateQKV
+from kvshift_megatron.convert.verify import edge_case_prompts, verify
+from tests.convert import models
+from tests.convert.test_round_trips import random_folder
+
+pytestmark = pytest.mark.usefixtures("megatron_rank")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    one = models.architecture()
+    return models.save_with_megatron(models.random_model(one), one, tmp_path / "megatron")
+
+
+@pytest.mark.parametrize("dtype", ["keep", "bf16", "fp16"])
+def test_a_right_conversion_passes(checkpoint, tmp_path, capsys, dtype):
+    arguments = ["megatron-to-hf", str(checkpoint), str(tmp_path / "hf"), "--verify"]
+    assert command_line.main([*arguments, "--dtype", dtype]) == 0
+    assert "largest difference of logits" in capsys.readouterr().out
+    arguments = ["hf-to-megatron", str(tmp_path / "hf"), str(tmp_path / "back"), "--verify"]
+    assert command_line.main(arguments) == 0
+
+
+def test_a_wrong_conversion_leaves_no_target(checkpoint, tmp_path, capsys, monkeypatch):
+    right = SeparateQKV.to_hf
+
+    def swapped(self, tensors, architecture):
+        query, key, value = right(self, tensors, architecture)
+        return query, value, key
+
+    monkeypatch.setattr(SeparateQKV, "to_hf", swapped)
+    arguments = ["megatron-to-hf", str(checkpoint), str(tmp_path / "hf"), "--verify"]
+    assert command_line.main(arguments) == 1
+    assert "verify: the logits of" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_damaged_tap_is_seen(checkpoint, tmp_path):
+    assert command_line.main(["megatron-to-hf", str(checkpoint), str(tmp_path / "hf")]) == 0
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.self_attn.beta_2"] += 0.05
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="verify: the logits of"):
+        verify(checkpoint, tmp_path / "hf")
+
+
+def test_the_prompts_have_the_edges():
+    prompts = edge_case_prompts(59, 32)
+    ids = {token for prompt in prompts for token in prompt}
+    assert {0, 58} <= ids and min(ids) >= 0 and max(ids) < 59
+    assert {len(prompt) for prompt in prompts} >= {1, 32}
+    assert any(len(set(prompt)) == 1 and len(prompt) > 1 for prompt in prompts)
+    assert edge_case_prompts(1, 1)
+
+
+def test_random_folder_is_verified_from_the_other_side(tmp_path):
+    random_folder(tmp_path / "hf", models.architecture(num_experts=3))
+    arguments = ["hf-to-megatron", str(tmp_path / "hf"), str(tmp_path / "megatron"), "--verify"]
+    assert command_line.main(arguments) == 0

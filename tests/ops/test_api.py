@@ -1,0 +1,304 @@
+"""The shift against loops over tokens, in value and gradient, and against planted errors."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kvshift_megatron.ops import kv_shift, shift_ref
+from tests.support.compare import assert_close_rel
+
+LAYOUTS = {"sbhd": (7, 2, 3, 4), "thd": (7, 3, 4)}
+WINDOWS = (2, 3, 4)
+
+
+def shift_by_loops(x, taps):
+    """One token and one group at a time, in float64."""
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for token in range(x.shape[0]):
+        for group in range(x.shape[-2]):
+            for back in range(len(taps)):
+                if token - back >= 0:
+                    weight = float(taps[back][group])
+                    out[token, ..., group, :] += weight * x[token - back, ..., group, :].double()
+    return out
+
+
+def draw(shape, window, seed=0, dtype=torch.float32):
+    """(x, taps): normal, so that taps leave [0, 1] and do not sum to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    taps = torch.randn(window, shape[-2], generator=generator, dtype=torch.float64)
+    return x, taps.to(torch.promote_types(dtype, torch.float32))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("shape", LAYOUTS.values(), ids=LAYOUTS)
+def test_equals_loops_over_tokens(shape, window):
+    key, alpha = draw(shape, window, seed=1)
+    value, beta = draw((*shape[:-1], shape[-1] + 3), window, seed=2)
+    shifted_key, shifted_value = kv_shift(key, value, alpha, beta)
+    assert_close_rel("key", shifted_key, shift_by_loops(key, alpha))
+    assert_close_rel("value", shifted_value, shift_by_loops(value, beta))
+
+
+@given(
+    tokens=st.integers(1, 9),
+    batch=st.none() | st.integers(1, 3),
+    groups=st.integers(1, 4),
+    head=st.integers(1, 5),
+    window=st.sampled_from(WINDOWS),
+    as_sequence=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_equals_loops_over_tokens_at_any_shape(
+    tokens, batch, groups, head, window, as_sequence, seed
+):
+    shape = (tokens, groups, head) if batch is None else (tokens, batch, groups, head)
+    x, taps = draw(shape, window, seed, torch.float64)
+    given_taps = tuple(taps) if as_sequence else taps
+    torch.testing.assert_close(
+        shift_ref(x, given_taps), shift_by_loops(x, taps), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["thd", "sbhd"])
+def test_gradcheck_for_inputs_and_every_tap(batch, tokens, window):
+    key, alpha = draw((tokens, *batch, 2, 3), window, 3, torch.float64)
+    value, beta = draw((tokens, *batch, 2, 2), window, 4, torch.float64)
+    taps = [tap.clone().requires_grad_() for tap in (*alpha, *beta)]
+
+    def shift(key, value, *taps):
+        return kv_shift(key, value, taps[:window], taps[window:])
+
+    assert torch.autograd.gradcheck(shift, (key.requires_grad_(), value.requires_grad_(), *taps))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_tap_beyond_the_sequence_gets_a_zero_gradient(window):
+    x, taps = draw((1, 2, 3), window)
+    taps = [tap.requires_grad_() for tap in taps.unbind()]
+    out = shift_ref(x, torch.stack(taps))
+    out.sum().backward()
+    assert torch.equal(out, taps[0][:, None] * x)
+    assert taps[0].grad.any()
+    assert not any(tap.grad.any() for tap in taps[1:])
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("shape", LAYOUTS.values(), ids=LAYOUTS)
+def test_first_tap_one_and_the_others_zero_is_the_identity(shape, window):
+    x, taps = draw(shape, window)
+    taps = torch.zeros_like(taps)
+    taps[0] = 1.0
+    assert torch.equal(shift_ref(x, taps), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_half_precision_costs_one_rounding_of_the_fp32_result(window, dtype):
+    x, taps = draw((64, 2, 3, 16), window, dtype=dtype)
+    out = shift_ref(x, taps)
+    assert out.dtype == dtype
+    # The definition in fp32, one product and one sum at a time, rounded once.
+    expected = torch.zeros(x.shape)
+    for back in range(window):
+        expected[back:] += taps[back][:, None] * x[: len(x) - back].float()
+    assert torch.equal(out, expected.to(dtype))
+    # Against the exact value: half a unit in the last place, and fp32's own error beside it.
+    exact = shift_by_loops(x, taps)
+    magnitude = shift_by_loops(x.abs(), taps.abs())
+    bound = torch.finfo(dtype).eps / 2 * exact.abs() + window * torch.finfo().eps * magnitude
+    subnormal = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert ((out.double() - exact).abs() <= bound + subnormal).all()
+    # The same sums in half precision would not pass.
+    naive = taps[0].to(dtype)[:, None] * x
+    for back in range(1, window):
+        naive[back:] += taps[back].to(dtype)[:, None] * x[:-back]
+    assert ((naive.double() - exact).abs() > bound + subnormal).any()
+
+
+@pytest.mark.parametrize("tap_dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_outputs_keep_the_input_dtype(dtype, tap_dtype):
+    x, taps = draw((5, 2, 3), 2, dtype=dtype)
+    taps = taps.to(tap_dtype)
+    key, value = kv_shift(x, x, taps, taps)
+    assert key.dtype == value.dtype == dtype
+    # A bf16 input's rounding; FP32_REL where the input is wider.
+    rel = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-6
+    assert_close_rel("key", key, shift_by_loops(x, taps), rel=rel)
+
+
+def test_slices_of_a_mixed_tensor_are_neither_changed_nor_aliased():
+    # [s, b, ng, (np / ng + 2) * hn], split as Megatron splits it
+    mixed = torch.randn(6, 2, 3, 4 * 5, dtype=torch.float64, requires_grad=True)
+    before = mixed.detach().clone()
+    _, key, value = torch.split(mixed, [10, 5, 5], dim=3)
+    assert not key.is_contiguous()
+    alpha, beta = torch.randn(2, 3), torch.randn(2, 3)
+    shifted_key, shifted_value = kv_shift(key, value, alpha, beta)
+    torch.testing.assert_close(shifted_key, shift_by_loops(key.detach(), alpha))
+    torch.testing.assert_close(shifted_value, shift_by_loops(value.detach(), beta))
+    assert torch.equal(mixed, before)
+    storage = mixed.untyped_storage().data_ptr()
+    for out in (shifted_key, shifted_value):
+        assert out.untyped_storage().data_ptr() != storage
+    # Autograd's view of the same: the gradient reaches the slices and nothing else.
+    (shifted_key.sum() + shifted_value.sum()).backward()
+    assert not mixed.grad[..., :10].any()
+    assert mixed.grad[..., 10:].all()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_single_token_is_copied(window):
+    x, taps = draw((1, 2, 3, 4), window)
+    taps[0] = 1.0
+    out = shift_ref(x, taps)
+    assert torch.equal(out, x)
+    assert out.data_ptr() != x.data_ptr()
+
+
+def test_no_taps_leave_the_tensor_as_it_came():
+    x, taps = draw((5, 2, 3), 2)
+    y = torch.randn(5, 2, 3)
+    key, value = kv_shift(x, y, None, taps)
+    assert key is x
+    assert_close_rel("value", value, shift_by_loops(y, taps))
+    key, value = kv_shift(x, y, taps, None)
+    assert value is y
+    assert_close_rel("key", key, shift_by_loops(x, taps))
+
+
+_X, _TAPS = torch.randn(5, 2, 3), torch.randn(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((torch.randn(5, 3), _X, _TAPS, _TAPS), "key"),
+        ((_X, torch.randn(5, 1, 1, 2, 3), _TAPS, _TAPS), "value"),
+        ((_X.int(), _X, _TAPS, _TAPS), "key"),
+        ((_X, _X.long(), _TAPS, _TAPS), "value"),
+        ((_X, _X, _TAPS[:1], _TAPS), "alpha"),
+        ((_X, _X, _TAPS, _TAPS[:0]), "beta"),
+        ((_X, _X, torch.randn(2, 3), _TAPS), "alpha_1"),
+        ((_X, _X, _TAPS, (torch.randn(2), torch.randn(1))), "beta_2"),
+        ((_X, _X, (*_TAPS, torch.randn(2, 1)), _TAPS), "alpha_3"),
+        ((_X, _X, torch.randn(2), _TAPS), "alpha_1"),
+    ],
+)
+def test_a_misfit_is_refused_by_name(arguments, named):
+    with pytest.raises(ValueError) as caught:
+        kv_shift(*arguments)
+    assert str(caught.value).split()[0] == named
+
+
+def _taps_swapped(x, taps):
+    return shift_ref(x, taps.flip(0))
+
+
+def _shifted_by_two(x, taps):
+    return shift_ref(x, torch.stack((taps[0], torch.zeros_like(taps[0]), taps[1])))
+
+
+def _taps_of_another_group(x, taps):
+    return shift_ref(x, taps.roll(1, dims=1))
+
+
+def _wrapped_around(x, taps):
+    return taps[0][:, None] * x + taps[1][:, None] * torch.roll(x, 1, dims=0)
+
+
+def _next_token(x, taps):
+    return shift_ref(x.flip(0), taps).flip(0)
+
+
+def _along_the_batch(x, taps):
+    return shift_ref(x.transpose(0, 1), taps).transpose(0, 1)
+
+
+def _in_place(x, taps):
+    out = x.clone()
+    for token in range(1, len(x)):
+        out[token] = taps[0][:, None] * x[token] + taps[1][:, None] * out[token - 1]
+    return out
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        _taps_swapped,
+        _shifted_by_two,
+        _taps_of_another_group,
+        _wrapped_around,
+        _next_token,
+        _along_the_batch,
+        _in_place,
+    ],
+)
+def test_the_comparator_catches_a_planted_error(wrong):
+    x, taps = draw((64, 2, 3, 4), 2)
+    expected = shift_by_loops(x, taps)
+    assert_close_rel("key", shift_ref(x, taps), expected)
+    with pytest.raises(AssertionError, match="key: relative error"):
+        assert_close_rel("key", wrong(x, taps), expected)
+
+
+@pytest.mark.parametrize("windows", [(2, 3), (3, 2)])
+def test_keys_and_values_may_have_windows_of_their_own(windows):
+    key, alpha = draw(LAYOUTS["sbhd"], windows[0], seed=1)
+    value, beta = draw(LAYOUTS["sbhd"], windows[1], seed=2)
+    shifted_key, shifted_value = kv_shift(key, value, alpha, beta)
+    assert_close_rel("key", shifted_key, shift_by_loops(key, alpha))
+    assert_close_rel("value", shifted_value, shift_by_loops(value, beta))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_position_that_counts_tokens_before_the_first_one_here(dtype):
+    """A piece of a longer document: what is not here is nothing."""
+    x, taps = draw(LAYOUTS["thd"], 3)
+    position = torch.arange(5, 12, dtype=dtype)
+    for out in kv_shift(x, x, taps, taps, position):
+        assert_close_rel("out", out, shift_by_loops(x, taps))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"alpha": _TAPS.to("meta")}, "alpha must be on cpu"),
+        ({"beta": tuple(_TAPS.to("meta"))}, "beta must be on cpu"),
+        ({"position": torch.arange(4)}, "position must be of shape"),
+        ({"position": torch.arange(5, device="meta")}, "position must be of shape"),
+    ],
+)
+def test_what_a_kernel_could_not_read_is_refused_by_name(change, named):
+    arguments = {"key": _X, "value": _X, "alpha": _TAPS, "beta": _TAPS, **change}
+    with pytest.raises(ValueError, match=named):
+        kv_shift(**arguments)
+
+
+def test_tensors_without_data_are_shaped_and_not_read():
+    mode = FakeTensorMode()
+    x, taps = (mode.from_tensor(tensor).requires_grad_() for tensor in (_X, _TAPS))
+    with mode:
+        key, value = kv_shift(x, x, taps, taps)
+        (key.sum() + value.sum()).backward()
+    assert key.shape == value.shape == x.grad.shape == _X.shape
+    assert taps.grad.shape == _TAPS.shape
+
+
+def test_torch_compile_takes_it_in_one_graph():
+    x, taps = draw((7, 2, 3, 16), 2)
+    results = []
+    for function in (kv_shift, torch.compile(kv_shift, fullgraph=True, backend="aot_eager")):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, taps)]
+        outputs = function(leaves[0], leaves[0], leaves[1], leaves[1])
+        (outputs[0].sum() + outputs[1].square().sum()).backward()
+        results.append([*outputs, *(leaf.grad for leaf in leaves)])
+    for eager, compiled in zip(*results):
+        assert_close_rel("compiled", compiled, eager)

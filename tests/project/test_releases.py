@@ -1,0 +1,44 @@
+"""The release matrix: what it leaves out exists, and another release than asked for stops it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import releases
+from tests.support.launch import PROJECT
+
+
+@pytest.mark.parametrize("start", [*releases.NOT_IN_MATRIX, *releases.BEGINS_IN])
+def test_the_tables_name_tests_that_exist(start):
+    path, _, test = start.partition("::")
+    files = sorted(PROJECT.glob(f"{path}*"))
+    assert files
+    assert f"def {test.partition('[')[0]}" in files[0].read_text() if test else True
+
+
+@pytest.mark.parametrize(
+    ("version", "runs"),
+    [("0.17.1", False), ("0.18.2", False), ("0.19.0", True), ("0.19.2", True), ("0.20.0rc1", True)],
+)
+def test_a_feature_is_tested_from_its_first_release_on(version, runs):
+    test = "tests/test_layer_specs.py::test_local_parts[gpt-RMSNorm]"
+    why = releases.why_not_in_release(test, version)
+    assert runs if why is None else "0.19" in why and "GPTModelConfig" in why
+    assert releases.why_not_in_release(test.replace("gpt", "core"), version) is None
+
+
+def test_the_entry_point_is_not_in_the_matrix():
+    assert "0.19" in releases.why_not_in_matrix("tests/integration/test_training_loop.py::test_x")
+    assert releases.why_not_in_matrix("tests/distributed/test_layouts.py::test_x") is None
+
+
+def test_another_release_than_asked_for_stops_the_run():
+    """As where PYTHONPATH got lost on the way: nothing may pass on the wrong release."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "--megatron", "0.1.0", "--co", "-q", "tests/ops"],
+        cwd=PROJECT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    imported = releases.imported_version()
+    assert f"--megatron 0.1.0: Python imports release {imported}" in run.stderr

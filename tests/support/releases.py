@@ -1,0 +1,83 @@
+"""Which tests run on which release of megatron-core (`make test-matrix`).
+
+The matrix runs everything but what is listed here.
+"""
+
+import re
+from importlib.util import find_spec
+
+# Beginning of a test's id -> why the matrix leaves it out on every release.
+NOT_IN_MATRIX = {
+    "tests/integration/": "this project's entry point, which needs 0.19 (`make test`)",
+    "tests/training/metrics/": "this project's entry point, likewise",
+    "tests/training/faults/": "this project's entry point, likewise",
+    "tests/planning/": "this project's entry point, likewise",
+    "tests/benchmarks/": "this project's entry point, likewise",
+    "tests/transformer_engine/": "`make test-te`, in an environment of its own",
+    "tests/packaging/": "sdist and wheel, with 0.19 (`make test`)",
+    "tests/gpu/": "`make test-gpu`, on a GPU",
+    "tests/slurm/": "`make test-slurm`, as root",
+    "tests/examples/": "the demo, which trains through the entry point",
+    "tests/recipes/": "flags of the entry point",
+    "tests/megatron_lm/test_check.py": "a tool for checkouts of Megatron-LM",
+    "tests/ops/triton/": "the operation alone",
+    "tests/ops/cpu/": "the operation alone",
+    "tests/project/test_commands.py": "commands without Megatron",
+    "tests/project/test_own_imports.py": "this project's text",
+    "tests/project/test_requirements.py": "the versions of the environment",
+    "tests/project/test_cpu_build.py": "the versions of the environment",
+    "tests/distributed/test_lost_rank.py": "torch.distributed alone",
+    "tests/distributed/test_rank_server.py": "torch.distributed alone",
+    "tests/distributed/test_resharding.py": "0.19's checkpoints (`make test`)",
+    "tests/convert/": "the converter, which reads and writes 0.19's checkpoints (`make test`)",
+    "tests/hf/": "Transformers alone",
+}
+
+# Beginning of a test's id -> (the first release that has what it tests, what that is).
+BEGINS_IN = {
+    "tests/test_layer_specs.py::test_local_parts[gpt-": ("0.19", "GPTModelConfig"),
+    "tests/test_layer_specs.py::test_an_impossible_model_is_refused": (
+        "0.19",
+        "GPTModelConfig",
+    ),
+    "tests/checks/test_model.py::test_the_spec_callable_hooks": ("0.19", "GPTModelConfig"),
+    "tests/cpu/test_flags.py::test_table_names_flags_of_the_installed_megatron": (
+        "0.19",
+        "some of the flags that a CPU refuses",
+    ),
+    "tests/checks/test_never_silently.py::test_megatrons_builder_": ("0.19", "GPTModelBuilder"),
+    "tests/checks/test_never_silently.py::test_this_packages_builder_": ("0.19", "GPTModelBuilder"),
+    "tests/checks/test_never_silently.py::test_megatron_still_ignores": (
+        "0.18",
+        "hybrid_config_from_args",
+    ),
+}
+
+
+def why_not_in_matrix(test_id: str) -> str | None:
+    return next((why for start, why in NOT_IN_MATRIX.items() if test_id.startswith(start)), None)
+
+
+def why_not_in_release(test_id: str, version: str) -> str | None:
+    for start, (first, what) in BEGINS_IN.items():
+        if test_id.startswith(start) and _series(version) < _series(first):
+            return f"begins in megatron-core {first}: {what}"
+    return None
+
+
+def imported_version() -> str:
+    """The release of megatron-core that this process imports, without the commit behind a +."""
+    from megatron.core import package_info
+
+    return package_info.__version__.partition("+")[0]
+
+
+def imported_from() -> list[str]:
+    """Where this process finds the two halves of Megatron: a release has both side by side."""
+    # Looked up and not imported: megatron.training takes seconds.
+    return [find_spec(f"megatron.{half}").origin for half in ("core", "training")]
+
+
+def _series(version: str) -> tuple[int, ...]:
+    """0.19.2 -> (0, 19)"""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

@@ -1,0 +1,262 @@
+"""Which checkpoint is chosen where the newest one is damaged: the rule, file by file.
+
+The folders are real ones: what the format's own writer leaves, then cut, emptied or taken away.
+The loop itself loads such folders in test_save_and_load.py.
+"""
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from kvshift_megatron.training.faults import agreement, fallback
+from kvshift_megatron.training.faults.fallback import TRACKER, choose, fault_of, settle_checkpoint
+
+STEPS = (2, 4, 6)
+
+
+def save(directory: Path) -> None:
+    """As Megatron leaves it, with its two descriptions written last."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    directory.mkdir()
+    weight = ShardedTensor.from_rank_offsets("decoder.weight", torch.arange(64.0))
+    state = {"weight": weight, "iteration": 2}
+    dist_checkpointing.save(state, str(directory), verify_integrity=True)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, _process_group):
+    """iter_0000002, 4 and 6, whole."""
+    folder = tmp_path_factory.mktemp("saved")
+    for step in STEPS:
+        save(folder / f"iter_{step:07d}")
+    (folder / TRACKER).write_text("6")
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path, saved, megatron_rank):
+    """A copy of them, to be damaged."""
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+def shard(root: Path, step: int) -> Path:
+    return root / f"iter_{step:07d}" / "__0_0.distcp"
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def unlink_all(directory: Path) -> None:
+    for file in directory.iterdir():
+        file.unlink()
+    directory.rmdir()
+
+
+DAMAGES = {
+    "a shard cut off": (lambda root: cut(shard(root, 6)), "bytes long and should be"),
+    "a shard missing": (lambda root: shard(root, 6).unlink(), "__0_0.distcp of the checkpoint"),
+    "no .metadata": (lambda root: (root / "iter_0000006/.metadata").unlink(), "has no .metadata"),
+    ".metadata cut off": (lambda root: cut(root / "iter_0000006/.metadata"), "cannot be read"),
+    "no metadata.json": (
+        lambda root: (root / "iter_0000006/metadata.json").unlink(),
+        "has no metadata.json",
+    ),
+    "metadata.json empty": (
+        lambda root: (root / "iter_0000006/metadata.json").write_text(""),
+        "cannot be read",
+    ),
+    "the folder missing": (lambda root: unlink_all(root / "iter_0000006"), "there is no check"),
+    "the folder empty": (
+        lambda root: [file.unlink() for file in (root / "iter_0000006").iterdir()],
+        "has no .metadata",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_the_newest_whole_checkpoint_before_a_damaged_one(root, name):
+    damage, words = DAMAGES[name]
+    damage(root)
+    instead, (warning,) = choose(root)
+    assert instead == 4
+    for part in [words, str(root / "iter_0000006"), f"{root}/iter_0000004: 2 steps are lost"]:
+        assert part in warning
+    assert (root / TRACKER).read_text() == "6"
+
+
+def test_several_damaged_ones_are_passed_over_and_named(root):
+    cut(shard(root, 6))
+    shard(root, 4).unlink()
+    instead, (warning,) = choose(root)
+    assert instead == 2 and "4 steps are lost" in warning
+    assert "iter_0000006 is" in warning and "iter_0000004 is missing" in warning
+
+
+def test_a_whole_one_is_left_to_megatron(root):
+    assert choose(root) == (None, [])
+    (root / TRACKER).write_text("4\n")
+    # A later one that was never completed, and a whole one that the tracker file does not name.
+    (root / "iter_0000008").mkdir()
+    (root / "iter_0000008" / "__0_0.distcp").write_bytes(b"half")
+    assert choose(root) == (None, [])
+
+
+def test_later_ones_are_no_way_back(root):
+    (root / TRACKER).write_text("4")
+    cut(shard(root, 4))
+    assert choose(root)[0] == 2
+
+
+def test_nothing_whole_is_refused(root):
+    for step in STEPS:
+        cut(shard(root, step))
+    with pytest.raises(
+        ValueError, match=r"load: .*iter_0000006 .*no checkpoint before it"
+    ) as error:
+        choose(root)
+    assert "iter_0000002" in str(error.value) and "--load" in str(error.value)
+
+
+def test_bits_that_changed_are_seen_where_hashes_are_asked_for(root):
+    content = bytearray(shard(root, 6).read_bytes())
+    content[len(content) // 2] ^= 1
+    shard(root, 6).write_bytes(content)
+    assert choose(root) == (None, [])
+    instead, (warning,) = choose(root, verify_integrity=True)
+    assert instead == 4 and "not what was saved" in warning
+
+
+@pytest.mark.parametrize("content", ["", "x", "-1", "1_0", "6 4"])
+def test_a_garbled_tracker_file_is_written_anew(root, content):
+    (root / TRACKER).write_text(content)
+    cut(shard(root, 6))
+    instead, (warning,) = choose(root)
+    assert instead is None and (root / TRACKER).read_text() == "4"
+    assert f"cannot be read (it holds {content!r})" in warning and "iter_0000006" in warning
+    assert not list(root.glob("*.new"))
+
+
+def test_a_missing_tracker_file_is_written_anew(root):
+    (root / TRACKER).unlink()
+    _, (warning,) = choose(root)
+    assert (root / TRACKER).read_text() == "6"
+    assert "is missing" in warning and "it now names 6" in warning
+
+
+def test_a_first_save_that_was_interrupted_starts_from_scratch(tmp_path):
+    assert choose(tmp_path / "new") == (None, [])
+    assert choose(tmp_path) == (None, [])
+    (tmp_path / "iter_0000002").mkdir()
+    instead, (warning,) = choose(tmp_path)
+    assert instead is None and "starts from scratch" in warning
+    assert not (tmp_path / TRACKER).exists()
+
+
+def test_a_garbled_tracker_file_without_a_checkpoint_is_refused(tmp_path):
+    (tmp_path / TRACKER).write_text("")
+    with pytest.raises(ValueError, match="delete the tracker file"):
+        choose(tmp_path)
+
+
+def test_a_tracker_file_that_cannot_be_written_is_refused_with_what_to_write(root, monkeypatch):
+    (root / TRACKER).write_text("")
+
+    def fails(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(fallback.os, "fsync", fails)
+    with pytest.raises(ValueError, match=r"Read-only file system.*write 6"):
+        choose(root)
+    assert (root / TRACKER).read_text() == ""
+    assert not list(root.glob("*.new"))
+
+
+def test_other_formats_and_releases_are_left_to_megatron(tmp_path):
+    (tmp_path / TRACKER).write_text("release")
+    assert choose(tmp_path) == (None, [])
+    legacy = tmp_path / "iter_0000002" / "mp_rank_00"
+    legacy.mkdir(parents=True)
+    (tmp_path / TRACKER).write_text("2")
+    assert fault_of(legacy.parent) is None
+    assert choose(tmp_path) == (None, [])
+
+
+# --- for all ranks, before Megatron reads its arguments ---
+
+
+def arguments(root, **others):
+    values = {
+        "load": str(root),
+        "ckpt_step": None,
+        "finetune": False,
+        "non_persistent_ckpt_type": None,
+        "verify_integrity": False,
+        "distributed_timeout_minutes": 1,
+    }
+    return Namespace(**{**values, **others})
+
+
+@pytest.fixture
+def argv(monkeypatch):
+    words = ["pretrain"]
+    monkeypatch.setattr(fallback.sys, "argv", words)
+    monkeypatch.setattr(agreement, "_store", torch.distributed.HashStore())
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return words
+
+
+def test_megatron_is_told_as_the_user_would_tell_it(root, argv, capsys):
+    cut(shard(root, 6))
+    settle_checkpoint(arguments(root))
+    assert fallback.sys.argv == ["pretrain", "--ckpt-step", "4"]
+    assert "WARNING: load: the file __0_0.distcp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given", [{"ckpt_step": 6}, {"finetune": True}, {"non_persistent_ckpt_type": "global"}]
+)
+def test_what_the_user_named_is_not_replaced(root, argv, given):
+    cut(shard(root, 6))
+    settle_checkpoint(arguments(root, **given))
+    assert fallback.sys.argv == ["pretrain"]
+
+
+def test_the_other_ranks_do_what_rank_0_found(root, argv, monkeypatch, capsys):
+    """Although they see whole files themselves."""
+    monkeypatch.setenv("RANK", "1")
+    shared = agreement._store
+    shared.set("checkpoint to load", json.dumps({"result": [2, ["a warning"]]}))
+    settle_checkpoint(arguments(root))
+    assert fallback.sys.argv == ["pretrain", "--ckpt-step", "2"]
+    assert capsys.readouterr().err == ""
+
+
+def test_the_other_ranks_refuse_with_rank_0s_words(root, argv, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    agreement._store.set("checkpoint to load", json.dumps({"error": "load: nothing is whole"}))
+    with pytest.raises(ValueError, match="nothing is whole"):
+        settle_checkpoint(arguments(root))
+
+
+# --- the comparison that all of it hangs on ---
+
+
+def test_a_whole_checkpoint_has_no_fault_and_dcp_agrees(root):
+    """torch's own loader reads what passes, and stumbles over what does not."""
+    assert fault_of(root / "iter_0000004") is None
+    dcp.load({"decoder.weight": torch.empty(64)}, checkpoint_id=root / "iter_0000004", no_dist=True)
+    cut(shard(root, 4))
+    assert fault_of(root / "iter_0000004") is not None
+    with pytest.raises(BaseException, match=r".+"):  # CheckpointException is no Exception
+        dcp.load(
+            {"decoder.weight": torch.empty(64)}, checkpoint_id=root / "iter_0000004", no_dist=True
+        )

@@ -1,0 +1,98 @@
+"""The folder of a save: empty at the start, and what it replaces is kept until it counts."""
+
+import pytest
+
+from kvshift_megatron.training.faults.fallback import TRACKER, choose, fault_of
+from kvshift_megatron.training.faults.folders import Folder
+from tests.training.faults.test_fallback import cut, root, save, saved, shard  # noqa: F401
+
+
+@pytest.fixture
+def folder(root):  # noqa: F811
+    return Folder(root, 6)
+
+
+def test_a_new_folder_is_made_and_removed_again(root):  # noqa: F811
+    folder = Folder(root / "deeper", 8)
+    folder.begin()
+    assert folder.path == root / "deeper" / "iter_0000008" and folder.path.is_dir()
+    assert folder.newest() is None
+    (folder.path / "__0_0.distcp").write_bytes(b"half")
+    assert folder.give_up() == f"{folder.path} was removed."
+    assert not folder.path.exists()
+
+
+def test_half_a_save_is_cleared_away(root, folder):  # noqa: F811
+    (folder.path / ".metadata").unlink()
+    folder.begin()
+    assert list(folder.path.iterdir()) == []
+    assert not list(root.glob("replaced.*"))
+
+
+def test_a_whole_one_is_kept_until_the_new_one_counts(root, folder):  # noqa: F811
+    before = shard(root, 6).read_bytes()
+    folder.begin()
+    assert list(folder.path.iterdir()) == []
+    (folder.path / "__0_0.distcp").write_bytes(b"half")
+    assert folder.give_up() == f"{folder.path} was put back as it was."
+    assert fault_of(folder.path) is None and shard(root, 6).read_bytes() == before
+    assert folder.newest() == 6
+
+    folder.begin()
+    folder.path.rmdir()
+    save(folder.path)
+    folder.complete()
+    assert fault_of(folder.path) is None and not list(root.glob("replaced.*"))
+
+
+def test_one_that_cannot_be_put_aside_stays(root, folder, monkeypatch):  # noqa: F811
+    def refuse(*_):
+        raise OSError(39, "Directory not empty")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(folder.path), "rename", refuse)
+        with pytest.raises(OSError, match="not empty"):
+            folder.begin()
+    assert folder.give_up() == f"{folder.path} is as it was."
+    assert fault_of(folder.path) is None
+
+
+def test_megatrons_clean_up_keeps_the_last_whole_one(root, folder):  # noqa: F811
+    """Of non-persistent checkpoints it keeps the newest folder; a save that begins has made one."""
+    from megatron.training import checkpointing
+
+    from kvshift_megatron.training.faults.progress import Progress
+    from kvshift_megatron.training.faults.saving import Save, Saves
+
+    saves = Saves(goes_on=False, progress=Progress())
+    clean = saves._clean(checkpointing.cleanup_old_non_persistent_checkpoint)
+    folder.begin()  # puts a whole one aside, whose name Megatron must not take for a number
+    saves._current = Save(8, Folder(root, 8))
+    saves._current.folder.begin()
+    clean(root)
+    assert {path.name for path in root.glob("iter_*")} == {"iter_0000006", "iter_0000008"}
+    saves._current = None
+    clean(root)
+    assert [path.name for path in root.glob("iter_*")] == ["iter_0000008"]
+
+
+def test_a_run_that_is_killed_meanwhile_gets_it_back(root, folder):  # noqa: F811
+    folder.begin()
+    (folder.path / "__0_0.distcp").write_bytes(b"half")
+    instead, (warning,) = choose(root)
+    assert instead is None and "is put back as it was before" in warning
+    assert fault_of(folder.path) is None and not list(root.glob("replaced.*"))
+
+
+def test_two_interrupted_saves_in_a_row_do_not_lose_it(root, folder):  # noqa: F811
+    folder.begin()
+    (folder.path / "__0_0.distcp").write_bytes(b"half")
+    Folder(root, 6).begin()
+    assert choose(root)[0] is None and fault_of(folder.path) is None
+
+
+def test_a_damaged_copy_is_not_put_back(root, folder):  # noqa: F811
+    folder.begin()
+    cut(root / "replaced.iter_0000006" / "__0_0.distcp")
+    assert choose(root)[0] == 4
+    assert (root / TRACKER).read_text() == "6"

@@ -1,0 +1,124 @@
+"""Runs of kvshift_megatron.pretrain on the ranks of one launch, with what watching does recorded.
+
+torchrun --nproc-per-node N ... -m tests.training.metrics.watched_ranks PLAN.json
+
+PLAN.json and what a run leaves are as in tests/support/forked_ranks.py, and beside it
+NAME-RANK.collectives: a line a call of TapStatistics.describe, the torch.distributed functions that
+it called. A run with --gpu-telemetry-interval has two GPUs of tests/training/metrics/fake_nvml.py.
+"""
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+
+from kvshift_megatron import pretrain
+from kvshift_megatron.config import KVShiftConfig
+from kvshift_megatron.taps import tap_names
+from tests.integration import damaged_checkpoints
+from tests.support import forked_ranks
+from tests.training.metrics import fake_nvml
+
+_COLLECTIVES = (
+    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "barrier",
+    "broadcast", "broadcast_object_list", "gather", "gather_object", "irecv", "isend", "recv",
+    "reduce", "reduce_scatter_tensor", "scatter", "send",
+)  # fmt: skip
+
+
+def copy_and_tear(source: Path, target: Path) -> None:
+    """A copy whose last line is as a kill in the middle of a write leaves it."""
+    data = source.read_bytes()
+    target.parent.mkdir()
+    target.write_bytes(data[: data.rindex(b"\n", 0, -1) + 40])
+
+
+def wild_values(
+    kv_shift: KVShiftConfig, seed: int, layer_number: int, num_query_groups: int
+) -> dict[str, torch.Tensor]:
+    """In the place of taps.initial_values: parameters that lie well outside [0, 1] too."""
+    generator = np.random.default_rng([seed, layer_number])
+    names = [name for kind in tap_names(kv_shift).values() for name in kind]
+    return {name: torch.from_numpy(generator.normal(0.5, 1.0, num_query_groups)) for name in names}
+
+
+def record_collectives() -> None:
+    """Have every TapStatistics.describe write down what it calls."""
+    from kvshift_megatron.training.metrics.tap_statistics import TapStatistics
+
+    # This rank's log is where its standard output goes.
+    log = Path(os.readlink("/proc/self/fd/1")).with_suffix(".collectives")
+    original = TapStatistics.describe
+
+    def describe(self):
+        calls = []
+
+        def recording(name, function):
+            def call(*args, **kwargs):
+                calls.append(name)
+                return function(*args, **kwargs)
+
+            return call
+
+        recorded = {
+            name: recording(name, getattr(torch.distributed, name)) for name in _COLLECTIVES
+        }
+        with mock.patch.multiple(torch.distributed, **recorded):
+            result = original(self)
+        with log.open("a") as file:
+            file.write(json.dumps(calls) + "\n")
+        return result
+
+    TapStatistics.describe = describe
+
+
+def give_gpus() -> None:
+    """Two GPUs: one that gets hot and reports an error, and loses a metric."""
+    from kvshift_megatron.training.metrics import watcher
+
+    gpus = [fake_nvml.FakeGPU(0), fake_nvml.FakeGPU(1)]
+    gpus[1].celsius, gpus[1].reasons = 90, 0x40
+    nvml = fake_nvml.fake_nvml(gpus)
+    sys.modules["pynvml"] = nvml
+    watcher.job_gpus = lambda: [gpu.uuid for gpu in gpus]
+    nvml.send(gpus[1], fake_nvml.EVENT_XID, 79)
+
+    def fail():
+        nvml.fail = {
+            "nvmlDeviceGetPowerUsage": lambda n: fake_nvml.NVML_ERROR_UNKNOWN if n == 0 else None
+        }
+
+    timer = threading.Timer(0.3, fail)
+    timer.daemon = True
+    timer.start()
+
+
+def watched_main() -> None:
+    record_collectives()
+    if "--gpu-telemetry-interval" in sys.argv:
+        give_gpus()
+    pretrain.main()
+
+
+def main(plan: Path) -> None:
+    # Inherited by every run.
+    import kvshift_megatron.training.metrics.watcher  # noqa: F401
+    from kvshift_megatron.attention import self_attention
+
+    self_attention.initial_values = wild_values
+    damaged_checkpoints.copy_and_tear = copy_and_tear
+    forked_ranks.pretrain = SimpleNamespace(main=watched_main)
+    forked_ranks.main(plan)
+
+
+if __name__ == "__main__":
+    from kvshift_megatron import cpu
+
+    cpu.enable()
+    main(Path(sys.argv[1]))

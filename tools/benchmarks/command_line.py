@@ -1,0 +1,135 @@
+"""The command line of `python -m tools.benchmarks`."""
+
+import argparse
+import math
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kvshift_megatron.utils.atomic_files import replace
+from tools.benchmarks import machine, results, tables
+from tools.benchmarks.sections import SECTIONS, Section, SectionFailed, run
+from tools.benchmarks.settings import Progress, Settings
+
+_SECONDS_BETWEEN_LINES = 1.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure as the command line says; 0, or 1 where something failed or was refused."""
+    options = _parser().parse_args(argv)
+    # Found missing now, not after ten minutes.
+    from tools.benchmarks.picture import draw
+
+    # As an interrupt: what was started ends, temporary files go.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    chosen = [SECTIONS[name] for name in options.only]
+    options.output.mkdir(parents=True, exist_ok=True)
+    result: dict = {"quick": options.quick, "machine": machine.describe()}
+    result |= {"sections": {}, "failed": {}}
+    clock = _Clock(chosen, options.quick)
+    try:
+        with tempfile.TemporaryDirectory(prefix="kvshift-benchmark-") as folder:
+            settings = Settings(options.quick, Path(folder))
+            for section in chosen:
+                began = time.monotonic()
+                try:
+                    result["sections"][section.name] = run(section, settings, clock.of(section))
+                except SectionFailed as error:
+                    result["failed"][section.name] = str(error)
+                    print(f"benchmark: {error}", file=sys.stderr, flush=True)
+                clock.done(section, time.monotonic() - began)
+    except KeyboardInterrupt:
+        print("benchmark: interrupted; nothing was written", file=sys.stderr)
+        return 1
+    return _report(result | {"seconds": clock.elapsed()}, options.output, draw)
+
+
+def _report(result: dict, output: Path, draw: Callable[[dict, Path], bool]) -> int:
+    results.write_json(output / "benchmark.json", result)
+    text = tables.markdown(result)
+    replace(output / "benchmark.md", lambda path: path.write_text(text))
+    drawn = draw(result, output / "benchmark.png")
+    names = ["benchmark.json", "benchmark.md"] + (["benchmark.png"] if drawn else [])
+    print(f"\n{text}\n{result['seconds'] / 60:.1f} minutes; wrote {', '.join(names)} in {output}")
+    found = results.problems(result)
+    for problem in found:
+        print(f"benchmark: {problem}", file=sys.stderr)
+    return 1 if found else 0
+
+
+class _Clock:
+    """Progress lines: the time so far, and about how much is left."""
+
+    def __init__(self, chosen: list[Section], quick: bool):
+        self._start = time.monotonic()
+        self._said = -math.inf
+        self._expected = {s.name: s.quick_seconds if quick else s.seconds for s in chosen}
+
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._start
+
+    def of(self, section: Section) -> Progress:
+        """What prints the section's progress."""
+
+        def say(fraction: float, text: str) -> None:
+            if time.monotonic() - self._said < _SECONDS_BETWEEN_LINES:
+                return
+            self._said = time.monotonic()
+            later = sum(s for name, s in self._expected.items() if name != section.name)
+            left = later + (1 - fraction) * self._expected.get(section.name, 0.0)
+            times = f"{_minutes(self.elapsed())}, about {_minutes(left)} left"
+            print(f"[{times}] {section.name}: {text}", flush=True)
+
+        return say
+
+    def done(self, section: Section, seconds: float) -> None:
+        """The section is over; what this machine needed for it corrects what is still expected."""
+        pace = seconds / self._expected.pop(section.name)
+        for name in self._expected:
+            self._expected[name] *= pace**0.5
+        print(f"[{_minutes(self.elapsed())}] {section.name}: {seconds:.0f} s", flush=True)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _sections(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in SECTIONS:
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is no section: choose from {', '.join(SECTIONS)}"
+            )
+    return [name for name in SECTIONS if name in names]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.benchmarks",
+        description="Measure what KV shifting costs on this machine, against other ways to write "
+        "it, against a plain copy and against the vanilla twin. About 10 minutes on 2 cores, on "
+        "which nothing else should run.",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small shapes, few rounds: shows that everything runs"
+    )
+    parser.add_argument(
+        "--only",
+        type=_sections,
+        default=list(SECTIONS),
+        metavar="SECTION,...",
+        help=f"some of {', '.join(SECTIONS)} (default: all)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("build/benchmark"),
+        metavar="DIRECTORY",
+        help="for benchmark.json, .md and .png (default: build/benchmark)",
+    )
+    return parser
