@@ -1,4 +1,4 @@
-"""Shifting a sequence that is cut: into packed documents, over context-parallel ranks, or both."""
+"""Shift a sequence cut into packed documents, over context-parallel ranks, or both."""
 
 from collections.abc import Iterable
 
@@ -8,8 +8,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from kvshift_megatron.attention.cp_chunks import DocumentHalves, EqualHalves
-from kvshift_megatron.attention.halo_exchange import HistoryExchange
+from kvshift_megatron.attention.cp_chunks import PackedZigzagChunks, ZigzagChunks
+from kvshift_megatron.attention.halo_exchange import HaloExchange
 from kvshift_megatron.attention.packed_sequences import document_positions
 from kvshift_megatron.ops import autograd, eager, kv_shift, shift_ref
 
@@ -17,10 +17,10 @@ from kvshift_megatron.ops import autograd, eager, kv_shift, shift_ref
 def context_parallel_group(
     config: TransformerConfig, pg_collection: ProcessGroupCollection
 ) -> dist.ProcessGroup | None:
-    """The group that this model's sequences are spread over; None where they are whole.
+    """Return the group that splits this model's sequences, or None if they are whole.
 
-    As Megatron's attention kernels decide it: a model may switch context parallelism off in its
-    configuration although a group exists, for another model of the same run.
+    The configuration decides, as in Megatron's attention kernels: a model may switch context
+    parallelism off although another model of the same run has a group.
     """
     return pg_collection.cp if config.context_parallel_size > 1 else None
 
@@ -33,24 +33,23 @@ def shift_across_boundaries(
     cu_seqlens: Tensor | None,
     cp_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
-    """`kv_shift` where the token before may be another document's, or on another rank.
+    """Apply `kv_shift` where the previous token may be another document's or on another rank.
 
     Args:
-        key, value: [s, b, ng, hn]: this rank's tokens; for packed documents b is 1.
+        key, value: [s, b, ng, hn], this rank's tokens; b is 1 for packed documents.
         alpha, beta: [window, ng], or None.
-        cu_seqlens: int [documents + 1]: where each packed document starts and ends in the WHOLE
-            sequence, padding included; each document is spread over the ranks by itself. None: one
-            document, spread over the ranks.
+        cu_seqlens: int [documents + 1], bounds of the packed documents in the WHOLE sequence,
+            padding included; each document is split over the ranks separately. None: one document.
         cp_group: context-parallel group; None without context parallelism.
 
     Returns:
-        (key, value) as kv_shift's.
+        (key, value), as `kv_shift`.
 
     Raises:
-        ValueError: a chunk holds fewer tokens than the window looks back, or the sequence cannot be
+        ValueError: A chunk holds fewer tokens than the window looks back, or the sequence cannot be
             cut into 2C equal chunks.
 
-    Parallelism: a chunk's predecessors come from the neighbouring ranks, window - 1 tokens a chunk
+    Parallelism: the tokens before a chunk come from the neighbouring ranks, window - 1 per chunk
     (and document), keys and values in one message; see halo_exchange.py.
     """
     tokens, ranks = key.size(0), 1 if cp_group is None else cp_group.size()
@@ -64,64 +63,64 @@ def shift_across_boundaries(
     inputs, taps = zip(*shifted)
     back = len(taps[0]) - 1
     if cu_seqlens is None:
-        halves = EqualHalves(tokens, back, key.device)
+        chunks = ZigzagChunks(tokens, back, key.device)
     else:
-        halves = DocumentHalves(cu_seqlens, tokens, ranks, back)
+        chunks = PackedZigzagChunks(cu_seqlens, tokens, ranks, back)
     inputs = autograd.to_keep(inputs)
-    outputs = iter(_OverRanks.apply(halves, HistoryExchange(cp_group), *inputs, *taps))
+    outputs = iter(ContextParallelShift.apply(chunks, HaloExchange(cp_group), *inputs, *taps))
     return (
         key if alpha is None else next(outputs),
         value if beta is None else next(outputs),
     )
 
 
-class _OverRanks(torch.autograd.Function):
-    """The local part as on one rank, with chunks for documents; then the chunks' heads once more.
+class ContextParallelShift(torch.autograd.Function):
+    """Shift locally with chunks as documents, then recompute the chunks' first tokens.
 
-    Keys and values are one exchange and, at the heads, one computation: side by side as groups.
+    Keys and values share one exchange and one computation of first tokens: concatenated as groups.
     """
 
     @staticmethod
-    def forward(ctx, halves, exchange, *inputs_and_taps):
+    def forward(ctx, chunks, exchange, *inputs_and_taps):
         count = len(inputs_and_taps) // 2
         inputs, taps = inputs_and_taps[:count], inputs_and_taps[count:]
-        exchange.start(_side_by_side(halves.tails(x) for x in inputs))
-        # The whole local part is queued while the messages are under way.
+        exchange.start(_side_by_side(chunks.last_tokens(x) for x in inputs))
+        # Queue the whole local part while the messages travel.
         with torch.profiler.record_function("kv_shift: local part"):
-            outputs = autograd.forward(inputs, taps, halves.position)
-        with torch.profiler.record_function("kv_shift: wait for the history"):
-            history = exchange.finish()
-        heads = _side_by_side(halves.heads(x) for x in inputs)
-        new = shift_ref(_behind(history, heads), torch.cat(taps, dim=-1))
+            outputs = autograd.forward(inputs, taps, chunks.position)
+        with torch.profiler.record_function("kv_shift: wait for the halo"):
+            halo = exchange.finish()
+        first = _side_by_side(chunks.first_tokens(x) for x in inputs)
+        new = shift_ref(_joined(halo, first), torch.cat(taps, dim=-1))
         new = new[len(new) // 2 :].movedim(0, -4)
-        for output, its_heads in zip(outputs, new.chunk(count, dim=-2)):
-            halves.set_heads(output, its_heads)
-        ctx.save_for_backward(history, *inputs_and_taps)
-        ctx.halves, ctx.exchange = halves, exchange
+        for output, its_first in zip(outputs, new.chunk(count, dim=-2)):
+            chunks.set_first_tokens(output, its_first)
+        ctx.save_for_backward(halo, *inputs_and_taps)
+        ctx.chunks, ctx.exchange = chunks, exchange
         return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *output_grads):
-        halves, exchange = ctx.halves, ctx.exchange
-        history, *inputs_and_taps = ctx.saved_tensors
+        chunks, exchange = ctx.chunks, ctx.exchange
+        halo, *inputs_and_taps = ctx.saved_tensors
         count = len(output_grads)
         inputs, taps = inputs_and_taps[:count], inputs_and_taps[count:]
-        # What the heads owe to the history alone; the local part has the rest.
-        heads = _side_by_side(halves.heads(grad) for grad in output_grads)
+        # Only what first tokens owe to the halo; the local part has the rest.
+        first = _side_by_side(chunks.first_tokens(grad) for grad in output_grads)
         grad, tap_grads = eager.backward(
-            [_behind(history, torch.zeros_like(history))],
+            [_joined(halo, torch.zeros_like(halo))],
             [torch.cat(taps, dim=-1)],
             None,
-            [_behind(torch.zeros_like(heads), heads)],
+            [_joined(torch.zeros_like(first), first)],
         )
         exchange.start_backward(grad[: len(grad) // 2].movedim(0, -4))
         with torch.profiler.record_function("kv_shift: local part"):
-            grads = autograd.backward(inputs, taps, halves.position, output_grads)
-        with torch.profiler.record_function("kv_shift: wait for the tails' gradient"):
-            tails = exchange.finish_backward()
-        for input_grad, its_tails in zip(grads, tails.chunk(count, dim=-2)):
-            halves.add_to_tails(input_grad, its_tails)
+            grads = autograd.backward(inputs, taps, chunks.position, output_grads)
+        with torch.profiler.record_function("kv_shift: wait for the halo's gradient"):
+            last = exchange.finish_backward()
+        for input_grad, its_last in zip(grads, last.chunk(count, dim=-2)):
+            chunks.add_to_last_tokens(input_grad, its_last)
         own_tap_grads = zip(grads[count:], tap_grads.chunk(count, dim=-1))
         return None, None, *grads[:count], *(one + other for one, other in own_tap_grads)
 
@@ -130,6 +129,6 @@ def _side_by_side(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat(list(tensors), dim=-2)
 
 
-def _behind(first: Tensor, second: Tensor) -> Tensor:
-    """[2 back, ..., b, ng, hn] of two [..., back, b, ng, hn]: tokens first."""
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    """Join two [..., back, b, ng, hn] along tokens, as [2 back, ..., b, ng, hn]."""
     return torch.cat((first, second), dim=-4).movedim(-4, 0)

@@ -1,16 +1,16 @@
-"""The tokens before each chunk, from the rank that holds them: Megatron's load-balanced layout.
+"""Halo exchange: fetch the tokens before each chunk from the rank that holds them.
 
-A document is cut into 2C chunks and rank r of C holds chunks r and 2C-1-r, here called its first
-and second half. Before chunk r comes chunk r-1, the first half of rank r-1; before chunk 2C-1-r
-comes chunk 2C-2-r, the second half of rank r+1, except on the last rank, where the two halves are
-neighbours. So first-half tails travel up one rank and second-half tails down one:
+Megatron cuts a document into 2C chunks, and rank r of C holds chunks r and 2C-1-r, its first and
+its second chunk. Chunk r-1, the first chunk of rank r-1, comes before chunk r. Chunk 2C-2-r, the
+second chunk of rank r+1, comes before chunk 2C-1-r; the last rank's two chunks are neighbours. So
+the last tokens of first chunks travel up one rank, and those of second chunks down one rank:
 
     rank      0        1        2        3          (C = 4, chunks 0..7)
-    halves   0 7      1 6      2 5      3 4
+    chunks   0 7      1 6      2 5      3 4
     first    0 ------> 1 -----> 2 -----> 3          nothing comes before chunk 0
-    second   7 <------ 6 <----- 5 <----- 4 <- 3     rank 3: from its own first half
+    second   7 <------ 6 <----- 5 <----- 4 <- 3     rank 3: from its own first chunk
 
-The backward sends the gradients the same ways back.
+The backward pass sends the gradients along the reversed arrows.
 """
 
 import contextlib
@@ -20,14 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class HistoryExchange:
-    """One exchange, forward and backward: each is started early and waited for late.
+class HaloExchange:
+    """Exchange once forward and once backward; each starts early and is awaited late.
 
     Args:
         group: the context-parallel group, in the order of the layout.
 
     Parallelism: each rank sends at most one message to each neighbour in either pass, of as many
-    bytes as one half's tails; nothing is sent on a group of one.
+    bytes as one chunk's last tokens; a group of one sends nothing.
     """
 
     def __init__(self, group: dist.ProcessGroup):
@@ -37,36 +37,36 @@ class HistoryExchange:
         self._buffers: list[Tensor] = []
         self._received: tuple[Tensor, ...] = ()
 
-    def start(self, tails: Tensor) -> None:
+    def start(self, last_tokens: Tensor) -> None:
         """Begin to send.
 
         Args:
-            tails: [2, ...]: the last tokens of the first and of the second halves.
+            last_tokens: [2, ...], of the first and of the second chunks.
         """
-        below, above = self._send_up_and_down(tails[0], tails[1])
+        below, above = self._send_up_and_down(last_tokens[0], last_tokens[1])
         if self._rank == self._size - 1:
-            above.copy_(tails[0])
+            above.copy_(last_tokens[0])
         self._received = (below, above)
 
     def finish(self) -> Tensor:
-        """Wait for what `start` began.
+        """Wait for the messages of `start`.
 
         Returns:
-            [2, ...]: the tokens before the first and the second halves; zeros before chunk 0.
+            [2, ...]: the tokens before the first and the second chunks; zeros before chunk 0.
         """
         return torch.stack(self._wait())
 
     def start_backward(self, grad: Tensor) -> None:
-        """Begin to send the gradient of what `finish` returned: the same ways back."""
+        """Begin to send back the gradient [2, ...] of what `finish` returned."""
         # What came from rank - 1 goes back down, what came from rank + 1 back up.
         from_self = (grad[1],) if self._rank == self._size - 1 else ()
         self._received = (*self._send_up_and_down(grad[1], grad[0]), *from_self)
 
     def finish_backward(self) -> Tensor:
-        """Wait for what `start_backward` began.
+        """Wait for the messages of `start_backward`.
 
         Returns:
-            [2, ...]: the gradient of the tails that `start` sent.
+            [2, ...]: the gradient of the tokens that `start` sent.
         """
         below, above, *from_self = self._wait()
         return torch.stack((above + from_self[0] if from_self else above, below))
@@ -75,8 +75,8 @@ class HistoryExchange:
         """Start sending `up` to rank + 1 and `down` to rank - 1.
 
         Returns:
-            (what comes from rank - 1, what comes from rank + 1), zeros at the ends; filled after
-            `_wait`.
+            Buffers for the messages from rank - 1 and from rank + 1, zeros at the ends; `_wait`
+            fills them.
         """
         below, above = torch.zeros_like(up), torch.zeros_like(down)
         self._buffers = [up.contiguous(), down.contiguous(), below, above]
@@ -92,7 +92,7 @@ class HistoryExchange:
         everyone = " and ".join(str(peer) for peer in sorted(set(peers)))
         with self._naming(everyone):
             works = dist.batch_isend_irecv(operations) if operations else []
-        if len(works) != len(peers):  # NCCL answers with one work for the whole batch
+        if len(works) != len(peers):  # NCCL returns one work for the whole batch
             peers = [everyone] * len(works)
         self._pending = list(zip(works, peers))
         return below, above
@@ -109,7 +109,7 @@ class HistoryExchange:
     @staticmethod
     @contextlib.contextmanager
     def _naming(peer: int | str):
-        """A failure names the rank that was lost: its log has the cause, not this one's."""
+        """Name the lost rank in a failure: the cause is in its log, not in this rank's."""
         try:
             yield
         except RuntimeError as error:

@@ -1,11 +1,11 @@
-"""Packed documents: where they lie, and which tokens stand before a token."""
+"""Packed documents: their bounds in memory, and how many tokens come before each token."""
 
 import torch
 from torch import Tensor
 
 
 def physical_cu_seqlens(packed_seq_params) -> Tensor | None:
-    """Where packed documents lie in memory, padding included; None where nothing is packed."""
+    """Return the bounds of packed documents in memory, padding included; None without packing."""
     if packed_seq_params is None or packed_seq_params.qkv_format != "thd":
         return None
     if packed_seq_params.cu_seqlens_kv_padded is not None:
@@ -14,14 +14,14 @@ def physical_cu_seqlens(packed_seq_params) -> Tensor | None:
 
 
 def document_positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Which document each token belongs to, and how many of its tokens stand before it.
+    """Find the document of each token, and how many of its tokens come before it.
 
     Args:
         cu_seqlens: int [documents + 1], from 0; empty documents are allowed.
-        tokens: how many there are; those behind the last document count as one more.
+        tokens: number of tokens; those after the last document count as one more document.
 
     Returns:
-        (document, position), each int64 [tokens]. Computed on the device: nothing is read back.
+        (document, position), each int64 [tokens], computed on the device: nothing is read back.
     """
     index = torch.arange(tokens, device=cu_seqlens.device)
     document = torch.searchsorted(cu_seqlens[1:].long().contiguous(), index, right=True)

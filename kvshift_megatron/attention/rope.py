@@ -1,7 +1,7 @@
-"""Whether a layer rotates its keys in the same pass over memory that shifts them.
+"""Decide whether a layer rotates its keys in the same pass over memory that shifts them.
 
-Fused where Megatron's own rotation is a fused kernel, on a GPU and a sequence that is whole. There
-the rotation of queries stays Megatron's.
+It does if Megatron's own rotation is a fused kernel, on a GPU, and sequences are not split over
+context-parallel ranks. Megatron still rotates the queries.
 """
 
 import functools
@@ -26,14 +26,14 @@ CHOICES = ("auto", "fused", "separate")
 
 
 class RopeFusion:
-    """One layer's choice.
+    """Choose once per layer.
 
     Args:
-        config, layer_number: the attention's.
-        is_spread: whether sequences are spread over context-parallel ranks.
+        config, layer_number: Those of the attention.
+        is_spread: Whether sequences are split over context-parallel ranks.
 
     Raises:
-        ValueError: KVSHIFT_ROPE is none of CHOICES, or asks for what the configuration rules out.
+        ValueError: KVSHIFT_ROPE is not one of CHOICES, or the configuration rules its value out.
     """
 
     def __init__(self, config: TransformerConfig, layer_number: int, is_spread: bool):
@@ -53,14 +53,14 @@ class RopeFusion:
     def take(
         self, rotary_pos_emb: Tensor | tuple | None, hidden_states: Tensor
     ) -> tuple[Tensor | None, Tensor | tuple | None]:
-        """(angles for the fused pass or None, what Megatron shall still rotate by).
+        """Return (angles for the fused pass or None, angles left for Megatron to rotate by).
 
         Args:
-            rotary_pos_emb: angles [s, 1, 1, rotary], or those of queries and of keys.
-            hidden_states: of the device and dtype that keys will have.
+            rotary_pos_emb: Angles [s, 1, 1, rotary], or a pair: those of queries and of keys.
+            hidden_states: [s, b, h], on the device and in the dtype of the keys.
 
         Raises:
-            ValueError: KVSHIFT_ROPE=fused, and these tensors cannot be.
+            ValueError: KVSHIFT_ROPE=fused, and these tensors cannot take the fused pass.
         """
         if rotary_pos_emb is None or not self.is_possible:
             return None, rotary_pos_emb
@@ -71,7 +71,7 @@ class RopeFusion:
             return None, rotary_pos_emb
         obstacle = None
         if implementation(hidden_states) != "triton":
-            obstacle = "the shift is not Triton's here"
+            obstacle = "the shift does not run in Triton here"
         elif keys.dtype != torch.float32 or keys.numel() != keys[:, 0].numel():
             obstacle = "the angles differ from sample to sample, or are not fp32"
         if obstacle is None:
@@ -92,17 +92,17 @@ def shift_and_rotate(
     cu_seqlens: Tensor | None,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`shift_across_boundaries` of a whole sequence, with the keys rotated.
+    """Apply `shift_across_boundaries` to an unsplit sequence and rotate the keys.
 
     Args:
-        key, value, alpha, beta, cu_seqlens: as there.
-        freqs: fp32 [positions, 1, 1, rotary]; each packed document starts at the first.
+        key, value, alpha, beta, cu_seqlens: As for `shift_across_boundaries`.
+        freqs: fp32 [positions, 1, 1, rotary]; each packed document starts at the first row.
         interleaved: Megatron's rotary_interleaved.
     """
     position = places = None
     if cu_seqlens is not None:
         document, position = document_positions(cu_seqlens, key.size(0))
-        # What lies behind the last document belongs to nobody, and may be longer than any.
+        # Padding after the last document is nobody's, and may be longer than any document.
         places = position.where(document < len(cu_seqlens) - 1, 0)
     return kv_shift_rope(
         key, value, alpha, beta, freqs, position, freq_index=places, interleaved=interleaved
@@ -113,10 +113,10 @@ def _obstacle(config: TransformerConfig, is_spread: bool) -> str | None:
     if not config.apply_rope_fusion:
         return "apply_rope_fusion is off"
     if is_spread:
-        return "context parallelism finishes the shift after the rotation could begin"
+        return "context parallelism finishes the shift too late for a fused rotation"
     if config.flash_decode:
         return "flash_decode rotates keys in its own kernel"
-    # Where Megatron falls back to the unfused rotation, keys are rotated as queries are.
+    # Here Megatron falls back to the unfused rotation: rotate keys as it rotates queries.
     if getattr(config, "mrope_section", None) is not None:
         return "mrope_section"
     if _yarn_get_concentration_factor_from_config(config) != 1.0:

@@ -31,34 +31,34 @@ from kvshift_megatron.taps import initial_values, resolve_seed, tap_names, taps_
 
 @dataclass(slots=True)
 class _Call:
-    """What one call of forward hands to its hook. (To set an attribute of a module is slow.)"""
+    """What one `forward` hands to its hook: setting attributes of a module itself is slow."""
 
     cu_seqlens: Tensor | None = None
     freqs: Tensor | None = None
 
 
 class KVShiftSelfAttention(SelfAttention):
-    """Self-attention whose keys and values are mixed with those of the previous tokens.
+    """Mix keys and values with those of the previous tokens, then attend as Megatron does.
 
     The shift comes after the QKV projection and k_layernorm and before the rotary embedding
     (arXiv 2411.19574, Eq. 4-6 and Appendix F).
 
     Args:
-        config, submodules, layer_number, **kwargs: as SelfAttention's.
-        kv_shift: the taps; see KVShiftConfig.
+        config, submodules, layer_number, **kwargs: As for SelfAttention.
+        kv_shift: The taps; see KVShiftConfig.
 
     Raises:
-        ValueError: the configuration asks for something that KV shifting cannot honour yet; the
-            message names the setting and what to do instead.
+        ValueError: KV shifting cannot honour the configuration; the message names the setting and
+            what to do instead.
 
-    Parallelism: taps are 1-D parameters, one element a query group.
+    Parallelism: Taps are 1-D parameters with one element per query group.
         num_query_groups >= TP: [num_query_groups / TP] each, sharded with the query groups.
         num_query_groups < TP: [num_query_groups] each, replicated. TP / num_query_groups ranks
-        share one group, each with some of its query heads only, so the gradient is summed over the
-        tensor-parallel group (one all-reduce of a few scalars a layer).
+        share one group, and each has only some of its query heads, so the gradient is summed over
+        the tensor-parallel group (one all-reduce of a few scalars per layer).
         Sequence parallelism needs nothing: linear_qkv gathers the sequence first.
-        Context parallelism: see context_parallel.py; the taps' gradients are reduced with all
-        others over the data- and context-parallel group.
+        Context parallelism: see context_parallel.py. The taps' gradients are reduced over the
+        data- and context-parallel group with all others.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class KVShiftSelfAttention(SelfAttention):
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         if config.qk_layernorm and isinstance(self.q_layernorm, NoneType | IdentityOp):
             raise ValueError(
-                "qk_layernorm is on, but the layer spec leaves the norm of queries and keys out: "
+                "qk_layernorm is on, but the layer spec leaves out the norm of queries and keys: "
                 "use a spec with it (kvshift_megatron.static_specs has both), or drop "
                 "--qk-layernorm"
             )
@@ -95,7 +95,7 @@ class KVShiftSelfAttention(SelfAttention):
         self._register_taps()
 
     def _register_taps(self) -> None:
-        # None leaves the choice to a surrounding `torch.device`, as Megatron's own layers do.
+        # None leaves the choice to an enclosing `torch.device`, as in Megatron's own layers.
         device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
         if self.config.init_model_with_meta_device:
             device = "meta"
@@ -108,12 +108,12 @@ class KVShiftSelfAttention(SelfAttention):
                 if self.taps_are_sharded:
                     set_tensor_model_parallel_attributes(tap, True, 0, 1)
                 self.register_parameter(name, tap)
-        # Not left to perform_initialization: a tap that nothing set is noise, not a slow start.
+        # Always initialise, even with perform_initialization off: unset taps hold garbage.
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """(Re)draw the taps in place; called again where a meta-device model gets its storage."""
+        """Draw the taps in place; called again when a meta-device model gets its storage."""
         values = initial_values(
             self.kv_shift,
             resolve_seed(self.kv_shift),
@@ -126,20 +126,20 @@ class KVShiftSelfAttention(SelfAttention):
                 tap.copy_(value[self.stored_groups])
 
     def load_without_taps(self) -> None:
-        """Leave the taps out of the next checkpoint load, which is of a vanilla model."""
+        """Leave the taps out of the next checkpoint load, which reads a vanilla model."""
         self._loads_without_taps = True
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, *rest
     ):
-        """As Module's; attention weights without their taps are refused, strict or not.
+        """Load as Module does, but refuse attention weights without their taps, strict or not.
 
         Raises:
-            ValueError: the taps are missing, and they do not start as identity.
+            ValueError: The taps are missing, and they do not start as identity.
         """
         taps = [prefix + name for names in self._tap_names.values() for name in names]
         missing = [key for key in taps if key not in state_dict]
-        # A state dict may be partial, such as one of adapters only.
+        # A state dict may be partial, for example adapters only.
         has_weights = any(key.startswith(f"{prefix}linear_qkv.") for key in state_dict)
         starts_from_vanilla = missing == taps and self.kv_shift.init == "identity"
         if missing and has_weights and not starts_from_vanilla:
@@ -157,11 +157,12 @@ class KVShiftSelfAttention(SelfAttention):
             missing_keys[:] = [key for key in missing_keys if key not in taps]
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs):
-        """As SelfAttention.forward; what the shift does not support yet is refused."""
+        """Run SelfAttention.forward; refuse calls that the shift does not support yet."""
         refuse_call(**kwargs)
         if self._loads_without_taps:
             self._loads_without_taps = False
-        # The hook below is called without it. Only for the call: recompute enters here again.
+        # The hook below does not receive packed_seq_params. Keep them for this call only:
+        # recompute enters here again.
         call = self._call
         call.cu_seqlens = physical_cu_seqlens(kwargs.get("packed_seq_params"))
         call.freqs, kwargs["rotary_pos_emb"] = self._rope.take(
@@ -175,17 +176,17 @@ class KVShiftSelfAttention(SelfAttention):
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: Tensor | None = None, *args, **kwargs
     ):
-        """As SelfAttention's, with key and value [s, b, ng, hn] shifted.
+        """Return SelfAttention's query, key and value, with key and value [s, b, ng, hn] shifted.
 
-        Under `forward` with angles of its own, key is also rotated (rope.py).
+        If `forward` has taken the rotary angles, key is also rotated (rope.py).
         """
         output = super().get_query_key_value_tensors(
             hidden_states, key_value_states, *args, **kwargs
         )
         if len(output) not in (3, 4):
             raise ValueError(
-                "fused_single_qkv_rope leaves query, key and value unsplit, so that KV shifting "
-                "cannot reach them: turn it off (drop --fused-single-qkv-rope)"
+                "fused_single_qkv_rope leaves query, key and value unsplit, so KV shifting cannot "
+                "reach them: turn it off (drop --fused-single-qkv-rope)"
             )
         query, key, value, *gate = output
         taps, call = self.taps(), self._call
@@ -198,13 +199,13 @@ class KVShiftSelfAttention(SelfAttention):
         return (query, key, value, *gate)
 
     def taps(self) -> dict[str, Tensor]:
-        """The taps this rank applies: {"alpha": fp32 [window, ng], "beta": ...}, differentiable."""
-        # Stacked first: a cast of each would be a kernel of each.
+        """Return this rank's taps, {"alpha": fp32 [window, ng], "beta": ...}, differentiable."""
+        # Stack before the cast: one kernel instead of one per tap.
         flat = torch.stack(
             [getattr(self, name) for names in self._tap_names.values() for name in names]
         ).float()
         if not self.taps_are_sharded:
-            # One reduction for all taps; in fp32 whatever the parameters' dtype.
+            # Reduce all taps at once, in fp32 whatever the parameters' dtype.
             flat = copy_to_tensor_model_parallel_region(flat, group=self.pg_collection.tp)
             flat = flat[:, self._own_group : self._own_group + 1]
         return taps_by_kind(self.kv_shift, flat)
@@ -215,10 +216,10 @@ class KVShiftSelfAttention(SelfAttention):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict | None = None,
     ):
-        """Taps as global [num_query_groups] tensors under the same key at every TP size.
+        """Return taps as global [num_query_groups] tensors, under the same key at every TP size.
 
-        Megatron's default would declare a module's own parameters replicated over TP, and so save
-        one rank's query groups for all.
+        Megatron's default declares a module's own parameters replicated over TP, and would save one
+        rank's query groups for all.
         """
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         own_parameters = {}

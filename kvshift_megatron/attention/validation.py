@@ -1,7 +1,8 @@
-"""What KV shifting refuses, and in which words.
+"""Refuse the settings and calls that KV shifting cannot honour.
 
-Each refusal names the setting and what to do instead. Two moments: the start (Megatron's arguments
-and the transformer configuration, for every KV-shifting layer before it has parameters), a call.
+Each refusal names the setting and what to do instead. Settings (Megatron's arguments and the
+transformer configuration) are checked at start, by every KV-shifting layer before it creates
+parameters; calls are checked as they come.
 """
 
 from argparse import Namespace
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING
 from kvshift_megatron.arguments import megatron_args
 
 if TYPE_CHECKING:
-    # Not at run time: flags are checked on machines and in commands that do not wait for Megatron.
+    # Not at run time: some commands check flags without importing Megatron.
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-# Setting -> what is wrong with it and what to do; refused wherever it is on.
+# Setting -> what is wrong with it and what to do instead.
 _REFUSED_IN_CONFIG = {
     "multi_latent_attention": "has no per-head keys and values to shift: drop "
     "--multi-latent-attention, or train without KV shifting",
@@ -25,7 +26,7 @@ _REFUSED_IN_CONFIG = {
 }
 _REFUSED_ARGS = {
     "reset_attention_mask": "hides document boundaries in a mask that the shift does not see, "
-    "so that keys and values would cross document boundaries: use packed sequences instead "
+    "so keys and values would cross document boundaries: use packed sequences instead "
     "(--dataloader-inter-document-masking or --sft) and drop --reset-attention-mask",
     "hybrid_context_parallel": "changes the context-parallel group from batch to batch, which KV "
     "shifting does not follow: drop --hybrid-context-parallel",
@@ -35,11 +36,11 @@ _REFUSED_ARGS = {
 def check_at_start(config: "TransformerConfig") -> None:
     """Raise ValueError for a setting that KV shifting cannot honour.
 
-    Called for every KV-shifting layer, before its parameters exist, so that no way of building a
-    model goes around it.
+    Every KV-shifting layer calls this before it creates parameters, so no way of building a model
+    avoids it. Megatron's arguments are checked too, if its scripts have set them.
 
     Args:
-        config: of the model; Megatron's arguments are looked at where its scripts have set them.
+        config: The model's configuration.
     """
     check_transformer_config(config)
     args = megatron_args()
@@ -51,8 +52,8 @@ def check_transformer_config(config: "TransformerConfig | Namespace") -> None:
     """Raise ValueError for a model configuration that KV shifting cannot honour.
 
     Args:
-        config: a TransformerConfig, or Megatron's arguments, whose names are the same; fields that
-            one of them or a release lacks count as off.
+        config: A TransformerConfig, or Megatron's arguments, which use the same names. A missing
+            field counts as off.
     """
     groups, tp = config.num_query_groups, config.tensor_model_parallel_size
     if groups % tp and tp % groups:
@@ -67,10 +68,10 @@ def check_transformer_config(config: "TransformerConfig | Namespace") -> None:
 def check_args(args: Namespace) -> None:
     """Raise ValueError for a training argument that KV shifting cannot honour.
 
-    Covers what a layer cannot see in its configuration, such as how samples are cut.
+    This covers what a layer cannot see in its configuration, such as how samples are cut.
 
     Args:
-        args: Megatron's arguments; flags that a release lacks count as off.
+        args: Megatron's arguments. A flag that the release lacks counts as off.
     """
     _refuse(args, _REFUSED_ARGS)
     is_packed = any(
@@ -79,20 +80,20 @@ def check_args(args: Namespace) -> None:
     if is_packed and getattr(args, "overlap_moe_expert_parallel_comm", False):
         raise ValueError(
             "overlap_moe_expert_parallel_comm with packed documents: Megatron's schedule plan does "
-            "not hand the documents' edges to the layers, so that keys and values would cross "
+            "not pass the documents' bounds to the layers, so keys and values would cross "
             "them: drop --overlap-moe-expert-parallel-comm, or train without packing"
         )
     if getattr(args, "spec", None) is not None and getattr(args, "mtp_num_layers", None):
         raise ValueError(
             f"mtp_num_layers={args.mtp_num_layers} with spec: Megatron builds the layers of "
-            "multi-token prediction from specs of its own, which would silently be vanilla: drop "
+            "multi-token prediction from its own specs, so they would silently be vanilla: drop "
             "--spec and use `python -m kvshift_megatron.pretrain`, or a patched Megatron-LM with "
             "--kv-shift"
         )
     if is_packed and args.pipeline_model_parallel_size > 1 and (args.micro_batch_size or 1) > 1:
         raise ValueError(
             f"micro_batch_size={args.micro_batch_size} with packed documents and pipeline "
-            "parallelism: Megatron packs the samples into one, and its stages expect them apart; "
+            "parallelism: Megatron packs the samples into one, but its stages expect them apart; "
             "set --micro-batch-size 1"
         )
     ranks = args.context_parallel_size
@@ -104,9 +105,9 @@ def check_args(args: Namespace) -> None:
         )
     if ranks > 1 and getattr(args, "dataloader_inter_document_masking", False):
         raise ValueError(
-            f"dataloader_inter_document_masking with context_parallel_size={ranks} spreads the "
-            "whole stream over the ranks, and not each document by itself as packed attention and "
-            "the shift expect: set --context-parallel-size 1, or drop "
+            f"dataloader_inter_document_masking with context_parallel_size={ranks} splits the "
+            "whole stream over the ranks, but packed attention and the shift expect each document "
+            "to be split separately: set --context-parallel-size 1, or drop "
             "--dataloader-inter-document-masking"
         )
 
@@ -129,11 +130,11 @@ def refuse_call(packed_seq_params=None, inference_context=None, inference_params
     """Raise ValueError for a forward call that KV shifting cannot honour yet."""
     if getattr(packed_seq_params, "local_cp_size", None) is not None:
         raise ValueError(
-            "local_cp_size: the batch has a context-parallel group of its own (hybrid context "
+            "local_cp_size: the batch has its own context-parallel group (hybrid context "
             "parallelism), which KV shifting does not follow: drop --hybrid-context-parallel"
         )
     if inference_context is not None or inference_params is not None:
         raise ValueError(
-            "inference_context: Megatron's KV cache holds no raw last key and value, which KV "
+            "inference_context: Megatron's KV cache drops the last raw key and value, which KV "
             "shifting needs for the next token; score whole sequences without a context instead"
         )

@@ -12,7 +12,7 @@ from kvshift_megatron.attention.context_parallel import (
     context_parallel_group,
     shift_across_boundaries,
 )
-from kvshift_megatron.attention.cp_chunks import DocumentHalves, EqualHalves
+from kvshift_megatron.attention.cp_chunks import PackedZigzagChunks, ZigzagChunks
 from kvshift_megatron.attention.packed_sequences import document_positions
 from kvshift_megatron.ops import kv_shift, shift_ref
 from tests.support.compare import assert_close_rel
@@ -238,8 +238,8 @@ def test_a_chunk_too_short_for_the_window_is_refused(tokens, window, ranks):
 
 
 def test_the_shortest_chunk_that_will_do_is_accepted():
-    EqualHalves(6, 3, torch.device("cpu"))
-    EqualHalves(2, 1, torch.device("cpu"))
+    ZigzagChunks(6, 3, torch.device("cpu"))
+    ZigzagChunks(2, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_documents_that_cannot_be_cut_are_refused(ranks, lengths, window):
 def test_documents_that_can_be_cut_are_accepted_without_reading_them_back(ranks, lengths, back):
     cu_seqlens, tokens = cumulative(lengths), sum(lengths) // ranks
     with no_readback():
-        DocumentHalves(cu_seqlens, tokens, ranks, back)
+        PackedZigzagChunks(cu_seqlens, tokens, ranks, back)
 
 
 def test_the_configuration_decides_about_context_parallelism_and_not_the_group():

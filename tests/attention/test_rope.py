@@ -78,7 +78,7 @@ def test_on_a_cpu_megatron_rotates_unless_the_other_is_forced(monkeypatch):
     angles, x = torch.randn(5, 1, 1, 8), torch.randn(5, 1, 32)
     assert RopeFusion(config(), 1, False).take(angles, x) == (None, angles)
     monkeypatch.setenv("KVSHIFT_ROPE", "fused")
-    with pytest.raises(ValueError, match=r"KVSHIFT_ROPE=fused: .* not Triton's here"):
+    with pytest.raises(ValueError, match=r"KVSHIFT_ROPE=fused: .* not run in Triton here"):
         RopeFusion(config(), 1, False).take(angles, x)
 
 

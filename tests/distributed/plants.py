@@ -6,8 +6,8 @@ from unittest import mock
 import torch
 
 from kvshift_megatron.attention import context_parallel, self_attention
-from kvshift_megatron.attention.cp_chunks import EqualHalves
-from kvshift_megatron.attention.halo_exchange import HistoryExchange
+from kvshift_megatron.attention.cp_chunks import ZigzagChunks
+from kvshift_megatron.attention.halo_exchange import HaloExchange
 from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
 from kvshift_megatron.ops import shift_ref
 from kvshift_megatron.specs.te_free import SDPACoreAttention
@@ -83,8 +83,8 @@ def _shared_groups_not_summed():
 
 
 def _patch_exchange(name, change):
-    original = getattr(HistoryExchange, name)
-    return mock.patch.object(HistoryExchange, name, lambda *args: change(original, *args))
+    original = getattr(HaloExchange, name)
+    return mock.patch.object(HaloExchange, name, lambda *args: change(original, *args))
 
 
 def _second_half_from_wrong_rank():
@@ -115,8 +115,8 @@ def _halves_of_the_whole_sequence():
     """Packed documents are cut as if they were one: boundaries in the middle of the memory."""
     return mock.patch.object(
         context_parallel,
-        "DocumentHalves",
-        lambda cu, tokens, ranks, back: EqualHalves(tokens, back, cu.device),
+        "PackedZigzagChunks",
+        lambda cu, tokens, ranks, back: ZigzagChunks(tokens, back, cu.device),
     )
 
 
