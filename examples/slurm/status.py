@@ -10,6 +10,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from kvshift_megatron.checks.checkpoint_paths import TRACKER
 from kvshift_megatron.utils.atomic_files import replace
 
 FILE = "status.json"
@@ -84,7 +85,7 @@ def newest_checkpoint(directory: Path) -> int:
 
     Also 0 where it cannot be read: the run itself says at its start what it does about that.
     """
-    tracker = directory / CHECKPOINTS / "latest_checkpointed_iteration.txt"
+    tracker = directory / CHECKPOINTS / TRACKER
     try:
         return int(tracker.read_text())
     except (FileNotFoundError, ValueError):

@@ -13,6 +13,7 @@ from megatron.core.utils import unwrap_model
 
 from kvshift_megatron.arguments import megatron_args
 from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
+from kvshift_megatron.checks.checkpoint_paths import iteration_folder, read_tracker
 from kvshift_megatron.checks.shapes import compare_shapes
 from kvshift_megatron.checks.stored_files import StoredModel, read_checkpoint
 from kvshift_megatron.config import KVShiftConfig
@@ -83,12 +84,9 @@ def _may_lack_keys(args: Namespace) -> bool:
 def checkpoint_to_load(args: Namespace) -> Path | None:
     """The folder that Megatron's arguments make it load; None where there is none."""
     for root in (getattr(args, "load", None), getattr(args, "pretrained_checkpoint", None)):
-        tracker = Path(root or "/dev/null") / "latest_checkpointed_iteration.txt"
-        if root is None or not tracker.is_file():
-            continue
-        iteration = getattr(args, "ckpt_step", None) or tracker.read_text().strip()
-        name = "release" if iteration == "release" else f"iter_{int(iteration):07d}"
-        return Path(root) / name
+        named = None if root is None else read_tracker(Path(root))
+        if named is not None:
+            return iteration_folder(Path(root), getattr(args, "ckpt_step", None) or named)
     return None
 
 

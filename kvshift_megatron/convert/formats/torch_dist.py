@@ -26,6 +26,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from kvshift_megatron.checks.checkpoint_paths import (
+    RELEASE,
+    TRACKER,
+    iteration_folder,
+    read_tracker,
+)
 from kvshift_megatron.convert.formats import inert_pickle
 
 _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)\.(.*)$")
@@ -45,15 +51,14 @@ def find_checkpoint(path: Path) -> Path:
     """
     if not path.is_dir():
         raise ValueError(f"{path}: there is no such folder")
-    tracker = path / "latest_checkpointed_iteration.txt"
-    if tracker.is_file():
-        name = tracker.read_text().strip()
-        if name != "release" and not name.isdigit():
+    tracker, name = path / TRACKER, read_tracker(path)
+    if name is not None:
+        if name != RELEASE and not name.isdigit():
             raise ValueError(
                 f"{tracker} says {name!r}, which is neither a number of steps nor 'release': name "
                 "the iteration's folder itself"
             )
-        path = path / (name if name == "release" else f"iter_{int(name):07d}")
+        path = iteration_folder(path, name)
         if not path.is_dir():
             raise ValueError(f"{tracker} names {path.name}, but that folder is missing beside it")
     if (path / ".metadata").is_file():

@@ -22,9 +22,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-TRACKER = "latest_checkpointed_iteration.txt"
+from kvshift_megatron.checks.checkpoint_paths import RELEASE, TRACKER
+
 # Weights without a training state: Megatron then starts at step 0 with a new optimizer.
-ITERATION = "release"
+ITERATION = RELEASE
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kvshift_megatron.training.faults.fallback import TRACKER, write_tracker
+from kvshift_megatron.checks.checkpoint_paths import TRACKER
+from kvshift_megatron.training.faults.fallback import write_tracker
 from kvshift_megatron.training.faults.processes import die_with_parent
 
 _noting: list[str] | None = None  # this rank's failures, while a save is under way

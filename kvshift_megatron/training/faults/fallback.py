@@ -16,10 +16,16 @@ from pathlib import Path
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 
+from kvshift_megatron.checks.checkpoint_paths import (
+    RELEASE,
+    TRACKER,
+    iteration_folder,
+    read_tracker,
+    stored_iterations,
+)
 from kvshift_megatron.checks.stored_files import DamagedCheckpointError, read_checkpoint
 from kvshift_megatron.training.faults import agreement
 
-TRACKER = "latest_checkpointed_iteration.txt"
 # Before the name of a whole checkpoint while one of the same iteration is being saved.
 REPLACED = "replaced."
 
@@ -68,14 +74,13 @@ def choose(root: Path, verify_integrity: bool = False) -> tuple[int | None, list
     Raises:
         ValueError: no checkpoint is whole.
     """
-    tracker = root / TRACKER
-    named = tracker.read_text().strip() if tracker.is_file() else None
-    if named == "release":
+    named = read_tracker(root)
+    if named == RELEASE:
         return None, []
     # int() would also take "1_0" or " 10".
     if named is None or re.fullmatch(r"[0-9]+", named) is None:
         return None, _without_tracker(root, named, verify_integrity)
-    newest = root / f"iter_{int(named):07d}"
+    newest = iteration_folder(root, named)
     fault = fault_of(newest, verify_integrity)
     if fault is None:
         return None, []
@@ -93,7 +98,7 @@ def choose(root: Path, verify_integrity: bool = False) -> tuple[int | None, list
         )
     return found, [
         f"{'; '.join([fault, *others])}; the run goes on from the newest whole checkpoint before "
-        f"it, {root}/iter_{found:07d}: {int(named) - found} steps are lost and done again"
+        f"it, {iteration_folder(root, found)}: {int(named) - found} steps are lost and done again"
     ]
 
 
@@ -114,11 +119,10 @@ def fault_of(directory: Path, verify_integrity: bool = False) -> str | None:
 
 def _newest_whole(root: Path, before: float, verify_integrity: bool) -> tuple[int | None, list]:
     """(the newest whole iteration below `before`, the faults of those that were passed over)."""
-    names = [re.fullmatch(r"iter_([0-9]{7,})", path.name) for path in root.glob("iter_*")]
     faults = []
-    for iteration in sorted((int(name[1]) for name in names if name), reverse=True):
+    for iteration in reversed(stored_iterations(root)):
         if iteration < before:
-            fault = fault_of(root / f"iter_{iteration:07d}", verify_integrity)
+            fault = fault_of(iteration_folder(root, iteration), verify_integrity)
             if fault is None:
                 return iteration, faults
             faults.append(fault)

@@ -4,7 +4,8 @@ import shutil
 from argparse import Namespace
 from pathlib import Path
 
-from kvshift_megatron.training.faults.fallback import REPLACED, TRACKER, fault_of
+from kvshift_megatron.checks.checkpoint_paths import RELEASE, TRACKER, iteration_folder
+from kvshift_megatron.training.faults.fallback import REPLACED, fault_of
 
 
 def save_dir(args: Namespace, non_persistent: bool) -> Path | None:
@@ -30,7 +31,7 @@ class Folder:
     """
 
     def __init__(self, root: Path, iteration: int, release: bool = False):
-        self.path = root / ("release" if release else f"iter_{iteration:07d}")
+        self.path = iteration_folder(root, RELEASE if release else iteration)
         self._replaced = self.path.with_name(REPLACED + self.path.name)
         self._begun = False
 

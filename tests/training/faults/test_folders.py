@@ -2,7 +2,8 @@
 
 import pytest
 
-from kvshift_megatron.training.faults.fallback import TRACKER, choose, fault_of
+from kvshift_megatron.checks.checkpoint_paths import TRACKER
+from kvshift_megatron.training.faults.fallback import choose, fault_of
 from kvshift_megatron.training.faults.folders import Folder
 from tests.training.faults.test_fallback import cut, root, save, saved, shard  # noqa: F401
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from kvshift_megatron.training.faults.fallback import TRACKER, fault_of
+from kvshift_megatron.checks.checkpoint_paths import TRACKER
+from kvshift_megatron.training.faults.fallback import fault_of
 from tests.training.faults.runs import (
     HANG_TIMEOUT,
     Run,

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from kvshift_megatron.training.faults.fallback import TRACKER, fault_of
+from kvshift_megatron.checks.checkpoint_paths import TRACKER
+from kvshift_megatron.training.faults.fallback import fault_of
 from tests.support.saved_tensors import differing, tensors
 from tests.training.faults.runs import STEPS, Run, command, losses, planned
 
