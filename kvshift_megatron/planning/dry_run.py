@@ -161,13 +161,14 @@ def _run(rank: DryRank) -> dict:
     from megatron.training import training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-    from kvshift_megatron import pretrain
     from kvshift_megatron.planning import kernels, meta_device
-    from kvshift_megatron.training.forward_step import TrainingStep
-    from kvshift_megatron.training.task import embedding_ranks, load_task
+    from kvshift_megatron.training.forward_step import ForwardStep
+    from kvshift_megatron.training.run_config import model_config, parse_and_check
+    from kvshift_megatron.training.stages import embedding_ranks
+    from kvshift_megatron.training.task import load_task
 
     sys.argv = ["plan", *dry_run_flags(rank.flags)]
-    args = pretrain._parse_and_check()
+    args = parse_and_check()
     undo_cpu_choices(args, rank.flags, rank.kernels)
     meta_device.enter()
     kernels.use(rank.kernels)
@@ -185,10 +186,10 @@ def _run(rank: DryRank) -> dict:
             observer.installed(),
         ):
             training.pretrain(
-                pretrain_cfg_container_from_args(args, pretrain._model_config(args)),
+                pretrain_cfg_container_from_args(args, model_config(args)),
                 datasets_provider,
                 ModelType.encoder_or_decoder,
-                TrainingStep(task),
+                ForwardStep(task),
                 get_embedding_ranks=embedding_ranks,
             )
     except EnoughSteps:

@@ -18,7 +18,8 @@ from megatron.training import get_args, get_timers
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from torch import Tensor
 
-from kvshift_megatron.training.task import Task, has_mtp, needs_tokens
+from kvshift_megatron.training.stages import has_mtp, needs_tokens
+from kvshift_megatron.training.task import Task
 
 # A loss this many times the largest seen so far is reported by --check-for-spiky-loss.
 _SPIKE = 10
@@ -35,7 +36,7 @@ _OPTIONAL_KEYS = (
 )
 
 
-class TrainingStep:
+class ForwardStep:
     """Megatron's `forward_step_func` for a task.
 
     Args:

@@ -5,7 +5,8 @@ import sys
 import pytest
 from megatron.core.datasets import utils
 
-from kvshift_megatron import cpu, pretrain
+from kvshift_megatron import cpu
+from kvshift_megatron.training.run_config import parse_and_check
 from kvshift_megatron.upstream import dataset_helpers
 from tests.integration.tiny_gpt import flags
 
@@ -14,7 +15,7 @@ def test_a_model_that_would_stay_on_the_cpu_is_refused(monkeypatch):
     assert not cpu.is_enabled()
     monkeypatch.setattr(sys, "argv", ["pretrain", *flags(use_cpu_initialization=True)])
     with pytest.raises(ValueError, match=r"use_cpu_initialization: .* drop --use-cpu-init"):
-        pretrain._parse_and_check()
+        parse_and_check()
 
 
 def test_helpers_are_compiled_only_where_they_are_missing(monkeypatch):

@@ -77,14 +77,14 @@ def validated(run: recipe.Run, monkeypatch):
     """The entry point's own parsing and checks, Megatron's included, as rank 0 of all of them."""
     from megatron.training.global_vars import unset_global_variables
 
-    from kvshift_megatron.pretrain import _parse_and_check
+    from kvshift_megatron.training.run_config import parse_and_check
 
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", str(run.nproc))
     monkeypatch.setattr(sys, "argv", ["pretrain", *command_line(run.flags)])
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            return _parse_and_check()
+            return parse_and_check()
         finally:
             unset_global_variables()
 
@@ -93,14 +93,14 @@ def built(args, layout: Layout, rank: int = 0) -> torch.nn.Module:
     """A rank's model, by the builder that trains."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from kvshift_megatron.pretrain import _model_config
     from kvshift_megatron.training.gpt_builder import KVShiftGPTModelBuilder
+    from kvshift_megatron.training.run_config import model_config
 
     with fake_rank(layout, rank), torch.device("meta"):
-        model_config = _model_config(args)
-        model_config.transformer.perform_initialization = False
+        config = model_config(args)
+        config.transformer.perform_initialization = False
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        model = KVShiftGPTModelBuilder(model_config).build_model(groups)
+        model = KVShiftGPTModelBuilder(config).build_model(groups)
     assert all(parameter.is_meta for parameter in model.parameters())
     return model
 

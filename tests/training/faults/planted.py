@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from kvshift_megatron.training.task import gpt_datasets_provider
+from kvshift_megatron.training.datasets import gpt_datasets_provider
 
 KINDS = (
     *("pauses", "killed", "sleeps", "stopped", "holds the lock"),

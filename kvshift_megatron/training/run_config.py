@@ -1,0 +1,98 @@
+"""Turn the command line of `kvshift_megatron.pretrain` into Megatron's arguments and configuration.
+
+The pretraining entry point and the planner, which runs the same steps without GPUs, both use it.
+"""
+
+import argparse
+import sys
+from argparse import Namespace
+
+from kvshift_megatron import cpu
+from kvshift_megatron.arguments import (
+    add_kv_shift_args,
+    add_vanilla_twin_arg,
+    kv_shift_config_from_args,
+)
+from kvshift_megatron.training import metrics
+from kvshift_megatron.training.faults.fault_flags import add_faults_args, check_faults_args
+
+
+def parse_and_check() -> Namespace:
+    """Parse sys.argv, refuse what KV shifting cannot honour, then validate as Megatron does.
+
+    Raises:
+        ValueError: A flag, or a combination, cannot be honoured; or megatron-core is too old.
+    """
+    try:
+        from megatron.training.arguments import parse_and_validate_args, parse_args
+    except ImportError as error:
+        raise ValueError(
+            "this entry point needs megatron-core 0.19 (use kvshift_megatron.layer_specs in your "
+            f"own script on older releases): {error}"
+        ) from error
+    from kvshift_megatron.training.faults.fallback import settle_checkpoint
+
+    if "--kv-shift" in sys.argv:
+        raise ValueError("kv_shift: this entry point shifts without being asked: drop --kv-shift")
+    args = parse_args(_add_args)
+    _check(args)
+    settle_checkpoint(args)
+    return parse_and_validate_args(_add_args)
+
+
+def _add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add this package's flags, then those of the task that --task-module names."""
+    from kvshift_megatron.training.task import load_task
+
+    add_faults_args(metrics.add_watching_args(parser))
+    add_vanilla_twin_arg(add_kv_shift_args(parser)).add_argument(
+        "--task-module",
+        default=None,
+        metavar="MODULE",
+        help="Importable module with datasets and validation metrics of its own, as "
+        "kvshift_megatron.training.task describes. Default: Megatron's GPT datasets.",
+    )
+    # The task's own flags have to be known before the command line can be parsed.
+    known, _ = parser.parse_known_args()
+    return load_task(known.task_module).add_args(parser)
+
+
+def _check(args: Namespace) -> None:
+    from kvshift_megatron.attention.validation import check_args, check_transformer_config
+
+    if args.yaml_cfg is not None:
+        raise ValueError("yaml_cfg replaces KV shifting's flags too: use flags, not --yaml-cfg")
+    if args.spec is not None:
+        raise ValueError(
+            "spec: this entry point chooses the layer itself: drop --spec, or apply "
+            "kvshift_megatron.layer_specs.with_kv_shift to it in a script of your own"
+        )
+    if args.hybrid_layer_pattern is not None:
+        raise ValueError(
+            "hybrid_layer_pattern: this entry point trains GPT models: run Megatron-LM's "
+            "pretrain_hybrid.py with --spec kvshift_megatron.static_specs hybrid_stack_spec"
+        )
+    if args.use_cpu_initialization and not (cpu.is_enabled() or args.use_torch_fsdp2):
+        raise ValueError(
+            "use_cpu_initialization: Megatron leaves a model that it builds on the CPU there: drop "
+            "--use-cpu-initialization"
+        )
+    check_args(args)
+    metrics.check_watching_args(args)
+    check_faults_args(args)
+    if kv_shift_config_from_args(args) is not None:
+        groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+        check_transformer_config(Namespace(**{**vars(args), "num_query_groups": groups}))
+
+
+def model_config(args: Namespace):
+    """Return Megatron's GPT model configuration with the taps that `args` ask for."""
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from kvshift_megatron.checks.model import report_after_build
+    from kvshift_megatron.training.gpt_builder import KVShiftGPTModelConfig
+
+    config = gpt_config_from_args(args, model_config_cls=KVShiftGPTModelConfig)
+    config.kv_shift = kv_shift_config_from_args(args)
+    report_after_build(config, config.kv_shift)
+    return config
