@@ -18,7 +18,7 @@ from kvshift_megatron.utils import launchers
 ROOT = Path(__file__).resolve().parents[2]
 _TAIL_LINES = 30
 
-Progress = Callable[[str, Evaluation, float], None]
+ReportProgress = Callable[[str, Evaluation, float], None]
 """Called with the model's name, a new validation point and the seconds since its launch."""
 
 
@@ -104,7 +104,7 @@ def _start(model: Model, cpu: bool, output: Path, events: queue.Queue) -> _Child
     return child
 
 
-def run_all(config: Config, output: Path, progress: Progress) -> list[Result]:
+def run_all(config: Config, output: Path, progress: ReportProgress) -> list[Result]:
     """Trains every model in the configuration's order; later ones start as processes free up.
 
     Args:

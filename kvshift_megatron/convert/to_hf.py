@@ -11,7 +11,7 @@ from torch import Tensor
 from kvshift_megatron.convert.architecture import Architecture
 from kvshift_megatron.convert.baichuan import export
 from kvshift_megatron.convert.formats.output import (
-    Progress,
+    WriteProgress,
     check_free_space,
     check_target,
     complete_or_absent,
@@ -99,7 +99,7 @@ def megatron_to_hf(job: ToHF, verify: Callable[[Path], None] | None = None) -> A
     groups = [[Planned(*one) for one in table.planned(i)] for i in range(len(table))]
     total = sum(planned.nbytes for group in groups for planned in group)
     check_free_space(job.target, total)
-    progress = Progress(total, job.progress)
+    progress = WriteProgress(total, job.progress)
 
     def read(i: int) -> tuple[Tensor, ...]:
         tensors = table.read(i)

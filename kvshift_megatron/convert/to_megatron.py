@@ -13,7 +13,7 @@ from kvshift_megatron.convert.architecture import Architecture
 from kvshift_megatron.convert.baichuan import export
 from kvshift_megatron.convert.baichuan.norm_head_padding import FIELD, UnpaddedFolder
 from kvshift_megatron.convert.formats.output import (
-    Progress,
+    WriteProgress,
     check_free_space,
     check_target,
     complete_or_absent,
@@ -84,7 +84,7 @@ def hf_to_megatron(job: ToMegatron, verify: Callable[[Path], None] | None = None
     pieces = table.pieces(job.dtype)
     total = sum(math.prod(piece.shape) * piece.dtype.itemsize for piece in pieces)
     check_free_space(job.target, total)
-    progress = Progress(total, job.progress)
+    progress = WriteProgress(total, job.progress)
     with complete_or_absent(job.target) as folder:
         counted = [replace(piece, read=_counting(piece, progress)) for piece in pieces]
         write_torch_dist(folder, counted, extra_states(written), arguments)
@@ -95,7 +95,7 @@ def hf_to_megatron(job: ToMegatron, verify: Callable[[Path], None] | None = None
     return written
 
 
-def _counting(piece: Piece, progress: Progress) -> Callable[[], Tensor]:
+def _counting(piece: Piece, progress: WriteProgress) -> Callable[[], Tensor]:
     def read() -> Tensor:
         tensor = piece.read()
         progress.add(tensor.nbytes)

@@ -12,7 +12,7 @@ from pathlib import Path
 from kvshift_megatron.utils.atomic_files import replace
 from tools.benchmarks import machine, results, tables
 from tools.benchmarks.sections import SECTIONS, Section, SectionFailed, run
-from tools.benchmarks.settings import Progress, Settings
+from tools.benchmarks.settings import ReportProgress, Settings
 
 _SECONDS_BETWEEN_LINES = 1.0
 
@@ -72,7 +72,7 @@ class _Clock:
         """Seconds since the start."""
         return time.monotonic() - self._start
 
-    def of(self, section: Section) -> Progress:
+    def of(self, section: Section) -> ReportProgress:
         """What prints the section's progress."""
 
         def say(fraction: float, text: str) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tools.benchmarks import timing
 from tools.benchmarks.correctness import WrongResult
 from tools.benchmarks.preprocessing import tokens_per_second
-from tools.benchmarks.settings import Progress, Settings
+from tools.benchmarks.settings import ReportProgress, Settings
 
 # About 200 MB in bf16.
 _SHAPE = {
@@ -27,7 +27,7 @@ _QUICK_SHAPE = _SHAPE | {"vocab_size": 1_000, "hidden_size": 256, "intermediate_
 DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
 
 
-def measure(settings: Settings, progress: Progress) -> dict:
+def measure(settings: Settings, progress: ReportProgress) -> dict:
     """{"bytes", "bytes_per_second": {direction or "cp": spread}, "tokens_per_second", ...}.
 
     The time of the command itself, files in the page cache, without the start of Python.

@@ -6,7 +6,7 @@ import torch
 
 from tools.benchmarks import timing
 from tools.benchmarks.correctness import WrongResult
-from tools.benchmarks.settings import Progress, Settings, part
+from tools.benchmarks.settings import ReportProgress, Settings, part
 
 SHAPE = {
     "vocab_size": 4000,
@@ -22,7 +22,7 @@ BATCHES = (1, 8)
 _PROMPT = 128  # tokens
 
 
-def measure(settings: Settings, progress: Progress) -> dict:
+def measure(settings: Settings, progress: ReportProgress) -> dict:
     """{"cases": [{"batch", "runs": {"llama" | "kv_shift": {"tokens_per_second", "ratio"}}}]}."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     progress(0.0, "building the models")

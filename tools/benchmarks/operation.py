@@ -13,7 +13,7 @@ from tools.benchmarks import timing
 from tools.benchmarks.candidates import Candidate, Copies, candidates
 from tools.benchmarks.correctness import Expected, WrongResult
 from tools.benchmarks.inputs import Inputs, Shape, make_inputs
-from tools.benchmarks.settings import Progress, Settings, part
+from tools.benchmarks.settings import ReportProgress, Settings, part
 
 # What a copy is to an operation: forward reads and writes one tensor as a copy does; backward reads
 # the input and the output's gradient and writes the input's.
@@ -25,7 +25,7 @@ _SMALL_SHAPES = (Shape(67, 2, 3, 40), Shape(40, 1, 2, 128, queries=4))
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def measure(settings: Settings, progress: Progress) -> dict:
+def measure(settings: Settings, progress: ReportProgress) -> dict:
     """{"cases": [...], "refused": {label: why}, "not_measured": {label: why}}."""
     kept = keep_freed_memory()
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -51,7 +51,7 @@ def measure_case(
     device: str,
     shape: Shape,
     dtype_name: str,
-    progress: Progress,
+    progress: ReportProgress,
     notes: dict,
     only: tuple[str, ...] | None = None,
     budget_s: float = 20.0,
@@ -152,7 +152,7 @@ def _refuse_wrong(
     device: str,
     dtype: torch.dtype,
     shape: Shape,
-    progress: Progress,
+    progress: ReportProgress,
     title: str,
     notes: dict,
 ) -> float | None:

@@ -3,12 +3,12 @@
 from kvshift_megatron.cpu.allocator import keep_freed_memory
 from tools.benchmarks.inputs import Shape
 from tools.benchmarks.operation import SHAPES, measure_case
-from tools.benchmarks.settings import Progress, Settings, part
+from tools.benchmarks.settings import ReportProgress, Settings, part
 
 _WAYS = ("paper", "pad_and_add", "compile", "eager", "chosen")
 
 
-def measure(settings: Settings, progress: Progress) -> dict:
+def measure(settings: Settings, progress: ReportProgress) -> dict:
     """{"system": case, "kept": case}: before and after `keep_freed_memory`, in this order."""
     shape = Shape(256, 2, 4, 64) if settings.quick else SHAPES[0]
     result: dict = {"refused": {}, "not_measured": {}}

@@ -9,7 +9,7 @@ from kvshift_megatron.ops.dispatch import VARIABLE
 from tools.benchmarks.inputs import Shape
 from tools.benchmarks.model_flags import model_flags
 from tools.benchmarks.operation import measure_case
-from tools.benchmarks.settings import Progress, Settings, part
+from tools.benchmarks.settings import ReportProgress, Settings, part
 from tools.benchmarks.stepping import Run
 from tools.benchmarks.training_step import TWIN, measure_runs
 
@@ -23,7 +23,7 @@ LAYOUTS = {
 }
 
 
-def measure(settings: Settings, progress: Progress) -> dict:
+def measure(settings: Settings, progress: ReportProgress) -> dict:
     """{"operation": {"sequence": [case, ...], "heads": [...]}, "layouts": {name: runs}}."""
     keep_freed_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvshift_megatron.utils.atomic_files import replace
-from tools.benchmarks.settings import Progress, Settings
+from tools.benchmarks.settings import ReportProgress, Settings
 
 _TAIL_LINES = 20
 _ROOT = str(Path(__file__).resolve().parents[2])
@@ -64,7 +64,7 @@ class SectionFailed(RuntimeError):
     """A section ended without a result; the message carries its last lines."""
 
 
-def run(section: Section, settings: Settings, progress: Progress) -> dict:
+def run(section: Section, settings: Settings, progress: ReportProgress) -> dict:
     """The section's result, measured in a process of its own.
 
     Raises:

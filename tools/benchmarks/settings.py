@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-Progress = Callable[[float, str], None]
+ReportProgress = Callable[[float, str], None]
 """Called with the fraction of the section that is done, 0 to 1, and what is being done."""
 
 
@@ -21,6 +21,6 @@ class Settings:
     folder: Path
 
 
-def part(progress: Progress, start: float, end: float) -> Progress:
+def part(progress: ReportProgress, start: float, end: float) -> ReportProgress:
     """Progress for a part of a section, which spans start to end of the whole."""
     return lambda fraction, text: progress(start + (end - start) * fraction, text)

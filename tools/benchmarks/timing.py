@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from tools.benchmarks.settings import Progress
+from tools.benchmarks.settings import ReportProgress
 
 Call = Callable[[], object]
 
@@ -34,7 +34,7 @@ def turn_about(
     device: str,
     budget_s: float,
     rounds: tuple[int, int],
-    progress: Progress,
+    progress: ReportProgress,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, list[float]]:
     """Seconds of every candidate, one call a round.

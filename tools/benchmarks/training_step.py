@@ -9,7 +9,7 @@ from kvshift_megatron.cpu.allocator import VARIABLE as KEEP_MEMORY
 from kvshift_megatron.ops.dispatch import VARIABLE
 from tools.benchmarks import timing
 from tools.benchmarks.model_flags import model_flags
-from tools.benchmarks.settings import Progress, Settings
+from tools.benchmarks.settings import ReportProgress, Settings
 from tools.benchmarks.stepping import Run, there_and_back
 
 # As many query groups as heads: no other model has more to shift.
@@ -25,7 +25,7 @@ _QUICK_MODEL = MODEL | {
 TWIN = "vanilla"
 
 
-def measure(settings: Settings, progress: Progress) -> dict:
+def measure(settings: Settings, progress: ReportProgress) -> dict:
     """Tokens per second, peak memory and what a layer keeps for backward, for every kind of run."""
     if torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is None:
         return {"not_measured": {"GPU": "Megatron's layers for it need Transformer Engine"}}
@@ -49,7 +49,12 @@ def measure(settings: Settings, progress: Progress) -> dict:
 
 
 def measure_runs(
-    runs: dict[str, Run], tokens: int, rounds: int, steps: int, folder: Path, progress: Progress
+    runs: dict[str, Run],
+    tokens: int,
+    rounds: int,
+    steps: int,
+    folder: Path,
+    progress: ReportProgress,
 ) -> dict:
     """Windows of several runs turn about, and each run's figures at its end.
 

@@ -73,7 +73,7 @@ def complete_or_absent(target: Path) -> Iterator[Path]:
                 leftover.unlink(missing_ok=True)
 
 
-class Progress:
+class WriteProgress:
     """A line on standard error every few seconds, and one at the end.
 
     Args:
