@@ -38,7 +38,7 @@ BENCH_FLAGS :=
 export INSTALLER
 
 .PHONY: help setup lock demo bench test test-latest test-oldest test-transformers test-matrix test-te \
-	test-gpu test-slurm lint clean
+	test-gpu test-slurm lint dist clean
 
 help:
 	@echo "make demo   train with KV shifting through Megatron's loop and show the result (minutes)"
@@ -51,8 +51,9 @@ help:
 	@echo "make test-te  run the tests of the Transformer Engine layer (wheels from TE_WHEELS)"
 	@echo "make test-gpu  run the layer, its kernels and the training loop on a GPU (as test-te)"
 	@echo "make test-slurm  run the Slurm script on a cluster of its own (root; installs Debian's Slurm)"
-	@echo "make lint   run the linter"
+	@echo "make lint   run the linter and the type checker"
 	@echo "make lock   renew the lists of exact versions (UPGRADE='numpy psutil', UPGRADE=all)"
+	@echo "make dist   build the sdist and the wheel"
 	@echo "make clean  remove the virtual environments and the demo's output"
 
 setup: $(READY)
@@ -73,6 +74,7 @@ bench: $(READY)
 lint: $(READY)
 	$(PYTHON_IN_VENV) -m ruff check .
 	$(PYTHON_IN_VENV) -m ruff format --check .
+	$(PYTHON_IN_VENV) -m mypy
 
 test: lint
 	$(PYTHON_IN_VENV) -m pytest $(TESTS)
@@ -119,5 +121,8 @@ test-slurm: $(READY)
 	bash tests/slurm/install.sh
 	$(PYTHON_IN_VENV) -m pytest tests/slurm
 
+dist: $(READY)
+	$(PYTHON_IN_VENV) -m build --no-isolation --outdir dist
+
 clean:
-	rm -rf $(VENV) $(TE_VENV) $(LATEST_VENV) $(OLDEST_VENV) $(TRANSFORMERS_VENVS) .venv-lock examples/induction/output
+	rm -rf dist site $(VENV) $(TE_VENV) $(LATEST_VENV) $(OLDEST_VENV) $(TRANSFORMERS_VENVS) .venv-lock examples/induction/output
