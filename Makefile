@@ -38,7 +38,7 @@ BENCH_FLAGS :=
 export INSTALLER
 
 .PHONY: help setup lock demo bench test test-latest test-oldest test-transformers test-matrix test-te \
-	test-gpu test-slurm lint clean
+	test-gpu test-slurm lint docs clean
 
 help:
 	@echo "make demo   train with KV shifting through Megatron's loop and show the result (minutes)"
@@ -52,6 +52,7 @@ help:
 	@echo "make test-gpu  run the layer, its kernels and the training loop on a GPU (as test-te)"
 	@echo "make test-slurm  run the Slurm script on a cluster of its own (root; installs Debian's Slurm)"
 	@echo "make lint   run the linter"
+	@echo "make docs   build the documentation into build/site; a broken link is an error"
 	@echo "make lock   renew the lists of exact versions (UPGRADE='numpy psutil', UPGRADE=all)"
 	@echo "make clean  remove the virtual environments and the demo's output"
 
@@ -73,6 +74,10 @@ bench: $(READY)
 lint: $(READY)
 	$(PYTHON_IN_VENV) -m ruff check .
 	$(PYTHON_IN_VENV) -m ruff format --check .
+
+# Without Material's advertisement of MkDocs' successor.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON_IN_VENV) -m mkdocs build --strict --quiet
 
 test: lint
 	$(PYTHON_IN_VENV) -m pytest $(TESTS)
