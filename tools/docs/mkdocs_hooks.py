@@ -19,7 +19,7 @@ _LINK = re.compile(r"(!?)\[([^\]]*)\]\(((?:\.\./)+[^)#\s]+)(#[^)\s]*)?\)")
 class UnderscoresStay(Extension):
     """Only asterisks emphasise: in docstrings underscores belong to names, such as K_{i-1}."""
 
-    def extendMarkdown(self, md):  # noqa: N802 (Markdown's name)
+    def extendMarkdown(self, md):
         """Called by Markdown."""
         # Before emphasis (60), after links and HTML.
         md.inlinePatterns.register(SimpleTextInlineProcessor("(_)"), "underscore", 65)
