@@ -38,12 +38,12 @@ BENCH_FLAGS :=
 export INSTALLER
 
 .PHONY: help setup lock demo bench test test-latest test-oldest test-transformers test-matrix test-te \
-	test-gpu test-slurm lint dist clean
+	test-gpu test-slurm lint docs dist clean
 
 help:
 	@echo "make demo   train with KV shifting through Megatron's loop and show the result (minutes)"
 	@echo "make bench  measure what KV shifting costs on this machine (10 minutes; BENCH_FLAGS=--quick)"
-	@echo "make test   run the tests (CPU, gloo; TESTS=tests/unit: part of them)"
+	@echo "make test   run the tests (CPU, gloo; TESTS=tests/ops: part of them)"
 	@echo "make test-latest  run them with the newest versions that pyproject.toml allows"
 	@echo "make test-oldest  run them with the oldest ones"
 	@echo "make test-transformers  run the tests of the exported model on the releases of TRANSFORMERS"
@@ -52,6 +52,7 @@ help:
 	@echo "make test-gpu  run the layer, its kernels and the training loop on a GPU (as test-te)"
 	@echo "make test-slurm  run the Slurm script on a cluster of its own (root; installs Debian's Slurm)"
 	@echo "make lint   run the linter and the type checker"
+	@echo "make docs   build the documentation into build/site; a broken link is an error"
 	@echo "make lock   renew the lists of exact versions (UPGRADE='numpy psutil', UPGRADE=all)"
 	@echo "make dist   build the sdist and the wheel"
 	@echo "make clean  remove the virtual environments and the demo's output"
@@ -75,6 +76,10 @@ lint: $(READY)
 	$(PYTHON_IN_VENV) -m ruff check .
 	$(PYTHON_IN_VENV) -m ruff format --check .
 	$(PYTHON_IN_VENV) -m mypy
+
+# Without Material's advertisement of MkDocs' successor.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON_IN_VENV) -m mkdocs build --strict --quiet
 
 test: lint
 	$(PYTHON_IN_VENV) -m pytest $(TESTS)
@@ -125,4 +130,4 @@ dist: $(READY)
 	$(PYTHON_IN_VENV) -m build --no-isolation --outdir dist
 
 clean:
-	rm -rf dist site $(VENV) $(TE_VENV) $(LATEST_VENV) $(OLDEST_VENV) $(TRANSFORMERS_VENVS) .venv-lock examples/induction/output
+	rm -rf dist build $(VENV) $(TE_VENV) $(LATEST_VENV) $(OLDEST_VENV) $(TRANSFORMERS_VENVS) .venv-lock examples/induction/output
