@@ -1,13 +1,13 @@
-"""Megatron-Bridge's AutoBridge for KV-shifting models: import it once, and AutoBridge knows them.
+"""Register KV-shifting models with Megatron-Bridge's AutoBridge, by importing this module once.
 
     import kvshift_megatron.bridge
     from megatron.bridge import AutoBridge
 
     bridge = AutoBridge.from_hf_pretrained(folder)         # written by kvshift-convert
-    model = bridge.to_megatron_model(wrap_with_ddp=False)  # every layer shifts, or it raises
+    model = bridge.to_megatron_model(wrap_with_ddp=False)  # raises unless every layer shifts
     bridge.save_hf_pretrained(model, other_folder)
 
-Names and what becomes of the numbers come from `checkpoint.name_map`. Needs megatron-bridge 0.6.
+Weight names and transforms come from `convert.name_map`. Needs megatron-bridge 0.6.
 """
 
 from dataclasses import asdict
@@ -40,15 +40,15 @@ from kvshift_megatron.layer_specs import kv_shift_layer_spec
 
 
 class TapMapping(AutoMapping):
-    """One tap [num_query_groups]: sharded over tensor-parallel ranks, or whole on each of them."""
+    """One tap [num_query_groups]: sharded over tensor-parallel ranks, or replicated on them."""
 
     def _detect_parallelism_type(self, module: KVShiftSelfAttention) -> str:
-        # Bridge looks at the kind of module, and an attention holds parameters of both kinds.
+        # Bridge decides by the kind of module, but an attention holds parameters of both kinds.
         return "column" if module.taps_are_sharded else "replicated"
 
     def _get_or_create_mapping(self, parallelism_type: str) -> MegatronParamMapping:
         mapping = super()._get_or_create_mapping(parallelism_type)
-        # Bridge takes the number at the end of a sharded parameter's name for an expert's.
+        # Bridge takes a number at the end of a sharded parameter's name for an expert's number.
         mapping._normalize_expert_param_name = lambda name: name
         return mapping
 
@@ -59,16 +59,17 @@ class TapMapping(AutoMapping):
 class KVShiftLlamaBridge(MegatronModelBridge):
     """KVShiftLlamaForCausalLM <-> Megatron's GPTModel with KV-shifting attention in every layer."""
 
-    # The model's code, which a saved folder brings along.
+    # The model's code, saved with the folder.
     ADDITIONAL_FILE_PATTERNS = ("*_kvshift.py",)
 
     def provider_bridge(self, hf_pretrained: Any) -> GPTModelProvider:
-        """The provider of a configuration; its built model is checked layer by layer.
+        """Return the provider for a configuration; it checks every layer of the model it builds.
 
         Raises:
-            ValueError: a field of the configuration that Megatron cannot express.
+            ValueError: Megatron cannot express a field of the configuration.
         """
         architecture = self._architecture(hf_pretrained.config)
+        assert architecture.kv_shift is not None  # this layout always has taps
         provider = super().provider_bridge(hf_pretrained)
         provider.normalization = "RMSNorm"
         provider.gated_linear_unit = True
@@ -84,7 +85,7 @@ class KVShiftLlamaBridge(MegatronModelBridge):
         if architecture.rope_scaling:
             provider.rope_scaling = True
             provider.rope_scaling_factor = architecture.rope_scaling.factor
-        # A partial with plain values, which Bridge can write to its YAML file.
+        # A partial with plain values: Bridge can write it to its YAML file.
         provider.transformer_layer_spec = partial(
             kv_shift_layer_spec, kv_shift=asdict(architecture.kv_shift)
         )
@@ -92,7 +93,7 @@ class KVShiftLlamaBridge(MegatronModelBridge):
         return provider
 
     def mapping_registry(self) -> MegatronMappingRegistry:
-        """Bridge's mappings, one for every row and layer kind of the name map."""
+        """Return Bridge's mappings, one for every row and layer kind of the name map."""
         architecture = self._architecture(self.hf_config)
         return MegatronMappingRegistry(
             *(
@@ -109,7 +110,7 @@ class KVShiftLlamaBridge(MegatronModelBridge):
 
 
 def _mapping(row: Row, megatron: str) -> MegatronParamMapping:
-    """Bridge's mapping for a row, under one of its names in Megatron."""
+    """Return Bridge's mapping for a row, under one of its names in Megatron."""
     megatron = megatron.replace("{layer}", "*").replace("{expert}", "*")
     hf = [name.replace("{layer}", "*") for name in row.hf]
     axes = row.megatron[0].axes

@@ -3,7 +3,7 @@
     python tools/convert_checkpoint.py megatron-to-hf CHECKPOINT FOLDER
     python tools/convert_checkpoint.py hf-to-megatron FOLDER CHECKPOINT
 
-What kvshift-convert does, from a checkout that is not installed.
+Run kvshift-convert from a checkout that is not installed.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""Generates from a converted folder: a random prompt, its beginning again, and what comes next.
+"""Generate from a converted folder, after a random prompt and a repetition of its beginning.
 
     python examples/hugging_face/generate.py FOLDER
 
-A model that has learnt induction repeats what followed before. The folder carries its own code
-(trust_remote_code), so this needs Transformers and not this package.
+A model that has learnt induction goes on with what followed before. The folder contains the model's
+code (trust_remote_code), so this needs Transformers but not this package.
 """
 
 import sys

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Trains one KV-shifting layer on the induction task of examples/induction (about a minute on two
-# CPU cores) and saves a Megatron checkpoint: train.sh DIRECTORY
+# Train one KV-shifting layer on the induction task of examples/induction (about a minute on two
+# CPU cores) and save a Megatron checkpoint. Usage: train.sh DIRECTORY
 set -euo pipefail
 
 save=$(realpath -m "${1:?DIRECTORY for the checkpoint is missing}")
 cd "$(dirname "$0")/../.."
 . .venv/bin/activate
 
-export CUDA_VISIBLE_DEVICES=  # as small as this, and two ranks on one GPU would not work
+export CUDA_VISIBLE_DEVICES=  # the model is tiny, and two ranks cannot share one GPU
 export OMP_NUM_THREADS=1
 
 model=(--num-layers 1 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 256 --swiglu

@@ -1,5 +1,5 @@
-"""Checkpoints of this architecture: Megatron's torch_dist to Hugging Face's safetensors and back.
+"""Convert checkpoints between Megatron's torch_dist and Hugging Face's safetensors.
 
-`name_map` is the one table of names, used in both directions; `kvshift-convert` is the command
+`name_map` is the only table of names and serves both directions; `kvshift-convert` is the command
 line. Importing this package imports neither Megatron nor Transformers.
 """

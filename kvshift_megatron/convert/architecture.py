@@ -1,4 +1,4 @@
-"""Architecture: what a model is, in Megatron's words and independent of any file format."""
+"""Architecture: what a model is, in Megatron's terms and independent of any file format."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from kvshift_megatron.config import KVShiftConfig
 
 @dataclass(frozen=True)
 class Llama3RopeScaling:
-    """Llama 3's scaling of the rotary frequencies, with its four parameters."""
+    """Llama 3's scaling of the rotary frequencies."""
 
     factor: float
     low_freq_factor: float = 1.0
@@ -19,20 +19,21 @@ class Llama3RopeScaling:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything that the weights' names, shapes and meaning depend on.
+    """Everything that the names, shapes and meaning of the weights depend on.
 
-    RMSNorm, SwiGLU and RoPE over the whole head throughout. Sizes are of the whole model.
+    Every model has RMSNorm, SwiGLU and RoPE over whole heads. Sizes are those of the whole model.
 
     Args:
-        ffn_hidden_size: of the dense MLP, or of one expert where there are experts.
-        vocab_size: tokens that exist; padded_vocab_size: rows of the embedding in Megatron.
-        tied: the output layer is the embedding (share_embeddings_and_output_weights).
-        add_bias_linear: biases on every linear layer, attention and MLP (Megatron's flag).
-        add_qkv_bias: biases on queries, keys and values only.
-        num_experts: 0 for a dense MLP in every layer; otherwise experts in every layer, the
-            router's softmax over the chosen ones (moe_router_topk of them).
+        ffn_hidden_size: Size of the dense MLP, or of one expert.
+        vocab_size: Number of tokens that exist.
+        padded_vocab_size: Rows of the embedding in Megatron.
+        tied: The output layer is the embedding (share_embeddings_and_output_weights).
+        add_bias_linear: Biases on every linear layer of attention and MLP (Megatron's flag).
+        add_qkv_bias: Biases on queries, keys and values only.
+        num_experts: 0 for a dense MLP in every layer. Otherwise every layer has that many experts,
+            and each token uses moe_router_topk of them, weighted by a softmax over those.
         kv_shift: None for vanilla attention.
-        dtype: of the weights.
+        dtype: Dtype of the weights.
     """
 
     num_layers: int
@@ -58,16 +59,16 @@ class Architecture:
 
     @property
     def heads_per_group(self) -> int:
-        """Query heads that share one key and value."""
+        """Number of query heads that share one key and value."""
         return self.num_attention_heads // self.num_query_groups
 
     @property
     def has_qkv_bias(self) -> bool:
-        """Queries, keys and values have a bias, by either of Megatron's flags."""
+        """Whether queries, keys and values have a bias, by either of Megatron's flags."""
         return self.add_bias_linear or self.add_qkv_bias
 
     def size(self, name: str) -> int:
-        """An axis of a Megatron tensor by the name that `name_map` gives it, in elements."""
+        """Return the size, in elements, of the axis of a Megatron tensor that `name_map` names."""
         heads, groups = self.num_attention_heads, self.num_query_groups
         return {
             "hidden": self.hidden_size,

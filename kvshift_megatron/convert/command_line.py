@@ -4,16 +4,17 @@
     kvshift-convert hf-to-megatron FOLDER CHECKPOINT
     kvshift-convert refresh-code FOLDER
 
-On a CPU, in one process, one tensor in memory at a time, whatever parallel layout saved the
-checkpoint. The output appears under its name only when it is complete. Exit code 1 and one sentence
-on standard error where something cannot be converted.
+Conversion runs on a CPU, in one process, with one tensor in memory at a time, whatever parallel
+layout saved the checkpoint. The output appears under its name only when it is complete. If
+something cannot be converted, the exit code is 1 and standard error gets one sentence.
 
-torch is imported when something is converted: help and mistakes on the command line are quick.
+torch is imported only to convert, so that help and usage errors appear at once.
 """
 
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,12 @@ from kvshift_megatron.convert.layouts import LAYOUTS, LAYOUTS_WITH_TAPS
 if TYPE_CHECKING:
     import torch
 
-# Choice -> torch's name.
+# Choice -> name in torch.
 _DTYPES = {"keep": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Convert as the command line says; the exit code."""
+    """Run the command line; return the exit code."""
     options = _parser().parse_args(argv)
     try:
         options.convert(options)
@@ -51,12 +52,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         required=True, metavar="megatron-to-hf | hf-to-megatron | refresh-code"
     )
-    _add_to_hf(commands.add_parser("megatron-to-hf", help="Megatron's torch_dist to safetensors"))
-    _add_to_megatron(commands.add_parser("hf-to-megatron", help="safetensors to torch_dist"))
+    _add_to_hf(
+        commands.add_parser("megatron-to-hf", help="convert Megatron's torch_dist to safetensors")
+    )
+    _add_to_megatron(
+        commands.add_parser("hf-to-megatron", help="convert safetensors to Megatron's torch_dist")
+    )
     _add_refresh(
         commands.add_parser(
             "refresh-code",
-            help="give a folder that an older version exported this version's model code",
+            help="update the model code in a folder that an older version exported",
         )
     )
     return parser
@@ -66,78 +71,94 @@ def _add_common(parser: argparse.ArgumentParser, source: str, target: str) -> No
     parser.add_argument("source", type=Path, help=source)
     parser.add_argument("target", type=Path, help=target)
     parser.add_argument(
-        "--dtype", choices=_DTYPES, default="keep", help="of what is written (default: as stored)"
+        "--dtype",
+        choices=_DTYPES,
+        default="keep",
+        help="dtype of the output (default: keep, as stored)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
     parser.add_argument(
         "--verify",
         action="store_true",
         help="compare the logits of source and target before the target gets its name (builds both "
-        "models, one after the other)",
+        "models, one at a time)",
     )
 
 
 def _add_to_hf(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser, "Megatron's --save folder, or one iteration in it", "the folder to make")
+    _add_common(parser, "Megatron's --save folder, or one iteration in it", "the folder to create")
     parser.add_argument(
         "--layout",
         choices=LAYOUTS,
-        help="default: kvshift; for a model without taps, the one of these that fits it",
+        help="layout of the folder (default: kvshift; for a model without taps, the one that fits)",
     )
     parser.add_argument(
         "--vocab-size",
         type=int,
-        help="tokens that exist; the embedding's padding is cut off (default: the checkpoint's)",
+        help="number of tokens that exist; padding rows of the embedding are removed (default: the "
+        "checkpoint's)",
     )
     parser.add_argument(
         "--kv-shift-variant",
         choices=("free", "gate", "clamp"),
-        help="what the taps mean, where the checkpoint does not say it",
+        help="what the taps mean, for checkpoints that do not say it",
     )
     parser.add_argument(
-        "--max-shard-size", type=_size, default="5GB", help="of one file (default: 5GB)"
+        "--max-shard-size",
+        type=_size,
+        default="5GB",
+        help="largest size of one safetensors file (default: 5GB)",
     )
-    parser.add_argument("--tokenizer", type=Path, help="folder with the tokenizer's files")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="folder with the tokenizer's files (default: those in the checkpoint, if any)",
+    )
     parser.add_argument(
         "--norm-head",
         choices=("fold", "pad"),
         default="fold",
-        help="baichuan_m1: its clients scale lm_head's rows to length one. fold: refuse where that "
-        "would change the logits. pad: widen the model so that it does not",
+        help="for baichuan_m1, whose clients scale the rows of lm_head to length one. fold: refuse "
+        "if that would change the logits. pad: widen the model so that the logits stay (default: "
+        "fold)",
     )
     parser.set_defaults(convert=_to_hf)
 
 
 def _add_to_megatron(parser: argparse.ArgumentParser) -> None:
     _add_common(
-        parser, "folder with config.json and safetensors", "the folder for Megatron's --load"
+        parser,
+        "folder with config.json and safetensors",
+        "the folder to create, for Megatron's --load",
     )
     add_kv_shift_args(parser)
     parser.epilog = (
-        "The flags of KV-shifting attention are for models without taps. Here --kv-shift-init is "
-        "identity where it is not given: the same function as before."
+        "The flags of KV-shifting attention are for models without taps. Here the default of "
+        "--kv-shift-init is identity: the model computes what it did before."
     )
     parser.add_argument(
-        "--no-kv-shift", action="store_true", help="Convert a vanilla model as a vanilla one."
+        "--no-kv-shift", action="store_true", help="add no taps to a model without taps"
     )
     parser.add_argument(
         "--make-vocab-size-divisible-by",
         type=int,
         default=128,
-        help="as Megatron's flag (default: 128)",
+        help="the same as Megatron's flag (default: 128)",
     )
     parser.add_argument(
         "--tensor-model-parallel-size",
         type=int,
         default=1,
-        help="Megatron pads the vocabulary to a multiple of the flag above times this; weights can "
-        "be loaded at any size (default: 1)",
+        help="the vocabulary is padded to a multiple of the flag above times this, as Megatron "
+        "does; Megatron can load the weights at any size (default: 1)",
     )
     parser.set_defaults(convert=_to_megatron)
 
 
 def _add_refresh(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="exported folder; weights and settings stay")
+    parser.add_argument(
+        "folder", type=Path, help="the exported folder; its weights and settings stay"
+    )
     parser.set_defaults(convert=_refresh)
 
 
@@ -190,11 +211,12 @@ def _to_megatron(options: argparse.Namespace) -> None:
 def _dtype(choice: str) -> "torch.dtype | None":
     import torch
 
-    return _DTYPES[choice] and getattr(torch, _DTYPES[choice])
+    name = _DTYPES[choice]
+    return None if name is None else getattr(torch, name)
 
 
 def _taps(options: argparse.Namespace) -> KVShiftConfig | None:
-    """The taps for a model without any: identity, unless the flags say otherwise."""
+    """Return the taps for a model without taps: identity, unless the flags say otherwise."""
     from kvshift_megatron.convert.formats.safetensors_files import read_json
     from kvshift_megatron.convert.hf_config import layout_of
 
@@ -203,15 +225,18 @@ def _taps(options: argparse.Namespace) -> KVShiftConfig | None:
     file = options.source / "config.json"
     if given and file.is_file() and layout_of(read_json(file), file) in LAYOUTS_WITH_TAPS:
         raise ValueError(
-            f"--{given[0].replace('_', '-')} is for models without taps, and {options.source} has "
-            "its own: drop it"
+            f"--{given[0].replace('_', '-')} is for models without taps, but {options.source} has "
+            "taps: drop the flag"
         )
     if not options.no_kv_shift and options.kv_shift_init is None:
         options.kv_shift_init = "identity"
     return kv_shift_config_from_args(options)
 
 
-def _verifier(options: argparse.Namespace, megatron: Path | None, hf: Path | None):
+def _verifier(
+    options: argparse.Namespace, megatron: Path | None, hf: Path | None
+) -> Callable[[Path], None] | None:
+    """Return the check for `--verify`, or None; the side that is None is the one written."""
     if not options.verify:
         return None
     from kvshift_megatron.convert.verify import verify
@@ -231,7 +256,7 @@ def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+)\s*([KMGT]?B?)", text.strip(), re.IGNORECASE)
     if not match or int(match[1]) == 0:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no size: say 5GB, 500MB or a number of bytes"
+            f"{text!r} is not a size: use, for example, 5GB, 500MB or a number of bytes"
         )
     unit = match[2].upper().removesuffix("B")
     return int(match[1]) * 1000 ** " KMGT".index(unit or " ")

@@ -1,9 +1,10 @@
-"""A Hugging Face config.json to an Architecture and back, for every layout that can be read.
+"""Convert a Hugging Face config.json to an Architecture and back, for every supported layout.
 
-The files are read as JSON; no class of Transformers and no code in the folder is loaded.
+The files are read as JSON: no class of Transformers and no code from the folder is loaded.
 """
 
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
@@ -27,21 +28,21 @@ _CLASSES = {
     "qwen3": "Qwen3",
     "mixtral": "Mixtral",
 }
-# Transformers' defaults, for files that leave the field out.
+# Transformers' defaults, for files that leave out the field.
 _THETA = {"mixtral": 1_000_000.0}
-_SINGLE_HEADED = ("kvshift", "llama")  # num_key_value_heads defaults to num_attention_heads
+_DEFAULT_TO_MULTI_HEAD = ("kvshift", "llama")  # num_key_value_heads: as many as attention heads
 
 
 class _Config:
-    """A config.json whose fields are asked for by name, so that messages can name them."""
+    """A config.json, with error messages that name the file and the field."""
 
     def __init__(self, fields: dict, file: Path):
         self.fields, self.file = fields, file
 
-    def get(self, name: str, default=None):
+    def get(self, name: str, default: Any = None) -> Any:
         return default if self.fields.get(name) is None else self.fields[name]
 
-    def need(self, name: str):
+    def need(self, name: str) -> Any:
         if self.fields.get(name) is None:
             raise ValueError(f"{self.file} lacks {name}")
         return self.fields[name]
@@ -52,39 +53,41 @@ class _Config:
             raise ValueError(f"{self.file}: {name}={value!r} must be a positive whole number")
         return value
 
-    def refuse(self, name: str, why: str):
+    def refuse(self, name: str, why: str) -> NoReturn:
         raise ValueError(f"{self.file}: {name}={self.fields.get(name)!r} {why}")
 
 
 def layout_of(fields: dict, file: Path) -> str:
-    """The layout of a config.json.
+    """Return the layout of a config.json.
 
     Raises:
-        ValueError: a model_type that cannot be converted.
+        ValueError: Its model_type cannot be converted.
     """
     model_type = fields.get("model_type")
     if model_type not in _MODEL_TYPES:
         raise ValueError(
-            f"{file}: model_type={model_type!r} cannot be converted: {', '.join(_MODEL_TYPES)} can"
+            f"{file}: model_type={model_type!r} cannot be converted: it has to be one of "
+            f"{', '.join(_MODEL_TYPES)}"
         )
     return _MODEL_TYPES[model_type]
 
 
 def architecture_from_config(fields: dict, file: Path, dtype: torch.dtype) -> Architecture:
-    """What a config.json says that its model is; the vocabulary is not padded yet.
+    """Return the architecture that a config.json describes; the vocabulary is not padded yet.
 
     Args:
-        fields: the file's content.
-        file: for messages.
-        dtype: of the stored weights, which the file need not say.
+        fields: The file's content.
+        file: Path of the file, for messages.
+        dtype: Dtype of the stored weights, which the file need not say.
 
     Raises:
-        ValueError: a field that is missing or that Megatron cannot honour; the message names it.
+        ValueError: A field is missing, or Megatron cannot honour it; the message names the field.
     """
     config, layout = _Config(fields, file), layout_of(fields, file)
-    _refuse_what_megatron_has_not(config, layout)
+    _refuse_what_megatron_lacks(config, layout)
     hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
-    groups = config.whole("num_key_value_heads", heads if layout in _SINGLE_HEADED else None)
+    default_groups = heads if layout in _DEFAULT_TO_MULTI_HEAD else None
+    groups = config.whole("num_key_value_heads", default_groups)
     if heads % groups:
         config.refuse("num_key_value_heads", f"must divide num_attention_heads={heads}")
     if config.get("head_dim") is None and hidden % heads:
@@ -120,7 +123,7 @@ def architecture_from_config(fields: dict, file: Path, dtype: torch.dtype) -> Ar
     )
 
 
-def _refuse_what_megatron_has_not(config: _Config, layout: str) -> None:
+def _refuse_what_megatron_lacks(config: _Config, layout: str) -> None:
     if config.get("quantization_config") is not None:
         config.refuse("quantization_config", "cannot be converted: dequantize the model first")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
@@ -137,7 +140,7 @@ def _refuse_what_megatron_has_not(config: _Config, layout: str) -> None:
         if config.whole("conv_window") != 2:
             config.refuse("conv_window", "cannot be converted: it has to be 2")
         if config.get("tie_word_embeddings", False):
-            config.refuse("tie_word_embeddings", "cannot be converted: clients want an lm_head")
+            config.refuse("tie_word_embeddings", "cannot be converted: clients need an lm_head")
         return
     if any(kind != "full_attention" for kind in layers):
         config.refuse("layer_types", "cannot be converted: every layer has to be full_attention")
@@ -145,13 +148,13 @@ def _refuse_what_megatron_has_not(config: _Config, layout: str) -> None:
     if window is not None and uses_window and window < positions:
         config.refuse(
             "sliding_window",
-            f"is below max_position_embeddings={positions} and would be lost: KV shifting has no "
-            "sliding window in Hugging Face's layouts",
+            f"is below max_position_embeddings={positions}, but KV shifting has no sliding window "
+            "in Hugging Face's layouts",
         )
 
 
 def _rope(config: _Config, layout: str) -> tuple[float, Llama3RopeScaling | None]:
-    """Transformers 5 has rope_parameters; before, there were rope_theta and rope_scaling."""
+    """Read rope_parameters (Transformers 5) or rope_theta and rope_scaling (older releases)."""
     field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope = dict(config.get(field, {}))
     theta = rope.get("rope_theta", config.get("rope_theta", _THETA.get(layout, 10_000.0)))
@@ -188,8 +191,8 @@ def _biases(config: _Config, layout: str) -> dict[str, bool]:
     if attention != mlp or (attention and experts):
         raise ValueError(
             f"{config.file}: attention_bias={attention} with mlp_bias={mlp} cannot be converted: "
-            "Megatron has biases on all linear layers of a dense model (both true), on none, or on "
-            "queries, keys and values only"
+            "Megatron has biases on all linear layers of a dense model (both true), on none of "
+            "them, or on queries, keys and values only"
         )
     return {"add_bias_linear": bool(attention), "add_qkv_bias": bool(qkv and not attention)}
 
@@ -219,25 +222,25 @@ def _kv_shift(config: _Config, layout: str) -> KVShiftConfig | None:
 
 
 def config_from_architecture(layout: str, architecture: Architecture) -> dict:
-    """The config.json of a model in a layout.
+    """Return the config.json of a model in a layout.
 
     Raises:
-        ValueError: the layout has no place for something; the message names it.
+        ValueError: The layout has no place for something; the message names it.
     """
-    one = architecture
-    _refuse_what_the_layout_has_not(layout, one)
+    arch = architecture
+    _refuse_what_the_layout_lacks(layout, arch)
     fields = {
-        "vocab_size": one.vocab_size,
-        "hidden_size": one.hidden_size,
-        "intermediate_size": one.ffn_hidden_size,
-        "num_hidden_layers": one.num_layers,
-        "num_attention_heads": one.num_attention_heads,
-        "num_key_value_heads": one.num_query_groups,
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.ffn_hidden_size,
+        "num_hidden_layers": arch.num_layers,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_key_value_heads": arch.num_query_groups,
         "hidden_act": "silu",
-        "max_position_embeddings": one.max_position_embeddings,
-        "rms_norm_eps": one.norm_epsilon,
-        "tie_word_embeddings": one.tied,
-        "dtype": str(one.dtype).removeprefix("torch."),
+        "max_position_embeddings": arch.max_position_embeddings,
+        "rms_norm_eps": arch.norm_epsilon,
+        "tie_word_embeddings": arch.tied,
+        "dtype": str(arch.dtype).removeprefix("torch."),
         "use_cache": True,
     }
     if layout == "baichuan_m1":
@@ -245,27 +248,27 @@ def config_from_architecture(layout: str, architecture: Architecture) -> dict:
             "architectures": ["BaichuanM1ForCausalLM"],
             "model_type": "baichuan_m1",
             **fields,
-            "rope_theta": one.rotary_base,
-            "sliding_window": one.max_position_embeddings,
+            "rope_theta": arch.rotary_base,
+            "sliding_window": arch.max_position_embeddings,
             "sliding_window_layers": [],
             "conv_window": 2,
         }
-    fields["head_dim"] = one.kv_channels
-    fields["rope_parameters"] = _rope_parameters(one)
+    fields["head_dim"] = arch.kv_channels
+    fields["rope_parameters"] = _rope_parameters(arch)
     head = {
         "architectures": [f"{_CLASSES[layout]}ForCausalLM"],
         "model_type": "kvshift_llama" if layout == "kvshift" else layout,
     }
-    return {**head, **fields, **_own_fields(layout, one)}
+    return {**head, **fields, **_own_fields(layout, arch)}
 
 
-def _rope_parameters(one: Architecture) -> dict:
-    if one.rope_scaling is None:
-        return {"rope_type": "default", "rope_theta": one.rotary_base}
-    scaling = one.rope_scaling
+def _rope_parameters(arch: Architecture) -> dict:
+    if arch.rope_scaling is None:
+        return {"rope_type": "default", "rope_theta": arch.rotary_base}
+    scaling = arch.rope_scaling
     return {
         "rope_type": "llama3",
-        "rope_theta": one.rotary_base,
+        "rope_theta": arch.rotary_base,
         "factor": scaling.factor,
         "low_freq_factor": scaling.low_freq_factor,
         "high_freq_factor": scaling.high_freq_factor,
@@ -273,47 +276,51 @@ def _rope_parameters(one: Architecture) -> dict:
     }
 
 
-def _own_fields(layout: str, one: Architecture) -> dict:
-    experts = {"num_local_experts": one.num_experts, "num_experts_per_tok": one.moe_router_topk}
+def _own_fields(layout: str, arch: Architecture) -> dict[str, Any]:
+    """Return the fields that not all layouts have."""
+    experts = {"num_local_experts": arch.num_experts, "num_experts_per_tok": arch.moe_router_topk}
     if layout in ("kvshift", "llama"):
-        biases = {"attention_bias": one.add_bias_linear, "mlp_bias": one.add_bias_linear}
+        biases = {"attention_bias": arch.add_bias_linear, "mlp_bias": arch.add_bias_linear}
         if layout == "llama":
             return biases
+        assert arch.kv_shift is not None  # checked by _refuse_what_the_layout_lacks
         return {
             **biases,
             **experts,
-            "qkv_bias": one.add_qkv_bias and not one.add_bias_linear,
-            "qk_norm": one.qk_layernorm,
-            "kv_shift_variant": one.kv_shift.variant,
-            "kv_shift_window": one.kv_shift.window,
-            "kv_shift_keys": one.kv_shift.shift_keys,
-            "kv_shift_values": one.kv_shift.shift_values,
+            "qkv_bias": arch.add_qkv_bias and not arch.add_bias_linear,
+            "qk_norm": arch.qk_layernorm,
+            "kv_shift_variant": arch.kv_shift.variant,
+            "kv_shift_window": arch.kv_shift.window,
+            "kv_shift_keys": arch.kv_shift.shift_keys,
+            "kv_shift_values": arch.kv_shift.shift_values,
         }
-    return {
+    fields: dict[str, dict[str, Any]] = {
         "mistral": {"sliding_window": None},
         "qwen2": {"use_sliding_window": False},
         "qwen3": {"use_sliding_window": False, "attention_bias": False},
         "mixtral": {**experts, "sliding_window": None},
-    }[layout]
+    }
+    return fields[layout]
 
 
-def _refuse_what_the_layout_has_not(layout: str, one: Architecture) -> None:
-    shift = one.kv_shift
+def _refuse_what_the_layout_lacks(layout: str, arch: Architecture) -> None:
+    shift = arch.kv_shift
     has = {
         "taps": shift is not None,
-        "experts": one.num_experts > 0,
-        "qk_layernorm": one.qk_layernorm,
-        "add_qkv_bias": one.add_qkv_bias and not one.add_bias_linear,
-        "add_bias_linear": one.add_bias_linear,
-        "rope scaling": one.rope_scaling is not None,
+        "experts": arch.num_experts > 0,
+        "qk_layernorm": arch.qk_layernorm,
+        "add_qkv_bias": arch.add_qkv_bias and not arch.add_bias_linear,
+        "add_bias_linear": arch.add_bias_linear,
+        "rope scaling": arch.rope_scaling is not None,
         "a window above 2 tokens": shift is not None and shift.window > 2,
         "keys or values that are not shifted": shift is not None
         and not (shift.shift_keys and shift.shift_values),
-        "heads that do not add up to the hidden size": one.num_attention_heads * one.kv_channels
-        != one.hidden_size,
+        "heads that do not add up to the hidden size": arch.num_attention_heads * arch.kv_channels
+        != arch.hidden_size,
     }
     odd_heads = "heads that do not add up to the hidden size"
     shifts = {"a window above 2 tokens", "keys or values that are not shifted"}
+    # Layout -> what it may have, what it must have.
     may, must = {
         "kvshift": ({*has}, {"taps"}),
         "baichuan_m1": ({"taps"}, {"taps"}),
@@ -330,6 +337,8 @@ def _refuse_what_the_layout_has_not(layout: str, one: Architecture) -> None:
                 + (": use --layout kvshift" if shift is not None else "")
             )
         if name in must and not is_there:
-            raise ValueError(f"the layout {layout} is for models with {name}, and this has none")
-    if one.num_experts and one.add_bias_linear:
+            raise ValueError(
+                f"the layout {layout} is for models with {name}, but this model has none"
+            )
+    if arch.num_experts and arch.add_bias_linear:
         raise ValueError("experts with biases (add_bias_linear) have no place in any layout")

@@ -1,15 +1,16 @@
-"""Megatron's training arguments, as a checkpoint holds them, to an Architecture and back."""
+"""Convert the training arguments in a Megatron checkpoint to an Architecture and back."""
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from kvshift_megatron.config import KVShiftConfig
+from kvshift_megatron.config import KVShiftConfig, Variant
 from kvshift_megatron.convert.architecture import Architecture, Llama3RopeScaling
 
-# Settings that change what the weights compute, and the values for which the name map holds. One
-# that a release does not have yet, or no longer, is at its first value.
+# Settings that change what the weights compute, and the values for which the name map is right. A
+# setting that a release does not have counts as set to the first value.
 _REQUIRED = {
     "normalization": ("RMSNorm",),
     "swiglu": (True,),
@@ -64,15 +65,16 @@ def architecture_from_arguments(
     padded_vocab_size: int,
     checkpoint: Path,
 ) -> Architecture:
-    """What a checkpoint's arguments say that its model is.
+    """Return the architecture that a checkpoint's arguments describe.
 
     Args:
-        kv_shift, dtype, padded_vocab_size: of the stored tensors, which the arguments need not say.
-        vocab_size: tokens that exist; None takes the arguments'.
-        checkpoint: for messages.
+        arguments: Megatron's training arguments.
+        kv_shift, dtype, padded_vocab_size: From the stored tensors: the arguments may lack them.
+        vocab_size: Number of tokens that exist; None takes it from the arguments.
+        checkpoint: Path of the checkpoint, for messages.
 
     Raises:
-        ValueError: a setting that Hugging Face's layouts have no place for; the message names it.
+        ValueError: Hugging Face's layouts have no place for a setting; the message names it.
     """
     num_experts = getattr(arguments, "num_experts", None) or 0
     required = {**_REQUIRED, **(_REQUIRED_OF_EXPERTS if num_experts else {})}
@@ -80,8 +82,8 @@ def architecture_from_arguments(
         value = getattr(arguments, name, allowed[0])
         if value not in allowed:
             raise ValueError(
-                f"{checkpoint}: the model was trained with {name}={value!r}, for which there is no "
-                f"place in the layouts that can be written: {allowed[0]!r} can be converted"
+                f"{checkpoint}: the model was trained with {name}={value!r}, but the layouts that "
+                f"can be written have a place for {name}={allowed[0]!r} only"
             )
     heads = _required(arguments, "num_attention_heads", checkpoint)
     hidden = _required(arguments, "hidden_size", checkpoint)
@@ -121,7 +123,7 @@ def architecture_from_arguments(
     )
 
 
-def _required(arguments: Namespace, name: str, checkpoint: Path):
+def _required(arguments: Namespace, name: str, checkpoint: Path) -> Any:
     value = getattr(arguments, name, None)
     if value is None:
         raise ValueError(
@@ -131,17 +133,17 @@ def _required(arguments: Namespace, name: str, checkpoint: Path):
     return value
 
 
-def _vocab_size(arguments, given, padded, checkpoint) -> int:
+def _vocab_size(arguments: Namespace, given: int | None, padded: int, checkpoint: Path) -> int:
     stated = getattr(arguments, "padded_vocab_size", None)
     if stated is not None and stated != padded:
         raise ValueError(
             f"{checkpoint}: the embedding has {padded} rows, but the arguments say "
-            f"padded_vocab_size={stated}: the two are not of the same model"
+            f"padded_vocab_size={stated}: they are not of the same model"
         )
     if given is not None:
         if not 0 < given <= padded:
             raise ValueError(
-                f"--vocab-size {given} must be at least 1 and at most {padded}, the rows of the "
+                f"--vocab-size {given} must be between 1 and {padded}, the number of rows of the "
                 f"embedding in {checkpoint}"
             )
         return given
@@ -153,39 +155,40 @@ def _vocab_size(arguments, given, padded, checkpoint) -> int:
     )
     if not recorded <= padded < recorded + 2 * multiple:
         raise ValueError(
-            f"{checkpoint}: {padded} rows of the embedding are no padding of vocab_size={recorded} "
-            f"to a multiple of {multiple}: say with --vocab-size how many tokens there are"
+            f"{checkpoint}: the embedding has {padded} rows, which is not vocab_size={recorded} "
+            f"padded to a multiple of {multiple}: give the number of tokens with --vocab-size"
         )
     return recorded
 
 
 def kv_shift_from_arguments(
-    arguments: Namespace, stored: set[str], variant: str | None, checkpoint: Path
+    arguments: Namespace, stored: set[str], variant: Variant | None, checkpoint: Path
 ) -> KVShiftConfig | None:
-    """The taps of a checkpoint, from their names and the arguments.
+    """Return the configuration of a checkpoint's taps, from their names and the arguments.
 
     Args:
-        stored: names of the stored taps, such as {"alpha_1", "alpha_2"}.
-        variant: what the user says that they are; None takes the arguments'.
+        arguments: Megatron's training arguments.
+        stored: Names of the stored taps, such as {"alpha_1", "alpha_2"}.
+        variant: The variant that the user states; None takes it from the arguments.
+        checkpoint: Path of the checkpoint, for messages.
 
     Raises:
-        ValueError: names and arguments do not go together, or leave the variant open.
+        ValueError: Names and arguments contradict each other, or leave the variant open.
     """
     if not stored:
         return None
     if any(name.endswith("_logit") for name in stored):
-        window, found = 2, "gate"
+        window, has_gates = 2, True
     else:
-        window = max(int(name.rpartition("_")[2]) for name in stored)
-        found = None
+        window, has_gates = max(int(name.rpartition("_")[2]) for name in stored), False
         if variant is None and not hasattr(arguments, "kv_shift_variant"):
             raise ValueError(
                 f"{checkpoint}: the checkpoint's arguments do not say what its taps mean: add "
                 "--kv-shift-variant free, or clamp if it was trained with that"
             )
-    recorded = getattr(arguments, "kv_shift_variant", None) or found or "free"
-    chosen = variant or recorded
-    if (chosen == "gate") != (found == "gate"):
+    recorded = getattr(arguments, "kv_shift_variant", None)
+    chosen = variant or recorded or ("gate" if has_gates else "free")
+    if (chosen == "gate") != has_gates:
         raise ValueError(
             f"{checkpoint}: the taps {', '.join(sorted(stored))} are not those of variant "
             f"{chosen!r}: check --kv-shift-variant"
@@ -201,66 +204,68 @@ def kv_shift_from_arguments(
 
 
 def arguments_from_architecture(architecture: Architecture, divisible_by: int) -> Namespace:
-    """Megatron's arguments for a checkpoint of this architecture, plain values only.
+    """Return Megatron's arguments for a checkpoint of this architecture, plain values only.
 
-    They are what `--use-checkpoint-args` reads, what Megatron compares when it loads, and what
-    `architecture_from_arguments` needs.
+    They are those that `--use-checkpoint-args` reads, that Megatron compares when it loads, and
+    that `architecture_from_arguments` needs.
 
     Args:
-        divisible_by: what the vocabulary was padded to a multiple of.
+        architecture: The model.
+        divisible_by: The vocabulary was padded to a multiple of it.
 
     Raises:
-        ValueError: something that Megatron's arguments cannot express.
+        ValueError: Megatron's arguments cannot express something.
     """
-    one = architecture
-    if one.rotary_base != int(one.rotary_base):
+    arch = architecture
+    if arch.rotary_base != int(arch.rotary_base):
         raise ValueError(
-            f"rope_theta={one.rotary_base} is not a whole number, which Megatron's --rotary-base is"
+            f"rope_theta={arch.rotary_base} is not a whole number, but Megatron's --rotary-base "
+            "takes whole numbers only"
         )
-    if one.rope_scaling not in (None, Llama3RopeScaling(getattr(one.rope_scaling, "factor", 0.0))):
-        standard = Llama3RopeScaling(one.rope_scaling.factor)
+    scaling = arch.rope_scaling
+    if scaling is not None and scaling != (standard := Llama3RopeScaling(scaling.factor)):
         raise ValueError(
-            f"rope_scaling={one.rope_scaling}: Megatron's --use-rope-scaling has a factor to "
-            f"choose, but fixes the rest as {standard}"
+            f"rope_scaling={scaling}: Megatron's --use-rope-scaling lets you choose the factor "
+            f"only; the rest has to be as in {standard}"
         )
     arguments = Namespace(
-        num_layers=one.num_layers,
-        hidden_size=one.hidden_size,
-        ffn_hidden_size=one.ffn_hidden_size,
-        num_attention_heads=one.num_attention_heads,
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
         group_query_attention=True,
-        num_query_groups=one.num_query_groups,
-        kv_channels=one.kv_channels,
-        seq_length=one.max_position_embeddings,
-        max_position_embeddings=one.max_position_embeddings,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.kv_channels,
+        seq_length=arch.max_position_embeddings,
+        max_position_embeddings=arch.max_position_embeddings,
         position_embedding_type="rope",
         add_position_embedding=True,
         use_rotary_position_embeddings=False,
-        rotary_base=int(one.rotary_base),
+        rotary_base=int(arch.rotary_base),
         rotary_percent=1.0,
         rotary_interleaved=False,
-        use_rope_scaling=one.rope_scaling is not None,
-        rope_scaling_factor=one.rope_scaling.factor if one.rope_scaling else 8.0,
+        use_rope_scaling=arch.rope_scaling is not None,
+        rope_scaling_factor=arch.rope_scaling.factor if arch.rope_scaling else 8.0,
         normalization="RMSNorm",
-        layernorm_epsilon=one.norm_epsilon,
-        norm_epsilon=one.norm_epsilon,
+        layernorm_epsilon=arch.norm_epsilon,
+        norm_epsilon=arch.norm_epsilon,
         swiglu=True,
         squared_relu=False,
-        add_bias_linear=one.add_bias_linear,
-        add_qkv_bias=one.add_qkv_bias,
-        qk_layernorm=one.qk_layernorm,
+        add_bias_linear=arch.add_bias_linear,
+        add_qkv_bias=arch.add_qkv_bias,
+        qk_layernorm=arch.qk_layernorm,
         apply_layernorm_1p=False,
         apply_query_key_layer_scaling=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        untie_embeddings_and_output_weights=not one.tied,
-        vocab_size=one.vocab_size,
-        padded_vocab_size=one.padded_vocab_size,
+        untie_embeddings_and_output_weights=not arch.tied,
+        vocab_size=arch.vocab_size,
+        padded_vocab_size=arch.padded_vocab_size,
         make_vocab_size_divisible_by=divisible_by,
-        num_experts=one.num_experts or None,
-        params_dtype=one.dtype,
-        bf16=one.dtype == torch.bfloat16,
-        fp16=one.dtype == torch.float16,
+        num_experts=arch.num_experts or None,
+        params_dtype=arch.dtype,
+        bf16=arch.dtype == torch.bfloat16,
+        fp16=arch.dtype == torch.float16,
         ckpt_format="torch_dist",
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,
@@ -272,18 +277,18 @@ def arguments_from_architecture(architecture: Architecture, divisible_by: int) -
         skipped_train_samples=0,
         consumed_valid_samples=0,
     )
-    if one.num_experts:
-        arguments.moe_ffn_hidden_size = one.ffn_hidden_size
+    if arch.num_experts:
+        arguments.moe_ffn_hidden_size = arch.ffn_hidden_size
         arguments.moe_layer_freq = 1
-        arguments.moe_router_topk = one.moe_router_topk
+        arguments.moe_router_topk = arch.moe_router_topk
         arguments.moe_router_pre_softmax = False
         arguments.moe_router_score_function = "softmax"
-    if one.kv_shift is None:
+    if arch.kv_shift is None:
         arguments.no_kv_shift = True
     else:
         arguments.no_kv_shift = False
-        arguments.kv_shift_variant = one.kv_shift.variant
-        arguments.kv_shift_window = one.kv_shift.window
-        arguments.no_kv_shift_keys = not one.kv_shift.shift_keys
-        arguments.no_kv_shift_values = not one.kv_shift.shift_values
+        arguments.kv_shift_variant = arch.kv_shift.variant
+        arguments.kv_shift_window = arch.kv_shift.window
+        arguments.no_kv_shift_keys = not arch.kv_shift.shift_keys
+        arguments.no_kv_shift_values = not arch.kv_shift.shift_values
     return arguments

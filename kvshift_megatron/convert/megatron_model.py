@@ -1,7 +1,8 @@
-"""A Megatron model of an Architecture in this process: TE-free, one rank, on the CPU."""
+"""Build a Megatron model of an Architecture in this process: TE-free, one rank, on the CPU."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,9 @@ from kvshift_megatron.convert.name_map import Row
 
 @contextlib.contextmanager
 def one_rank() -> Iterator[None]:
-    """The CPU device layer, a process group of one and Megatron's parallel state.
+    """Set up the CPU device layer, a process group of one rank and Megatron's parallel state.
 
-    Without effect where a process group is there already; it has to be of one rank then.
+    Do nothing if there is a process group already, which must have one rank.
     """
     if torch.distributed.is_initialized():
         assert torch.distributed.get_world_size() == 1
@@ -42,62 +43,61 @@ def one_rank() -> Iterator[None]:
             cpu.disable()
 
 
-def build_model(architecture: Architecture, dtype: torch.dtype = torch.float32):
-    """Megatron's GPTModel with random weights; within `one_rank`, or tests' own.
+def build_model(architecture: Architecture, dtype: torch.dtype = torch.float32) -> Any:
+    """Build Megatron's GPTModel with random weights, in `dtype` and in evaluation mode.
 
-    Returns:
-        The model in `dtype`, in evaluation mode.
+    Call it within `one_rank`, or with an equivalent setup.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from kvshift_megatron.layer_specs import kv_shift_layer_spec, vanilla_layer_spec
 
-    one = architecture
-    config = _transformer_config(one, dtype)
-    if one.kv_shift is None:
+    arch = architecture
+    config = _transformer_config(arch, dtype)
+    if arch.kv_shift is None:
         spec = vanilla_layer_spec(config)
     else:
-        spec = kv_shift_layer_spec(config, kv_shift=one.kv_shift)
+        spec = kv_shift_layer_spec(config, kv_shift=arch.kv_shift)
     scaling = {}
-    if one.rope_scaling is not None:
-        scaling = {"rope_scaling": True, "rope_scaling_factor": one.rope_scaling.factor}
+    if arch.rope_scaling is not None:
+        scaling = {"rope_scaling": True, "rope_scaling_factor": arch.rope_scaling.factor}
     return GPTModel(
         config=config,
         transformer_layer_spec=spec,
-        vocab_size=one.padded_vocab_size,
-        max_sequence_length=one.max_position_embeddings,
-        share_embeddings_and_output_weights=one.tied,
+        vocab_size=arch.padded_vocab_size,
+        max_sequence_length=arch.max_position_embeddings,
+        share_embeddings_and_output_weights=arch.tied,
         position_embedding_type="rope",
-        rotary_base=one.rotary_base,
+        rotary_base=arch.rotary_base,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         **scaling,
     ).eval()
 
 
-def _transformer_config(one: Architecture, dtype: torch.dtype):
+def _transformer_config(arch: Architecture, dtype: torch.dtype) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     experts = {}
-    if one.num_experts:
+    if arch.num_experts:
         experts = {
-            "num_moe_experts": one.num_experts,
-            "moe_router_topk": one.moe_router_topk,
-            "moe_ffn_hidden_size": one.ffn_hidden_size,
+            "num_moe_experts": arch.num_experts,
+            "moe_router_topk": arch.moe_router_topk,
+            "moe_ffn_hidden_size": arch.ffn_hidden_size,
             "moe_router_load_balancing_type": "none",
             "moe_token_dispatcher_type": "alltoall",
         }
     return TransformerConfig(
-        num_layers=one.num_layers,
-        hidden_size=one.hidden_size,
-        ffn_hidden_size=one.ffn_hidden_size,
-        num_attention_heads=one.num_attention_heads,
-        num_query_groups=one.num_query_groups,
-        kv_channels=one.kv_channels,
-        layernorm_epsilon=one.norm_epsilon,
-        qk_layernorm=one.qk_layernorm,
-        add_bias_linear=one.add_bias_linear,
-        add_qkv_bias=one.add_qkv_bias,
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.kv_channels,
+        layernorm_epsilon=arch.norm_epsilon,
+        qk_layernorm=arch.qk_layernorm,
+        add_bias_linear=arch.add_bias_linear,
+        add_qkv_bias=arch.add_qkv_bias,
         params_dtype=dtype,
         normalization="RMSNorm",
         gated_linear_unit=True,
@@ -124,33 +124,36 @@ def fill_model(
     """Copy a checkpoint into the model.
 
     Args:
-        rows: of the name map, with every layer written out.
-        read: index of a row -> its Megatron tensors.
+        model: Megatron's, TE-free.
+        rows: Rows of the name map, expanded to every layer.
+        read: Returns the Megatron tensors of a row, by its index.
 
     Raises:
-        ValueError: the model's parameters are not those of the rows.
+        ValueError: The model's parameters are not those of the rows.
     """
     parameters = dict(model.named_parameters())
     for i, row in enumerate(rows):
         for name, tensor in zip(row.megatron, read(i), strict=True):
-            for one, part in by_parameter(name.local, tensor).items():
-                if one not in parameters:
-                    raise ValueError(f"the TE-free model has no parameter {one}")
-                parameters.pop(one).copy_(part)
+            for parameter, part in by_parameter(name.local, tensor).items():
+                if parameter not in parameters:
+                    raise ValueError(f"the TE-free model has no parameter {parameter}")
+                parameters.pop(parameter).copy_(part)
     if parameters:
         raise ValueError(f"the checkpoint holds nothing for {', '.join(sorted(parameters))}")
 
 
 def by_parameter(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A tensor of the checkpoint by the names of the model's parameters: experts one by one."""
+    """Split a tensor of the checkpoint into the model's parameters, by name: one per expert."""
     if "{expert}" not in name:
         return {name: tensor}
     return {name.replace("{expert}", str(i)): expert for i, expert in enumerate(tensor)}
 
 
 @torch.no_grad()
-def megatron_logits(model: torch.nn.Module, prompts: list[list[int]], vocab_size: int):
-    """Logits of each prompt by itself: [tokens, vocab] each, fp32, without the padding's."""
+def megatron_logits(
+    model: torch.nn.Module, prompts: list[list[int]], vocab_size: int
+) -> list[Tensor]:
+    """Compute each prompt's logits separately: fp32 [tokens, vocab], without padding tokens."""
     results = []
     for prompt in prompts:
         tokens = torch.tensor([prompt])

@@ -1,11 +1,11 @@
-"""The one table of names: Megatron's parameters and Hugging Face's, and the transform between.
+"""The only table of weight names: Megatron's, Hugging Face's, and the transform between them.
 
-Both directions, every layout and both of Megatron's layer kinds (Transformer Engine's and TE-free)
-read this table; nothing else in the package spells a weight's name.
+It serves both directions, every layout and both of Megatron's layer kinds (Transformer Engine's and
+TE-free).
 
     for row in rows("kvshift", architecture):
-        row.megatron    # tuple of MegatronName, with {layer} (and {expert}) still in them
-        row.hf          # tuple of Hugging Face names, with {layer} still in them
+        row.megatron    # tuple of MegatronName, containing {layer} (and {expert})
+        row.hf          # tuple of Hugging Face names, containing {layer}
         row.transform   # .to_hf(tensors, architecture), .to_megatron(tensors, architecture)
 
 A row is the smallest set of tensors that can be converted alone.
@@ -31,17 +31,18 @@ from kvshift_megatron.taps import tap_names
 
 @dataclass(frozen=True)
 class MegatronName:
-    """One parameter of Megatron's, under each of its names.
+    """One Megatron parameter, under each of its names.
 
     Args:
-        te: in a model of Transformer Engine layers, with grouped experts, one a name: `{expert}`.
-        local: in a model of TE-free layers. Sequential experts have these names there and in
-            Transformer Engine's.
-        stored: keys under which torch_dist checkpoints hold it, the usual one first. Experts are
-            stacked there along a first axis. A key may lack `{layer}`: Megatron then stacks the
-            layers along a first axis (see `megatron_format`).
-        num_written: how many of the stored keys a new checkpoint gets.
-        axes: its shape, by the names of `Architecture.size`; experts stacked.
+        te: Name in a model of Transformer Engine layers with grouped experts; `{expert}` stands for
+            each expert's number.
+        local: Name in a model of TE-free layers. Sequential experts have this name in Transformer
+            Engine's layers, too.
+        stored: Keys in torch_dist checkpoints, the usual one first. Experts are stacked there along
+            a first axis. Checkpoints may also stack the layers, under a key without the layer's
+            number (see `torch_dist.py`).
+        axes: Its shape, in the names of `Architecture.size`; experts stacked.
+        num_written: How many of the stored keys a new checkpoint gets.
     """
 
     te: str
@@ -52,11 +53,11 @@ class MegatronName:
 
     @property
     def written(self) -> tuple[str, ...]:
-        """The stored keys that a new checkpoint gets, so that layers of both kinds find theirs."""
+        """Stored keys that a new checkpoint gets, so that layers of both kinds find theirs."""
         return self.stored[: self.num_written]
 
     def shape(self, architecture: Architecture) -> tuple[int, ...]:
-        """Its shape in the checkpoint, in elements."""
+        """Return its shape in the checkpoint, with experts stacked."""
         return tuple(architecture.size(axis) for axis in self.axes)
 
 
@@ -69,7 +70,7 @@ class Row:
     transform: Transform
 
     def with_experts(self, num_experts: int) -> "Row":
-        """The row with one Hugging Face name an expert, where the layout keeps experts apart."""
+        """Return the row with one Hugging Face name per expert, if the layout separates experts."""
         if not any("{expert}" in name for name in self.hf):
             return self
         hf = [
@@ -81,11 +82,11 @@ class Row:
 
     @property
     def per_layer(self) -> bool:
-        """Whether the model has it once a layer."""
+        """Whether every layer of the model has this row."""
         return "{layer}" in self.megatron[0].te
 
     def in_layer(self, layer: int) -> "Row":
-        """The row with the layer's number (0-based) in every name."""
+        """Return the row with the layer's number (0-based) in every name."""
 
         def named(text: str) -> str:
             return text.replace("{layer}", str(layer))
@@ -106,10 +107,10 @@ class Row:
 
 
 def rows(layout: str, architecture: Architecture) -> list[Row]:
-    """The table for one Hugging Face layout and one architecture, in the model's order.
+    """Return the table for one Hugging Face layout and one architecture, in the model's order.
 
     Raises:
-        ValueError: an unknown layout.
+        ValueError: The layout is unknown.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown: choose one of {', '.join(LAYOUTS)}")
@@ -122,7 +123,7 @@ def rows(layout: str, architecture: Architecture) -> list[Row]:
 
 
 def expand(layout: str, architecture: Architecture) -> Iterator[Row]:
-    """The table with every layer written out, layer by layer, in the model's order."""
+    """Yield the rows for every layer in turn, with numbers in their names, in the model's order."""
     table = rows(layout, architecture)
     first_layer = next(i for i, row in enumerate(table) if row.per_layer)
     per_layer = [row for row in table if row.per_layer]
@@ -138,7 +139,7 @@ _HF_LAYER = "model.layers.{layer}."
 
 
 def _plain(megatron: str, axes: str, hf: str, transform: Transform = Identity()) -> Row:
-    """A tensor with one name everywhere in Megatron, and one in Hugging Face."""
+    """Return the row of a tensor with a single name in Megatron, and one in Hugging Face."""
     return Row(
         (MegatronName(megatron, megatron, (megatron,), tuple(axes.split())),), (hf,), transform
     )
@@ -148,13 +149,13 @@ def _in_layer(megatron: str, axes: str, *hf: str, transform: Transform = Identit
     name = _MEGATRON_LAYER + megatron
     return Row(
         (MegatronName(name, name, (name,), tuple(axes.split())),),
-        tuple(_HF_LAYER + one for one in hf),
+        tuple(_HF_LAYER + hf_name for hf_name in hf),
         transform,
     )
 
 
 def _norm(te: str, local: str, hf: str, *stored: str) -> Row:
-    """A norm of the residual stream, which Transformer Engine fuses into the linear after it."""
+    """Return the row of a norm that Transformer Engine fuses into the linear layer after it."""
     te, local = _MEGATRON_LAYER + te, _MEGATRON_LAYER + local
     return Row(
         (MegatronName(te, local, stored or (te, local), ("hidden",), len(stored) or 1),),
@@ -258,7 +259,9 @@ def _mlp(architecture: Architecture) -> list[Row]:
 
 
 def _experts(layout: str) -> list[Row]:
-    """Mixtral's experts: in one tensor a layer (kvshift), or one by one (mixtral's own files)."""
+    """Return the rows of experts: stacked in one tensor per layer (kvshift), or one by one."""
+    fc1: tuple[str, ...]
+    transforms: tuple[Transform, Transform]
     if layout == "mixtral":
         mlp, router = "block_sparse_moe", "block_sparse_moe.gate.weight"
         fc1 = (f"{mlp}.experts.{{expert}}.w1.weight", f"{mlp}.experts.{{expert}}.w3.weight")
@@ -270,8 +273,8 @@ def _experts(layout: str) -> list[Row]:
         transforms = Identity(), Identity()
     te = f"{_MEGATRON_LAYER}pre_mlp_layernorm.weight"
     return [
-        # Here Transformer Engine's layer keeps the norm apart; the TE-free layer goes on saving it
-        # as if it were fused.
+        # With experts, Transformer Engine's layer keeps the norm separate, but the TE-free layer
+        # still saves it as if it were fused.
         _norm(
             "pre_mlp_layernorm.weight",
             "pre_mlp_layernorm.weight",
@@ -290,8 +293,8 @@ def _expert_row(linear: str, axes: str, hf: tuple[str, ...], transform: Transfor
     name = MegatronName(
         te=f"{experts}.{linear}.weight{{expert}}",
         local=f"{experts}.local_experts.{{expert}}.{linear}.weight",
-        # Both kinds of experts are saved alike.
+        # Grouped and sequential experts are saved alike.
         stored=(f"{experts}.experts.{linear}.weight",),
         axes=tuple(axes.split()),
     )
-    return Row((name,), tuple(_HF_LAYER + one for one in hf), transform)
+    return Row((name,), tuple(_HF_LAYER + hf_name for hf_name in hf), transform)

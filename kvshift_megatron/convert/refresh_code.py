@@ -1,4 +1,4 @@
-"""This version's model code for a folder that an older version exported."""
+"""Give a folder that an older version exported this version's model code."""
 
 import json
 from pathlib import Path
@@ -8,28 +8,28 @@ from kvshift_megatron.utils import atomic_files
 
 
 def refresh_code(folder: Path) -> list[Path]:
-    """Replace the model's code in an exported folder; its weights and settings stay.
+    """Replace the model's code in an exported folder; keep its weights and settings.
 
     Args:
-        folder: with the config.json of a KV-shifting Llama.
+        folder: Holds the config.json of a KV-shifting Llama.
 
     Returns:
         The files written.
 
     Raises:
-        ValueError: not such a folder, or a setting that this version does not support; nothing is
-            written then.
+        ValueError: It is not such a folder, or this version does not support one of its settings;
+            nothing is written.
     """
     from kvshift_megatron.hf import AUTO_MAP, KVShiftLlamaConfig, write_code
 
     file = folder / "config.json"
     if not file.is_file():
-        raise ValueError(f"{folder} is no exported folder: it has no config.json")
+        raise ValueError(f"{folder} is not an exported folder: it has no config.json")
     fields = read_json(file)
     model_type = fields.get("model_type")
     if model_type != KVShiftLlamaConfig.model_type:
         raise ValueError(
-            f"{file}: model_type={model_type!r} has no code of this package: expected "
+            f"{file}: model_type={model_type!r} has no code in this package: expected "
             f"{KVShiftLlamaConfig.model_type!r}"
         )
     try:

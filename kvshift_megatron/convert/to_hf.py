@@ -1,4 +1,4 @@
-"""Megatron's torch_dist to a Hugging Face folder."""
+"""Convert Megatron's torch_dist to a Hugging Face folder."""
 
 import json
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvshift_megatron.config import Variant
 from kvshift_megatron.convert.architecture import Architecture
 from kvshift_megatron.convert.baichuan import export
 from kvshift_megatron.convert.formats.output import (
@@ -30,6 +31,7 @@ from kvshift_megatron.convert.megatron_arguments import (
     kv_shift_from_arguments,
 )
 from kvshift_megatron.convert.name_map import Row, expand
+from kvshift_megatron.convert.tensor_table import TensorTable
 from kvshift_megatron.taps import taps_among
 
 
@@ -39,16 +41,16 @@ class ToHF:
 
     Args:
         source: Megatron's checkpoint: the folder of --save, or one iteration in it.
-        target: the folder to make.
-        layout: a layout of the name map; None takes the one that fits the model.
-        dtype: of everything written; None keeps each tensor's.
-        vocab_size: tokens that exist; None takes the checkpoint's arguments'.
-        variant: of the taps, for checkpoints whose arguments do not say it.
-        max_shard_size: bytes a file.
-        tokenizer: folder with tokenizer files; None takes those carried in the checkpoint.
-        norm_head: "fold" or "pad", for baichuan_m1 (see baichuan.py).
-        overwrite: replace an existing target.
-        progress: print lines about it on standard error.
+        target: The folder to create.
+        layout: A layout of the name map; None takes the one that fits the model.
+        dtype: Dtype of everything written; None keeps each tensor's.
+        vocab_size: Number of tokens that exist; None takes it from the checkpoint's arguments.
+        variant: Variant of the taps, for checkpoints whose arguments do not say it.
+        max_shard_size: Bytes per file.
+        tokenizer: Folder with tokenizer files; None takes those in the checkpoint, if any.
+        norm_head: "fold" or "pad", for baichuan_m1 (see baichuan/export.py).
+        overwrite: Replace an existing target.
+        progress: Report progress on standard error.
     """
 
     source: Path
@@ -56,7 +58,7 @@ class ToHF:
     layout: str | None = None
     dtype: torch.dtype | None = None
     vocab_size: int | None = None
-    variant: str | None = None
+    variant: Variant | None = None
     max_shard_size: int = 5_000_000_000
     tokenizer: Path | None = None
     norm_head: str = "fold"
@@ -65,18 +67,19 @@ class ToHF:
 
 
 def megatron_to_hf(job: ToHF, verify: Callable[[Path], None] | None = None) -> Architecture:
-    """Convert, one row of the name map in memory at a time.
+    """Convert a checkpoint, with one row of the name map in memory at a time.
 
     Args:
-        verify: called with the complete folder before it gets its name; what it raises leaves no
-            target.
+        job: What to convert.
+        verify: Called with the complete folder before it gets its name; if it raises, there will be
+            no target.
 
     Returns:
-        What was converted.
+        The model that was converted.
 
     Raises:
-        ValueError: the source cannot be converted, or not into that layout; nothing is written.
-        OSError: as the file system has it; nothing is left at the target.
+        ValueError: The source cannot be converted, or not to that layout; nothing is written.
+        OSError: The file system reports an error; nothing is left at the target.
     """
     check_target(job.target, job.source, job.overwrite)
     reader = TorchDistReader(job.source)
@@ -90,11 +93,12 @@ def megatron_to_hf(job: ToHF, verify: Callable[[Path], None] | None = None) -> A
     else:
         config = config_from_architecture(layout, written)
     if layout == "kvshift":
-        # Imports Transformers, and a missing one is better found before the work than after it.
+        # This imports Transformers: if it is missing, fail before the work and not after it.
         from kvshift_megatron.hf import AUTO_MAP, write_code
-    table = MegatronTable(reader, layout, architecture, job.dtype)
+    stored = MegatronTable(reader, layout, architecture, job.dtype)
+    table: TensorTable = stored
     if layout == "baichuan_m1":
-        table, further = export.for_clients(table, written, job.norm_head)
+        table, further = export.for_clients(stored, written, job.norm_head)
         config.update(further)
     groups = [[Planned(*one) for one in table.planned(i)] for i in range(len(table))]
     total = sum(planned.nbytes for group in groups for planned in group)
@@ -103,7 +107,7 @@ def megatron_to_hf(job: ToHF, verify: Callable[[Path], None] | None = None) -> A
 
     def read(i: int) -> tuple[Tensor, ...]:
         tensors = table.read(i)
-        progress.add(sum(one.nbytes for one in tensors))
+        progress.add(sum(tensor.nbytes for tensor in tensors))
         return tensors
 
     with complete_or_absent(job.target) as folder:
@@ -120,19 +124,19 @@ def megatron_to_hf(job: ToHF, verify: Callable[[Path], None] | None = None) -> A
 
 
 def read_architecture(
-    reader: TorchDistReader, vocab_size: int | None = None, variant: str | None = None
+    reader: TorchDistReader, vocab_size: int | None = None, variant: Variant | None = None
 ) -> Architecture:
-    """What a Megatron checkpoint holds.
+    """Return the architecture of the model in a Megatron checkpoint.
 
     Raises:
-        ValueError: it is no GPT, or its arguments and tensors do not go together.
+        ValueError: It is not a GPT model, or its arguments and tensors contradict each other.
     """
     arguments = reader.arguments()
     embedding = reader.locate("embedding.word_embeddings.weight")
     projection = reader.locate("decoder.layers.0.self_attention.linear_proj.weight")
     if embedding is None or projection is None:
         missing = "embedding.word_embeddings.weight" if embedding is None else "attention layers"
-        raise ValueError(f"{reader.path} holds no {missing}: it is no checkpoint of a GPT model")
+        raise ValueError(f"{reader.path} holds no {missing}: it is not a checkpoint of a GPT model")
     taps = taps_among(reader.weights())
     kv_shift = kv_shift_from_arguments(arguments, taps, variant, reader.path)
     architecture = architecture_from_arguments(
@@ -147,7 +151,7 @@ def read_architecture(
 
 
 def fitting_layout(architecture: Architecture) -> str:
-    """The layout that a model is written in where nobody asks for another."""
+    """Return the layout that a model is written in by default."""
     if architecture.kv_shift is not None:
         return "kvshift"
     if architecture.num_experts:
@@ -158,13 +162,16 @@ def fitting_layout(architecture: Architecture) -> str:
 
 
 class MegatronTable:
-    """The rows of the name map for one checkpoint, each with the place of its tensors in it.
+    """The rows of the name map for one Megatron checkpoint; a TensorTable.
 
     Args:
-        dtype: of all tensors; None keeps each one's.
+        reader: The checkpoint.
+        layout: A layout of the name map.
+        architecture: The model in the checkpoint.
+        dtype: Dtype of all tensors; None keeps each one's.
 
     Raises:
-        ValueError: a tensor is missing, has another shape than the arguments say, or has no place
+        ValueError: A tensor is missing, its shape is not that of the arguments, or it has no place
             in the layout.
     """
 
@@ -178,12 +185,12 @@ class MegatronTable:
         self.reader, self.architecture, self._dtype = reader, architecture, dtype
         self.rows: list[Row] = list(expand(layout, architecture))
         self._locations: list[tuple[Location, ...]] = [self._locate(row) for row in self.rows]
-        aliases = {name for row in self.rows for one in row.megatron for name in one.stored}
+        aliases = {key for row in self.rows for name in row.megatron for key in name.stored}
         used = {key for name in aliases if (at := reader.locate(name)) for key in at.keys}
         if left := sorted(reader.weights() - used):
             raise ValueError(
                 f"{reader.path} holds {left[0]} and {len(left) - 1} more tensors that have no place"
-                f" in the layout {layout}: it is of another architecture than its arguments say"
+                f" in the layout {layout}: its architecture is not the one that its arguments say"
             )
 
     def _locate(self, row: Row) -> tuple[Location, ...]:
@@ -195,11 +202,11 @@ class MegatronTable:
                 raise ValueError(
                     f"{self.reader.path}: the checkpoint lacks {' or '.join(name.stored)}"
                 )
-            wanted = name.shape(self.architecture)
-            if place.shape != wanted:
+            expected = name.shape(self.architecture)
+            if place.shape != expected:
                 raise ValueError(
                     f"{self.reader.path}: {name.stored[0]} has the shape {list(place.shape)}, but "
-                    f"the checkpoint's arguments mean {list(wanted)}"
+                    f"the checkpoint's arguments call for {list(expected)}"
                 )
             found.append(place)
         return tuple(found)
@@ -208,15 +215,18 @@ class MegatronTable:
         return len(self.rows)
 
     def planned(self, i: int) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-        """Name, shape and dtype of each Hugging Face tensor of row i, without reading it."""
+        """See TensorTable.planned."""
         row, places = self.rows[i], self._locations[i]
         with torch.device("meta"):
             empty = tuple(torch.empty(at.shape, dtype=self._dtype_of(at)) for at in places)
-            made = row.transform.to_hf(empty, self.architecture)
-        return [(name, tuple(one.shape), one.dtype) for name, one in zip(row.hf, made, strict=True)]
+            tensors = row.transform.to_hf(empty, self.architecture)
+        return [
+            (name, tuple(tensor.shape), tensor.dtype)
+            for name, tensor in zip(row.hf, tensors, strict=True)
+        ]
 
     def megatron(self, i: int) -> tuple[Tensor, ...]:
-        """Megatron's tensors of row i."""
+        """Read Megatron's tensors of row i."""
         return tuple(
             self.reader.read(place).to(self._dtype_of(place)) for place in self._locations[i]
         )
@@ -225,5 +235,5 @@ class MegatronTable:
         return self._dtype or self.reader.dtype(place)
 
     def read(self, i: int) -> tuple[Tensor, ...]:
-        """Hugging Face's tensors of row i."""
+        """See TensorTable.read."""
         return self.rows[i].transform.to_hf(self.megatron(i), self.architecture)

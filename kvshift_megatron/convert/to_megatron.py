@@ -1,4 +1,4 @@
-"""A Hugging Face folder to Megatron's torch_dist."""
+"""Convert a Hugging Face folder to Megatron's torch_dist."""
 
 import math
 from collections.abc import Callable
@@ -32,7 +32,9 @@ from kvshift_megatron.convert.megatron_arguments import arguments_from_architect
 from kvshift_megatron.convert.name_map import Row, expand
 from kvshift_megatron.taps import initial_values, resolve_seed, tap_in_key
 
-# Older Transformers saved these beside the weights; they follow from the configuration.
+_Folder = SafetensorsFolder | UnpaddedFolder
+
+# Older Transformers saved these with the weights; they follow from the configuration.
 _DERIVED = ".rotary_emb.inv_freq"
 
 
@@ -41,15 +43,15 @@ class ToMegatron:
     """What to convert and how.
 
     Args:
-        source: a Hugging Face folder with config.json and safetensors.
-        target: the folder to make, for Megatron's --load.
-        dtype: of everything written; None keeps each tensor's.
-        kv_shift: taps to give a model without any; None converts it as vanilla. Ignored for a
-            model that has taps.
-        divisible_by: the embedding's rows are padded to a multiple of it
+        source: A Hugging Face folder with config.json and safetensors.
+        target: The folder to create, for Megatron's --load.
+        dtype: Dtype of everything written; None keeps each tensor's.
+        kv_shift: Taps to add to a model without taps; None adds none. Ignored for a model that has
+            taps.
+        divisible_by: The embedding's rows are padded to a multiple of it
             (--make-vocab-size-divisible-by times the tensor-parallel size).
-        overwrite: replace an existing target.
-        progress: print lines about it on standard error.
+        overwrite: Replace an existing target.
+        progress: Report progress on standard error.
     """
 
     source: Path
@@ -62,18 +64,19 @@ class ToMegatron:
 
 
 def hf_to_megatron(job: ToMegatron, verify: Callable[[Path], None] | None = None) -> Architecture:
-    """Convert, one row of the name map in memory at a time.
+    """Convert a folder, with one row of the name map in memory at a time.
 
     Args:
-        verify: called with the complete folder before it gets its name; what it raises leaves no
-            target.
+        job: What to convert.
+        verify: Called with the complete folder before it gets its name; if it raises, there will be
+            no target.
 
     Returns:
-        What was converted.
+        The model that was written.
 
     Raises:
-        ValueError: the source is damaged or cannot be expressed in Megatron; nothing is written.
-        OSError: as the file system has it; nothing is left at the target.
+        ValueError: The source is damaged or cannot be expressed in Megatron; nothing is written.
+        OSError: The file system reports an error; nothing is left at the target.
     """
     check_target(job.target, job.source, job.overwrite)
     table = HFTable.open(job.source, job.kv_shift, job.divisible_by)
@@ -107,15 +110,22 @@ def _counting(piece: Piece, progress: WriteProgress) -> Callable[[], Tensor]:
 class HFTable:
     """The rows of the name map for one Hugging Face folder.
 
+    Args:
+        folder: The tensors.
+        layout: The folder's layout.
+        architecture: The model to write, with its vocabulary padded.
+
     Raises:
-        ValueError: a tensor is missing, has another shape than config.json says, or is unknown.
+        ValueError: A tensor is missing or unknown, or its shape is not that of config.json.
     """
 
-    def __init__(self, folder: SafetensorsFolder, layout: str, architecture: Architecture):
+    def __init__(self, folder: _Folder, layout: str, architecture: Architecture):
         self.folder, self.layout, self.architecture = folder, layout, architecture
         self.rows: list[Row] = list(expand(layout, architecture))
+        # Padded heads are normalized already.
         self._normalizes_head = layout == "baichuan_m1" and isinstance(folder, SafetensorsFolder)
-        self._new_taps = None
+        # Taps to create for a model that has none.
+        self._new_taps: KVShiftConfig | None = None
         if architecture.kv_shift is not None and layout not in LAYOUTS_WITH_TAPS:
             self._new_taps = architecture.kv_shift
         self._check()
@@ -128,9 +138,10 @@ class HFTable:
             raise ValueError(f"{source}: there is no such folder")
         fields = read_json(file)
         layout = layout_of(fields, file)
-        folder = SafetensorsFolder(source)
+        stored = SafetensorsFolder(source)
+        folder: _Folder = stored
         if layout == "baichuan_m1" and FIELD in fields:
-            folder = UnpaddedFolder(folder, fields, file)
+            folder = UnpaddedFolder(stored, fields, file)
             fields = folder.fields
         architecture = architecture_from_config(fields, file, _dtype(folder))
         vocab = architecture.vocab_size
@@ -142,34 +153,35 @@ class HFTable:
         return cls(folder, layout, architecture)
 
     def _check(self) -> None:
-        path, wanted = self.folder.path, {}
+        path = self.folder.path
+        expected: dict[str, tuple[int, ...]] = {}
         for row in self.rows:
             if self._is_new(row):
                 continue
             with torch.device("meta"):
                 empty = tuple(torch.empty(name.shape(self.architecture)) for name in row.megatron)
-                made = row.transform.to_hf(empty, self.architecture)
-            wanted.update(zip(row.hf, (tuple(one.shape) for one in made), strict=True))
+                tensors = row.transform.to_hf(empty, self.architecture)
+            expected.update(zip(row.hf, (tuple(tensor.shape) for tensor in tensors), strict=True))
         names = {name for name in self.folder.names() if not name.endswith(_DERIVED)}
-        if missing := sorted(wanted.keys() - names):
+        if missing := sorted(expected.keys() - names):
             raise ValueError(
                 f"{path} lacks {missing[0]} and {len(missing) - 1} more tensors that its "
                 "config.json calls for"
             )
-        for name, shape in wanted.items():
+        for name, shape in expected.items():
             if self.folder.shape(name) != shape:
                 raise ValueError(
                     f"{path}: {name} has the shape {list(self.folder.shape(name))}, but config.json"
-                    f" means {list(shape)}"
+                    f" calls for {list(shape)}"
                 )
-        extra = names - wanted.keys()
+        extra = names - expected.keys()
         if self.architecture.tied and "lm_head.weight" in extra:
             self._check_tied()
             extra.remove("lm_head.weight")
         if extra:
             raise ValueError(
                 f"{path} holds {min(extra)} and {len(extra) - 1} more tensors that its config.json "
-                "does not call for: it is of another architecture"
+                "does not call for: the two are not of the same architecture"
             )
 
     def _check_tied(self) -> None:
@@ -178,7 +190,7 @@ class HFTable:
         )
         if not torch.equal(embedding, head):
             raise ValueError(
-                f"{self.folder.path}: config.json says tie_word_embeddings, but lm_head.weight is "
+                f"{self.folder.path}: config.json sets tie_word_embeddings, but lm_head.weight is "
                 "not the embedding: set it to false there if the two are meant to differ"
             )
 
@@ -186,34 +198,33 @@ class HFTable:
         return self._new_taps is not None and tap_in_key(row.megatron[0].te) is not None
 
     def read(self, i: int) -> tuple[Tensor, ...]:
-        """Megatron's tensors of row i."""
+        """Return Megatron's tensors of row i."""
         row = self.rows[i]
-        if self._is_new(row):
-            return self._initial_taps(row)
+        if self._new_taps is not None and self._is_new(row):
+            return self._initial_taps(row, self._new_taps)
         tensors = tuple(self.folder.read(name) for name in row.hf)
         if self._normalizes_head and row.hf == ("lm_head.weight",):
             tensors = (export.normalized(*tensors),)
         return row.transform.to_megatron(tensors, self.architecture)
 
-    def _initial_taps(self, row: Row) -> tuple[Tensor, ...]:
-        one = self.architecture
+    def _initial_taps(self, row: Row, kv_shift: KVShiftConfig) -> tuple[Tensor, ...]:
+        arch = self.architecture
         names = [name.te for name in row.megatron]
         layer = int(names[0].split(".")[2])
-        values = initial_values(
-            self._new_taps, resolve_seed(self._new_taps), layer + 1, one.num_query_groups
-        )
-        return tuple(values[name.rpartition(".")[2]].to(one.dtype) for name in names)
+        values = initial_values(kv_shift, resolve_seed(kv_shift), layer + 1, arch.num_query_groups)
+        return tuple(values[name.rpartition(".")[2]].to(arch.dtype) for name in names)
 
     def _dtype_of(self, row: Row) -> torch.dtype:
         return self.architecture.dtype if self._is_new(row) else self.folder.dtype(row.hf[0])
 
     def pieces(self, dtype: torch.dtype | None) -> list[Piece]:
-        """Everything to write, layers stacked as Megatron does, in the order of the table."""
+        """Return everything to write, in the table's order, with layers stacked as by Megatron."""
         pieces = []
         for i, row in enumerate(self.rows):
+            written = dtype or self._dtype_of(row)
             for j, name in enumerate(row.megatron):
 
-                def read(i=i, j=j, dtype=dtype or self._dtype_of(row)) -> Tensor:
+                def read(i: int = i, j: int = j, dtype: torch.dtype = written) -> Tensor:
                     return self.read(i)[j].to(dtype)
 
                 for key in name.written:
@@ -222,7 +233,7 @@ class HFTable:
                         Piece(
                             stacked,
                             name.shape(self.architecture),
-                            dtype or self._dtype_of(row),
+                            written,
                             read,
                             layer,
                             None if layer is None else self.architecture.num_layers,
@@ -231,38 +242,38 @@ class HFTable:
         return pieces
 
 
-def _dtype(folder) -> torch.dtype:
-    """The dtype that most of the folder's tensors have."""
+def _dtype(folder: _Folder) -> torch.dtype:
+    """Return the most frequent dtype among the folder's tensors."""
     dtypes = [folder.dtype(name) for name in folder.names()]
     return max(set(dtypes), key=lambda dtype: (dtypes.count(dtype), str(dtype)))
 
 
 def extra_states(architecture: Architecture) -> list[str]:
-    """Keys under which layers ask a checkpoint for a state beside their weights.
+    """Return the keys under which layers ask a checkpoint for a state besides their weights.
 
-    Transformer Engine keeps FP8 scales there, and the TE-free linear layers nothing; either fails
-    to load without. One that a layer does not ask for is passed over.
+    Transformer Engine keeps FP8 scales there, and TE-free linear layers keep nothing, but neither
+    loads without the key. Keys that no layer asks for are ignored.
     """
-    one = architecture
+    arch = architecture
     modules = ["self_attention.linear_qkv", "self_attention.linear_proj"]
     modules.append("self_attention.core_attention")
-    if one.qk_layernorm:
+    if arch.qk_layernorm:
         modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
     linears = ("linear_fc1", "linear_fc2")
-    if one.num_experts:
+    if arch.num_experts:
         modules.append("pre_mlp_layernorm")
     else:
         modules += [f"mlp.{linear}" for linear in linears]
     keys = [
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{one.num_layers}"
-        for layer in range(one.num_layers)
+        f"decoder.layers.{module}._extra_state/shard_{layer}_{arch.num_layers}"
+        for layer in range(arch.num_layers)
         for module in modules
     ]
     keys += [
         f"decoder.layers.mlp.experts.experts.{linear}._extra_state/"
-        f"shard_{layer}.{expert}_{one.num_layers}.{one.num_experts}"
-        for layer in range(one.num_layers)
-        for expert in range(one.num_experts)
+        f"shard_{layer}.{expert}_{arch.num_layers}.{arch.num_experts}"
+        for layer in range(arch.num_layers)
+        for expert in range(arch.num_experts)
         for linear in linears
     ]
     return [*keys, "decoder.final_layernorm._extra_state/shard_0_1"]

@@ -1,8 +1,8 @@
-"""How the numbers of a row of the name map change places between Megatron and Hugging Face.
+"""Rearrange the values of a row of the name map between Megatron and Hugging Face.
 
-Every transform takes and gives tuples of tensors in the row's order, works on any dtype and on the
-meta device (which is how shapes are worked out), and only moves numbers: there and back is equal to
-the bit, but for what its docstring says.
+Every transform maps tuples of tensors, in the row's order, for any dtype and on the meta device
+(for shapes alone). It only moves values: a round trip is bitwise exact, except where its docstring
+says otherwise.
 """
 
 from dataclasses import dataclass
@@ -40,9 +40,9 @@ class Identity:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """[padded_vocab, h] <-> [vocab, h]: Megatron's padding is cut off, and made of zeros.
+    """[padded_vocab, h] <-> [vocab, h]: remove Megatron's padding, or add it as zeros.
 
-    Not reversible in the padding rows, which stand for no token.
+    The values of padding rows are lost; they stand for no token.
     """
 
     def to_hf(self, megatron: Tensors, architecture: Architecture) -> Tensors:
@@ -56,7 +56,7 @@ class Vocabulary:
 
 
 def _split_groups(fused: Tensor, architecture: Architecture) -> Tensors:
-    # Megatron's rows, group by group: the group's query heads, its key, its value.
+    # Megatron's rows are, for each group, its query heads, its key and its value.
     groups, heads = architecture.num_query_groups, architecture.heads_per_group
     grouped = fused.reshape(groups, heads + 2, architecture.kv_channels, *fused.shape[1:])
     return tuple(part.reshape(-1, *fused.shape[1:]) for part in grouped.split([heads, 1, 1], dim=1))
@@ -75,14 +75,16 @@ def _join_groups(query: Tensor, key: Tensor, value: Tensor, architecture: Archit
 class SeparateQKV:
     """Megatron's fused QKV [ng * (nh / ng + 2) * hn, h] <-> q [nh * hn, h], k and v [ng * hn, h].
 
-    Biases alike, without the last axis.
+    Biases lack the last axis.
     """
 
     def to_hf(self, megatron: Tensors, architecture: Architecture) -> Tensors:
-        return _split_groups(*megatron, architecture)
+        (fused,) = megatron
+        return _split_groups(fused, architecture)
 
     def to_megatron(self, hf: Tensors, architecture: Architecture) -> Tensors:
-        return (_join_groups(*hf, architecture),)
+        query, key, value = hf
+        return (_join_groups(query, key, value, architecture),)
 
 
 @dataclass(frozen=True)
@@ -90,18 +92,20 @@ class PackedQKV:
     """Megatron's fused QKV <-> Baichuan's W_pack: all of q, then all of k, then all of v."""
 
     def to_hf(self, megatron: Tensors, architecture: Architecture) -> Tensors:
-        return (torch.cat(_split_groups(*megatron, architecture)),)
+        (fused,) = megatron
+        return (torch.cat(_split_groups(fused, architecture)),)
 
     def to_megatron(self, hf: Tensors, architecture: Architecture) -> Tensors:
         (packed,) = hf
         queries = architecture.num_attention_heads * architecture.kv_channels
         keys = architecture.num_query_groups * architecture.kv_channels
-        return (_join_groups(*packed.split([queries, keys, keys]), architecture),)
+        query, key, value = packed.split([queries, keys, keys])
+        return (_join_groups(query, key, value, architecture),)
 
 
 @dataclass(frozen=True)
 class GateAndUp:
-    """Megatron's SwiGLU linear_fc1 [2 * ffn, h], gate first <-> gate and up [ffn, h]."""
+    """Megatron's SwiGLU linear_fc1 [2 * ffn, h], gate first <-> gate and up, [ffn, h] each."""
 
     def to_hf(self, megatron: Tensors, architecture: Architecture) -> Tensors:
         return megatron[0].chunk(2)
@@ -114,7 +118,8 @@ class GateAndUp:
 class ExpertMatrices:
     """Megatron's stacked experts [E, rows, columns] <-> the matrices of each expert in turn.
 
-    One matrix an expert (linear_fc2), or two (linear_fc1: gate and up).
+    Args:
+        per_expert: Matrices per expert: 1 (linear_fc2) or 2 (linear_fc1: gate and up).
     """
 
     per_expert: int = 1
@@ -131,15 +136,16 @@ class ExpertMatrices:
 
 @dataclass(frozen=True)
 class Convolution:
-    """The taps of keys or values [ng] each <-> Baichuan's conv_k or conv_v [1, 1, ng, 1, 2].
+    """The taps of keys or values, [ng] each <-> Baichuan's conv_k or conv_v [1, 1, ng, 1, 2].
 
     Baichuan's last axis has the PREVIOUS token first and the current one second (arXiv 2411.19574,
-    Appendix F), the other way round than tap 1 and tap 2.
+    Appendix F), unlike tap 1 (current) and tap 2 (previous).
 
-    Variants other than `free` are written as the taps that they mean, and come back as `free`.
+    Variants other than `free` are written as the taps that they apply, and come back as `free`.
     """
 
     def to_hf(self, megatron: Tensors, architecture: Architecture) -> Tensors:
+        assert architecture.kv_shift is not None  # only models with taps have such a row
         dtype = megatron[0].dtype
         parameters = torch.stack(megatron).float()
         current, previous = taps_from_parameters(architecture.kv_shift, parameters)

@@ -1,4 +1,4 @@
-"""Comparing the logits of a Megatron checkpoint and a Hugging Face folder, on the CPU."""
+"""Compare the logits of a Megatron checkpoint and a Hugging Face folder, on the CPU."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvshift_megatron.config import Variant
 from kvshift_megatron.convert.formats.safetensors_files import SafetensorsFolder, read_json
 from kvshift_megatron.convert.formats.torch_dist import TorchDistReader
 from kvshift_megatron.convert.hf_config import layout_of
@@ -24,38 +25,38 @@ from kvshift_megatron.convert.megatron_model import (
 from kvshift_megatron.convert.to_hf import MegatronTable, fitting_layout, read_architecture
 from kvshift_megatron.utils.launchers import own_path
 
-# Largest difference of two logits, relative to the largest. Both models compute in fp32, from
+# Largest difference of two logits, relative to the largest logit. Both models compute in fp32, from
 # weights that were rounded to the same dtype.
 TOLERANCE = 1e-4
-# Clients of Baichuan's layout round lm_head to its dtype once more, when they normalize it.
+# Clients of Baichuan's layout round lm_head to its dtype once more when they normalize it.
 _TOLERANCE_OF_CLIENTS = {torch.float32: TOLERANCE, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_COARSENESS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+_FINE_TO_COARSE = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 _LONGEST = 2048  # tokens; a longer prompt would take more memory than the model
 
 
 def verify(
-    checkpoint: Path, folder: Path, vocab_size: int | None = None, variant: str | None = None
+    checkpoint: Path, folder: Path, vocab_size: int | None = None, variant: Variant | None = None
 ) -> float:
     """Compare the two models' logits on random and edge-case prompts, and print the result.
 
     Args:
-        checkpoint: Megatron's.
-        folder: Hugging Face's; baichuan_m1 is run by mlx-lm.
-        vocab_size, variant: as given to the conversion.
+        checkpoint: Megatron's checkpoint.
+        folder: Hugging Face's folder; mlx-lm runs baichuan_m1.
+        vocab_size, variant: As given to the conversion.
 
     Returns:
         The largest difference, relative to the largest logit.
 
     Raises:
-        ValueError: the difference is above the tolerance.
+        ValueError: The difference is above the tolerance.
     """
     reader = TorchDistReader(checkpoint)
     architecture = read_architecture(reader, vocab_size, variant)
-    # Any layout will do for reading Megatron's side.
+    # Any layout that fits will do to read Megatron's side.
     layout = fitting_layout(architecture)
     files = SafetensorsFolder(folder)
     dtypes = {files.dtype(name) for name in files.names()}
-    coarsest = max(dtypes | reader.dtypes(), key=_COARSENESS.index)
+    coarsest = max(dtypes | reader.dtypes(), key=_FINE_TO_COARSE.index)
     rounded = None if dtypes == reader.dtypes() else coarsest
     table = MegatronTable(reader, layout, architecture, rounded)
     prompts = edge_case_prompts(architecture.vocab_size, architecture.max_position_embeddings)
@@ -80,7 +81,12 @@ def verify(
 
 
 def edge_case_prompts(vocab_size: int, max_positions: int) -> list[list[int]]:
-    """One token, the first and the last id, repetitions, the longest prompt, and random ones."""
+    """Return prompts: one token, first and last id, repetitions, random, and the longest possible.
+
+    Args:
+        vocab_size: Number of tokens that exist.
+        max_positions: Largest number of tokens in a prompt.
+    """
     generator = torch.Generator().manual_seed(0)
     longest = min(max_positions, _LONGEST)
 
@@ -98,11 +104,13 @@ def edge_case_prompts(vocab_size: int, max_positions: int) -> list[list[int]]:
 
 
 def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """The largest difference of two logits, relative to the largest; NaN if any is."""
+    """Return the largest difference of two logits, relative to the largest logit; NaN if any is."""
     worst = 0.0
     for one, other in zip(ours, theirs, strict=True):
         if one.shape != other.shape:
-            raise ValueError(f"verify: logits {list(one.shape)} against {list(other.shape)}")
+            raise ValueError(
+                f"verify: the logits have the shapes {list(one.shape)} and {list(other.shape)}"
+            )
         scale = one.abs().max().clamp(min=1e-3)
         difference = ((one - other).abs().max() / scale).item()
         worst = difference if difference != difference else max(worst, difference)
@@ -115,10 +123,12 @@ def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
 def transformers_logits(
     folder: Path, prompts: list[list[int]], rounded: torch.dtype | None = None
 ) -> list[Tensor]:
-    """Logits by Transformers, in fp32: [tokens, vocab] each.
+    """Compute logits with Transformers: fp32 [tokens, vocab] for each prompt.
 
     Args:
-        rounded: a dtype that the weights are rounded to first; None leaves them.
+        folder: Hugging Face's folder.
+        prompts: Token ids.
+        rounded: Dtype that the weights are first rounded to; None leaves them as they are.
     """
     from transformers import AutoModelForCausalLM
 
@@ -131,7 +141,7 @@ def transformers_logits(
 
 
 class Run(NamedTuple):
-    """A folder that mlx-lm shall run; by_token feeds one token at a time, through its cache."""
+    """A folder for mlx-lm to run; with by_token, one token at a time, using its cache."""
 
     folder: Path
     prompts: list[list[int]]
@@ -139,28 +149,31 @@ class Run(NamedTuple):
 
 
 def mlx_logits(runs: list[Run]) -> list[list[Tensor]]:
-    """Logits by mlx-lm, in a process of its own: for every run, [tokens, vocab] a prompt.
+    """Compute logits with mlx-lm, in a separate process.
+
+    Returns:
+        For every run, fp32 [tokens, vocab] for each prompt.
 
     Raises:
         ValueError: mlx-lm is missing, or fails.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        asked, answer = Path(scratch) / "runs.json", Path(scratch) / "logits.npz"
-        asked.write_text(
+        request, answer = Path(scratch) / "runs.json", Path(scratch) / "logits.npz"
+        request.write_text(
             json.dumps([{**run._asdict(), "folder": str(run.folder.resolve())} for run in runs])
         )
         command = [sys.executable, "-m", "kvshift_megatron.convert.baichuan.mlx_logits"]
         path = [*map(str, own_path()), os.environ.get("PYTHONPATH", "")]
         done = subprocess.run(
-            [*command, str(asked), str(answer)],
+            [*command, str(request), str(answer)],
             capture_output=True,
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))},
         )
         if done.returncode:
             raise ValueError(
-                "the layout baichuan_m1 is verified with mlx-lm, which failed (it is installed by "
-                f"pip install 'mlx[cpu]' mlx-lm): {done.stderr.strip()[-2000:]}"
+                "the layout baichuan_m1 is verified with mlx-lm, which failed (to install it: pip "
+                f"install 'mlx[cpu]' mlx-lm): {done.stderr.strip()[-2000:]}"
             )
         with np.load(answer) as arrays:
             logits = iter([torch.from_numpy(arrays[name]) for name in arrays.files])

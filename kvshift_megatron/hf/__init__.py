@@ -1,5 +1,7 @@
-"""The Transformers model: importing this registers it with AutoConfig, AutoModel and
-AutoModelForCausalLM. Megatron is not needed."""
+"""The Transformers model. It does not need Megatron.
+
+Importing this package registers it with AutoConfig, AutoModel and AutoModelForCausalLM.
+"""
 
 import shutil
 from functools import partial
@@ -28,8 +30,8 @@ __all__ = [
 def write_code(folder: str | Path) -> list[Path]:
     """Copy the model's source into an exported folder, as `save_pretrained` does.
 
-    With `AUTO_MAP` in its config.json, the folder then loads with ``trust_remote_code=True`` where
-    this package is not installed.
+    With `AUTO_MAP` in its config.json, the folder then loads with ``trust_remote_code=True`` and
+    without this package.
 
     Returns:
         The files written.
@@ -45,7 +47,7 @@ AutoConfig.register(KVShiftLlamaConfig.model_type, KVShiftLlamaConfig)
 AutoModel.register(KVShiftLlamaConfig, KVShiftLlamaModel)
 AutoModelForCausalLM.register(KVShiftLlamaConfig, KVShiftLlamaForCausalLM)
 
-# So that save_pretrained writes the source and the auto_map too.
+# Makes save_pretrained write the source and the auto_map, too.
 KVShiftLlamaConfig.register_for_auto_class()
 KVShiftLlamaModel.register_for_auto_class("AutoModel")
 KVShiftLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -4,6 +4,8 @@ Letters in shapes: b batch, h attention heads, g KV heads, w window, s new token
 d head_dim.
 """
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -17,10 +19,10 @@ from .plan_kvshift import ShiftPlan, pick
 class KVShiftLlamaAttention(nn.Module):
     """Grouped-query attention over shifted keys and values (arXiv 2411.19574, Eq. 4-6, App. F).
 
-    K^_i = sum_j alpha_j K_{i-j+1}, V^_i = sum_j beta_j V_{i-j+1}, with nothing before the first
-    token of a sequence: after the projection (and normalization), before the rotary embedding. The
-    arithmetic is in fp32 (float64 for float64). Each tap is a parameter [g] of its own; see
-    KVShiftLlamaConfig for their names.
+    K^_i = sum_j alpha_j K_{i-j+1}, V^_i = sum_j beta_j V_{i-j+1}, with zeros before the first token
+    of a sequence. The shift comes after the projection (and normalization) and before the rotary
+    embedding. It computes in fp32 (float64 for float64). Each tap is a separate parameter [g]; for
+    their names see KVShiftLlamaConfig.tap_names.
     """
 
     def __init__(self, config: KVShiftLlamaConfig, layer_idx: int):
@@ -28,7 +30,7 @@ class KVShiftLlamaAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        # Attention implementations read these three.
+        # Attention implementations read these three attributes.
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
@@ -51,10 +53,10 @@ class KVShiftLlamaAttention(nn.Module):
 
     @torch.no_grad()
     def draw_taps(self) -> None:
-        """The paper's start: all taps but the last ~ U(0, 1), the last one minus their sum.
+        """Draw the paper's initial taps: all but the last ~ U(0, 1), the last is 1 minus their sum.
 
-        ``clamp`` with a window above 2 starts as identity instead: there most last taps would
-        start below 0, where the clamp gives them no gradient.
+        ``clamp`` with a window above 2 starts as identity instead: most last taps would start below
+        0, and the clamp gives them no gradient there.
         """
         for names in self.tap_names.values():
             parameters = [getattr(self, name) for name in names]
@@ -68,19 +70,19 @@ class KVShiftLlamaAttention(nn.Module):
                 init.copy_(parameter, value.to(parameter))
 
     def taps(self, kind: str, dtype: torch.dtype) -> Tensor:
-        """The taps that are applied to "key" or "value": [w, g], current token first."""
+        """Return the taps to apply to "key" or "value": [w, g] in `dtype`, current token first."""
         parameters = torch.stack([getattr(self, name) for name in self.tap_names[kind]]).to(dtype)
         if self.config.kv_shift_variant == "gate":
             gate = torch.sigmoid(parameters[0])
             return torch.stack((gate, 1.0 - gate))
         if self.config.kv_shift_variant == "clamp":
-            # Not torch's clamp: a tap exactly at 0 or 1 keeps its gradient.
+            # Unlike torch's clamp, this keeps the gradient of a tap at exactly 0 or 1.
             inside = (parameters >= 0.0) & (parameters <= 1.0)
             return torch.where(inside, parameters, parameters.detach().clamp(0.0, 1.0))
         return parameters
 
     def shift(self, kind: str, extended: Tensor, plan: ShiftPlan) -> Tensor:
-        """[b, g, w - 1 + s, d], the tokens before included -> shifted [b, g, s, d]."""
+        """Shift keys or values [b, g, w - 1 + s, d], previous tokens included, to [b, g, s, d]."""
         wide = extended.double() if extended.element_size() > 4 else extended.float()
         taps = self.taps(kind, wide.dtype)[:, :, None, None]
         before = len(taps) - 1
@@ -102,21 +104,21 @@ class KVShiftLlamaAttention(nn.Module):
         plan: ShiftPlan,
         cache: Cache | None = None,
         cache_position: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend to the new tokens and those of the cache.
 
         Args:
             hidden_states: [b, s, hidden].
-            position_embeddings: cosines and sines, [1 or b, s, d] each.
-            attention_mask: in the form of the configured attention implementation.
-            plan: of KVShiftLlamaModel.forward.
-            cache: with the layers of cache_kvshift.py.
+            position_embeddings: Cosines and sines, [1 or b, s, d] each.
+            attention_mask: In the form that the configured attention implementation takes.
+            plan: From KVShiftLlamaModel.forward.
+            cache: With the layers of cache_kvshift.py.
             cache_position: int64 [s]; see compatibility_kvshift.update.
-            kwargs: for the attention implementation.
+            **kwargs: For the attention implementation.
 
         Returns:
-            [b, s, hidden], and the weights [b, h, s, t] where the implementation has them.
+            Output [b, s, hidden], and weights [b, h, s, t] or None, as the implementation does.
         """
         shape = hidden_states.shape[:-1]
         query, key, value = (
@@ -162,16 +164,21 @@ def eager_attention(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T * scaling + mask) v, with the softmax in fp32.
+    """Compute softmax(q k^T * scaling + mask) v, with the softmax in fp32.
 
     Args:
-        query: [b, h, s, d]; key and value: [b, g, t, d].
+        module: The attention.
+        query: [b, h, s, d].
+        key, value: [b, g, t, d] each.
         attention_mask: [1 or b, 1, s, at least t], added to the scores.
+        scaling: Factor of the scores.
+        dropout: Probability, in training.
+        **kwargs: Arguments of other implementations, ignored.
 
     Returns:
-        [b, s, h, d], and the weights [b, h, s, t].
+        Output [b, s, h, d], and weights [b, h, s, t].
     """
     key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * scaling

@@ -1,32 +1,36 @@
 """Decoding state of KV shifting: cache layers that also hold keys and values before the shift.
 
-A dynamic or static cache of Transformers stays what it is; only its still empty layers are replaced
-by the two classes here. So the state follows whatever generation does to the cache: reordering,
-selecting, cropping, resetting, handing it back.
+A dynamic or static cache of Transformers stays in use; only its layers, while they are empty, are
+replaced by the two classes here. So the state follows whatever generation does to the cache:
+reordering, selecting, cropping, resetting, returning it.
 
 Letters in shapes: b batch, g KV heads, w window, s new tokens, n remembered tokens, d head_dim.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .compatibility_kvshift import Cache, DynamicLayer, StaticLayer
+from .configuration_kvshift import KVShiftLlamaConfig
 from .plan_kvshift import ShiftPlan, last_tokens, pick
 
 
 class _History:
-    """Keys or values before the shift, far enough back to crop.
+    """Keys or values before the shift, of enough past tokens to crop the cache.
 
     Args:
-        carry: [b, g, w - 1, d]: the last real tokens before those in `states`; zeros before the
+        carry: [b, g, w - 1, d], the last real tokens before those in `states`; zeros before the
             first token of a sequence.
-        states: [b, g, n, d]: the last tokens of the cache, padding included.
-        real: bool [b, n]: which of them are no padding.
+        states: [b, g, n, d], the last tokens of the cache, padding included.
+        real: bool [b, n], which of them are not padding.
     """
 
     def __init__(self, carry: Tensor, states: Tensor, real: Tensor):
         self.carry, self.states, self.real = carry, states, real
-        # What came since: joined when it is asked for, which decoding does not do at every token.
+        # Appended since then. Joined only when needed, which is not at every token of decoding.
         self._new: list[tuple[Tensor, Tensor | None]] = []
         self._length = states.shape[2]
 
@@ -35,15 +39,17 @@ class _History:
 
     def _join(self) -> None:
         if self._new:
-            states, real = zip(*self._new)
-            ones = [x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool) for x in states]
-            real = [one if given is None else given for given, one in zip(real, ones)]
+            states = [x for x, _ in self._new]
+            real = [
+                x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool) if given is None else given
+                for x, given in self._new
+            ]
             self.states = torch.cat([self.states, *states], 2)
             self.real = torch.cat([self.real, *real], 1)
             self._new = []
 
     def last_before(self, end: int) -> Tensor:
-        """The last w - 1 real tokens among `carry` and the first `end` of `states`."""
+        """Return the last w - 1 real tokens among `carry` and the first `end` of `states`."""
         self._join()
         window = self.carry.shape[2]
         real = torch.cat([self.real.new_ones(len(self.real), window), self.real[:, :end]], 1)
@@ -55,11 +61,11 @@ class _History:
         self._length += states.shape[2]
 
     def forget(self, keep: int) -> None:
-        """Let go of all but the last `keep` tokens."""
+        """Forget all but the last `keep` tokens."""
         start = len(self) - keep
         if start > 0:
             self.carry = self.last_before(start)
-            # Copies: a view would hold on to what is dropped.
+            # Clone: a view would keep the memory of forgotten tokens.
             self.states, self.real = self.states[:, :, start:].clone(), self.real[:, start:].clone()
             self._length = keep
 
@@ -68,23 +74,26 @@ class _History:
         self._join()
         self.states, self.real = self.states[:, :, :end], self.real[:, :end]
 
-    def map(self, function) -> None:
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
         self._join()
         self.carry, self.states, self.real = map(function, (self.carry, self.states, self.real))
 
 
 class DynamicKVShiftLayer(DynamicLayer):
-    """DynamicLayer with the keys and values before the shift.
+    """A DynamicLayer that also holds the keys and values before the shift.
 
-    It can be cropped by the last `history` tokens at least, by the tokens of the last step, by any
-    number within a sequence that is no longer than `history`, and by any number after
-    `activate_past_recording()` (until the next crop, which drops what is more than `history` tokens
-    back).
+    It can always be cropped by up to `history` tokens, and by those of the last step. It can be
+    cropped by any number of tokens while there are no more than `history`, and after
+    `activate_past_recording()` until the next crop, which forgets all but `history` tokens.
 
     Args:
-        window: taps per key or value.
-        history: tokens; None for no limit.
+        window: Taps per key or value.
+        history: Number of tokens; None for no limit.
     """
+
+    keys: Tensor | None
+    values: Tensor | None
+    is_initialized: bool
 
     def __init__(self, window: int, history: int | None):
         super().__init__()
@@ -95,11 +104,11 @@ class DynamicKVShiftLayer(DynamicLayer):
         self._histories: dict[str, _History] = {}
 
     def extend(self, new: dict[str, Tensor], plan: ShiftPlan) -> dict[str, Tensor]:
-        """Remember the new tokens and put the last ones before them.
+        """Remember the new tokens and prepend the last ones before them.
 
         Args:
             new: "key" and/or "value" -> [b, g, s, d], before the shift.
-            plan: what `new` continues.
+            plan: The plan of this forward pass.
 
         Returns:
             The same names -> [b, g, w - 1 + s, d].
@@ -122,9 +131,9 @@ class DynamicKVShiftLayer(DynamicLayer):
             history = self._histories[kind]
             history.append(states, plan.real)
             if self.history is not None and not self.record_past:
-                # Assisted generation takes back what the last step got wrong.
+                # Assisted generation crops what the last step got wrong.
                 keep = max(self.history, states.shape[2])
-                # Not at every token: forgetting copies.
+                # Not at every token, as forgetting copies.
                 if len(history) > 2 * keep:
                     history.forget(keep)
         return extended
@@ -134,10 +143,10 @@ class DynamicKVShiftLayer(DynamicLayer):
         self.record_past = True
 
     def crop(self, tokens: int) -> None:
-        """As DynamicLayer's of the installed release: a number to remove, if negative.
+        """Crop as the installed release does: a negative number is a number of tokens to remove.
 
         Raises:
-            ValueError: further back than this layer remembers; nothing is cropped then.
+            ValueError: The layer does not remember that many tokens; nothing is cropped.
         """
         before, keys, values = self.get_seq_length(), self.keys, self.values
         super().crop(tokens)
@@ -149,8 +158,8 @@ class DynamicKVShiftLayer(DynamicLayer):
             if removed > len(history):
                 self.keys, self.values = keys, values
                 raise ValueError(
-                    f"crop({tokens}): the cache holds the unshifted keys and values of its last "
-                    f"{len(history)} tokens only: set kv_shift_cache_history in the model's "
+                    f"crop({tokens}): the cache holds the unshifted keys and values of only its "
+                    f"last {len(history)} tokens: set kv_shift_cache_history in the model's "
                     f"configuration to {removed} or more, or to None"
                 )
         for kind, history in self._histories.items():
@@ -162,7 +171,7 @@ class DynamicKVShiftLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        # Not left to the library: some releases keep the length, with zeros.
+        # Reset these explicitly: some releases keep the length and fill it with zeros.
         self.keys = self.values = None
         self.is_initialized = False
         self._clear()
@@ -182,20 +191,20 @@ class DynamicKVShiftLayer(DynamicLayer):
     def _clear(self) -> None:
         self._last, self._histories = {}, {}
 
-    def _map(self, function) -> None:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         self._last = {kind: function(states) for kind, states in self._last.items()}
         for history in self._histories.values():
             history.map(function)
 
 
 class StaticKVShiftLayer(StaticLayer):
-    """StaticLayer with the last w - 1 keys and values before the shift, at fixed addresses.
+    """A StaticLayer that also holds the last w - 1 keys and values before the shift.
 
-    It cannot be cropped.
+    Their addresses stay fixed. It cannot be cropped.
 
     Args:
-        max_cache_len: tokens.
-        window: taps per key or value.
+        max_cache_len: Number of tokens.
+        window: Taps per key or value.
     """
 
     is_croppable = False
@@ -217,19 +226,20 @@ class StaticKVShiftLayer(StaticLayer):
             for tensor in (*self._last.values(), self._length):
                 torch._dynamo.mark_static_address(tensor)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        """As StaticLayer's."""
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See StaticLayer.update."""
         everything = super().update(key_states, value_states, *args, **kwargs)
         self._length.add_(key_states.shape[2])
         return everything
 
     def get_seq_length(self) -> Tensor | int:
-        # Not left to the library: releases before 5.4 count keys that are not zero, which shifted
-        # keys may be.
+        # Releases before 5.4 would count the keys that are not zero, but shifted keys may be zero.
         return self._length if self.is_initialized else 0
 
     def extend(self, new: dict[str, Tensor], plan: ShiftPlan) -> dict[str, Tensor]:
-        """As DynamicKVShiftLayer.extend."""
+        """See DynamicKVShiftLayer.extend."""
         if not self.is_initialized:
             some = next(iter(new.values()))
             self.lazy_initialization(new.get("key", some), new.get("value", some))
@@ -240,10 +250,10 @@ class StaticKVShiftLayer(StaticLayer):
         return extended
 
     def crop(self, tokens: int) -> None:
-        """Refused: what stood before the shift is kept for the last tokens only.
+        """Refuse: the layer holds the unshifted keys and values of only the last tokens.
 
         Raises:
-            ValueError: always.
+            ValueError: Always.
         """
         raise ValueError(
             f"crop({tokens}): a static cache of a KV-shifting model cannot be cropped: use a "
@@ -261,44 +271,45 @@ class StaticKVShiftLayer(StaticLayer):
 
 
 def last_of(extended: Tensor, plan: ShiftPlan, how_many: int) -> Tensor:
-    """The last real tokens of [b, g, w - 1 + s, d], as a tensor of its own."""
+    """Return a copy of the last real tokens of [b, g, w - 1 + s, d]: [b, g, how_many, d]."""
     if plan.last is None:
         return extended[:, :, extended.shape[2] - how_many :].clone()
     return pick(extended, plan.last)
 
 
-def take_over(cache: Cache | None, config) -> None:
-    """Replace the empty plain layers of a cache by those that KV shifting needs, in place.
+def take_over(cache: Cache | None, config: KVShiftLlamaConfig) -> None:
+    """Replace the empty layers of a cache by those that KV shifting needs, in place.
 
     Args:
         cache: DynamicCache or StaticCache, in use by this model or still empty.
-        config: the model's.
+        config: The model's configuration.
 
     Raises:
-        ValueError: another kind of cache, or one that another model has filled.
+        ValueError: The cache is of another kind, or another model has filled it.
     """
     if cache is None:
         return
     if not isinstance(getattr(cache, "layers", None), list):
         raise ValueError(
             f"past_key_values is a {type(cache).__name__}, which cannot hold the unshifted keys "
-            "and values that KV shifting continues from: pass a DynamicCache or a StaticCache"
+            "and values that KV shifting needs: pass a DynamicCache or a StaticCache"
         )
     window = config.kv_shift_window
-    if not cache.layers and getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
+    replicated: Any = getattr(cache, "layer_class_to_replicate", None)
+    if not cache.layers and replicated is DynamicLayer:
         cache.layers.extend(DynamicLayer() for _ in range(config.num_hidden_layers))
     if len(cache.layers) < config.num_hidden_layers:
         raise ValueError(
-            f"past_key_values has {len(cache.layers)} layers, and the model has "
+            f"past_key_values has {len(cache.layers)} layers, but the model has "
             f"{config.num_hidden_layers}: create the cache with this model's configuration"
         )
     for index, layer in enumerate(cache.layers):
-        # By attribute: an exported folder brings classes of its own.
+        # By attribute, as an exported folder has its own classes.
         if hasattr(layer, "kv_shift_window"):
             if layer.kv_shift_window != window:
                 raise ValueError(
-                    f"past_key_values is of a model with kv_shift_window={layer.kv_shift_window}, "
-                    f"and this one has {window}: start with an empty cache"
+                    f"past_key_values is from a model with kv_shift_window={layer.kv_shift_window},"
+                    f" but this model has {window}: start with an empty cache"
                 )
         elif type(layer) is DynamicLayer and layer.get_seq_length() == 0:
             cache.layers[index] = DynamicKVShiftLayer(window, config.kv_shift_cache_history)
@@ -309,13 +320,13 @@ def take_over(cache: Cache | None, config) -> None:
         elif type(layer) in (DynamicLayer, StaticLayer):
             raise ValueError(
                 "past_key_values was filled without the unshifted keys and values that KV shifting "
-                "continues from (by another model, or from a tuple): start with an empty cache, or "
-                "continue from one that this model returned"
+                "needs (by another model, or from a tuple): start with an empty cache, or continue "
+                "from one that this model returned"
             )
         else:
             raise ValueError(
                 f"past_key_values has layers of {type(layer).__name__}, which cannot hold the "
-                "unshifted keys and values that KV shifting continues from: use a DynamicCache or "
-                "a StaticCache (cache_implementation 'dynamic', 'offloaded', 'static' or "
+                "unshifted keys and values that KV shifting needs: use a DynamicCache or a "
+                "StaticCache (cache_implementation 'dynamic', 'offloaded', 'static' or "
                 "'offloaded_static')"
             )

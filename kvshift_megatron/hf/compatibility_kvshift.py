@@ -1,33 +1,35 @@
-"""Everything that the model takes from Transformers, and what differs between its releases.
+"""Everything that the model imports from Transformers, and the differences between its releases.
 
-No other file of the model imports Transformers, and all names are public. modeling_kvshift.py also
-sets the class attributes, and overrides the hook for initial weights, by which the library knows a
-custom model; they have names with a leading underscore there.
+No other file of the model imports Transformers, and all names are public. In addition,
+modeling_kvshift.py sets the class attributes and overrides the hook for initial weights that the
+library reads from a custom model; their names start with an underscore.
 
 | since | what changed in Transformers                              | here                |
 |-------|-----------------------------------------------------------|---------------------|
-| 5.2   | create_causal_mask: input_embeds is inputs_embeds         | causal_mask         |
+| 5.2   | create_causal_mask: input_embeds became inputs_embeds     | causal_mask         |
 | 5.3   | takes a tied lm_head for a loaded one (until 5.4)         | FORGETS_TIES        |
 | 5.4   | caches count tokens, cache_position is no longer passed   | causal_mask, update |
 | 5.4   | configurations are dataclasses, unless they have __init__ | (nothing to do)     |
-| 5.13  | get_max_cache_shape() is get_max_length()                 | max_length          |
+| 5.13  | get_max_cache_shape() became get_max_length()             | max_length          |
 | 5.15  | crop(n): tokens to remove, not to keep                    | (cache_kvshift.py)  |
-| 5.24  | past_key_values is cache, in arguments and outputs        | CACHE_NAME          |
+| 5.24  | past_key_values became cache, in arguments and outputs    | CACHE_NAME          |
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import fields
+from typing import Any, NoReturn
 
 import transformers
 from torch import Tensor
 
-OLDEST, NEWEST = "5.0.0", "5.24.0"  # tested; a newer release is not refused
+OLDEST, NEWEST = "5.0.0", "5.24.0"  # tested; newer releases are not refused
 
 
-def _refuse(reason: str) -> None:
+def _refuse(reason: str) -> NoReturn:
     raise ImportError(
         f"a KV-shifting Llama needs a release of transformers from {OLDEST} on (tested up to "
-        f"{NEWEST}), and {transformers.__version__} is installed: {reason}"
+        f"{NEWEST}), but {transformers.__version__} is installed: {reason}"
     )
 
 
@@ -46,43 +48,44 @@ try:
 except ImportError as error:
     _refuse(f"it lacks a name that the model needs ({error}): pip install 'transformers=={NEWEST}'")
 
-# What the model's cache is called, in arguments and in outputs.
-CACHE_NAME = next(
-    (
-        field.name
-        for field in fields(BaseModelOutputWithPast)
-        if field.name in ("cache", "past_key_values")
-    ),
-    None,
-)
-if CACHE_NAME is None:
-    _refuse(f"its outputs name no cache: pip install 'transformers=={NEWEST}'")
+_CACHE_NAMES = [
+    field.name
+    for field in fields(BaseModelOutputWithPast)
+    if field.name in ("cache", "past_key_values")
+]
+if not _CACHE_NAMES:
+    _refuse(f"its outputs have no cache: pip install 'transformers=={NEWEST}'")
+
+# What the cache is called in arguments and outputs.
+CACHE_NAME: str = _CACHE_NAMES[0]
 
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
-# Releases whose caches are told where new tokens go.
+# Whether the caller tells the cache where new tokens go.
 POSITIONS_ARE_PASSED = "cache_kwargs" in inspect.signature(Cache.update).parameters
 
 
-# This release leaves the output layer of a tied model of one's own with what is in memory.
+# This release leaves the output layer of a tied custom model uninitialized.
 FORGETS_TIES = transformers.__version__.startswith("5.3.")
 
 
 def causal_mask(
-    config,
+    config: PreTrainedConfig,
     embeddings: Tensor,
     attention_mask: Tensor | None,
     cache: Cache | None,
     position_ids: Tensor,
     cache_position: Tensor | None,
-):
-    """The mask in the form that the configured attention implementation takes.
+) -> Any:
+    """Return the mask in the form that the configured attention implementation takes.
 
     Args:
+        config: The model's configuration.
         embeddings: [b, s, hidden].
         attention_mask: [b, past + s], 0 for padding.
+        cache: The model's cache.
         position_ids: int64 [1 or b, s].
-        cache_position: int64 [s], the places of the new tokens in the cache; None on releases
-            whose caches count by themselves.
+        cache_position: int64 [s], places of the new tokens in the cache; None for releases whose
+            caches count tokens themselves.
     """
     everything = {
         "input_embeds": embeddings,
@@ -102,24 +105,24 @@ def causal_mask(
 def update(
     cache: Cache, key: Tensor, value: Tensor, layer: int, cache_position: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Append [b, g, s, d] to a layer of the cache -> all its keys and values."""
+    """Append [b, g, s, d] to a layer of the cache; return all its keys and values."""
     if POSITIONS_ARE_PASSED:
         return cache.update(key, value, layer, {"cache_position": cache_position})
     return cache.update(key, value, layer)
 
 
 def max_length(cache: Cache) -> int:
-    """How many tokens a cache has room for; -1 for any number."""
+    """Return how many tokens a cache has room for; -1 for any number."""
     if hasattr(cache, "get_max_length"):
         return cache.get_max_length()
     return cache.get_max_cache_shape()
 
 
-def attention_function(name: str, eager):
-    """The attention implementation of that name; `eager` is the model's own.
+def attention_function(name: str, eager: Callable) -> Callable:
+    """Return the attention implementation of that name; `eager` is the model's own.
 
     Raises:
-        KeyError: a name that is not registered.
+        KeyError: The name is not registered.
     """
     return eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
 

@@ -1,13 +1,15 @@
 """The configuration of a KV-shifting Llama.
 
-The files here whose names end in _kvshift are copied into exported folders, where they run without
-this package: they import transformers, torch and each other only.
+The files in this folder whose names end in _kvshift are copied into exported folders and run there
+without this package: they import only transformers, torch and each other.
 """
+
+from typing import Any
 
 from .compatibility_kvshift import PreTrainedConfig
 
 VARIANTS = ("free", "gate", "clamp")
-# What each needs among rope_parameters.
+# rope_type -> the rope_parameters that it needs.
 ROPE_TYPES = {
     "default": ("rope_theta",),
     "llama3": (
@@ -18,8 +20,8 @@ ROPE_TYPES = {
         "original_max_position_embeddings",
     ),
 }
-# Settings of other models, and the values that change nothing.
-UNSUPPORTED = {
+# Settings of other models, and the values of them that change nothing.
+UNSUPPORTED: dict[str, tuple] = {
     "pretraining_tp": (1,),
     "sliding_window": (),
     "attention_chunk_size": (),
@@ -28,7 +30,7 @@ UNSUPPORTED = {
     "layer_types": (),
 }
 
-# The `auto_map` of a config.json beside this file and its neighbours.
+# The `auto_map` of a config.json that lies beside this file.
 AUTO_MAP = {
     "AutoConfig": "configuration_kvshift.KVShiftLlamaConfig",
     "AutoModel": "modeling_kvshift.KVShiftLlamaModel",
@@ -39,44 +41,45 @@ AUTO_MAP = {
 class KVShiftLlamaConfig(PreTrainedConfig):
     """A Llama with taps: K^_i = sum_j alpha_j K_{i-j+1}, V^_i = sum_j beta_j V_{i-j+1}.
 
-    Source: arXiv 2411.19574, Eq. 5 (windows above 2: Fig. 8c). Fields that LlamaConfig has too mean
-    the same and have its defaults.
+    Source: arXiv 2411.19574, Eq. 5 (windows above 2: Fig. 8c). Fields that LlamaConfig also has
+    mean the same and have its defaults.
 
     Args:
-        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: sizes.
-        num_key_value_heads: None: as many as attention heads.
+        vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: Sizes.
+        num_key_value_heads: None: As many as attention heads.
         head_dim: None: hidden_size / num_attention_heads.
-        hidden_act: the MLP's activation, a name that Transformers knows.
-        max_position_embeddings: tokens; informative.
-        initializer_range: standard deviation of the initial weights.
-        rms_norm_eps: added to the mean square.
-        use_cache: whether a call returns a cache unless it says otherwise.
-        pad_token_id, bos_token_id, eos_token_id: token ids, or None (eos: a list, too).
-        tie_word_embeddings: one matrix for the embedding and the output layer.
+        hidden_act: Activation of the MLP, by its name in Transformers.
+        max_position_embeddings: Number of tokens; informative only.
+        initializer_range: Standard deviation of the initial weights.
+        rms_norm_eps: Added to the mean square.
+        use_cache: Whether calls return a cache by default.
+        pad_token_id, bos_token_id, eos_token_id: Token ids, or None (eos may be a list).
+        tie_word_embeddings: Use one matrix for the embedding and the output layer.
         rope_parameters: ``rope_type`` "default" or "llama3", ``rope_theta``, and for llama3
             ``factor``, ``low_freq_factor``, ``high_freq_factor`` and
             ``original_max_position_embeddings``. The older ``rope_theta`` and ``rope_scaling`` are
-            read as well.
-        attention_bias: biases of q, k, v and o.
-        attention_dropout: probability, in training.
-        mlp_bias: biases of a dense MLP.
-        kv_shift_variant: what the parameters mean. ``free``: each is a tap. ``gate``: one logit a
+            also read.
+        attention_bias: Biases of q, k, v and o.
+        attention_dropout: Probability, in training.
+        mlp_bias: Biases of a dense MLP.
+        kv_shift_variant: What the parameters mean. ``free``: Each is a tap. ``gate``: One logit per
             KV head, alpha_1 = sigmoid(alpha_logit), alpha_2 = 1 - alpha_1 (window 2 only).
-            ``clamp``: each tap is its parameter clamped to [0, 1].
-        kv_shift_window: taps per key or value, in tokens: 2, 3 or 4.
-        kv_shift_keys, kv_shift_values: what is shifted; the other has no taps.
-        kv_shift_cache_history: how many of the last tokens a dynamic cache can be cropped by: it
-            keeps that many keys and values as they were before the shift, beside the shifted ones.
-            None: no limit, for twice the memory. `cache.activate_past_recording()` lifts the limit
+            ``clamp``: Each tap is its parameter clamped to [0, 1].
+        kv_shift_window: Taps per key or value, in tokens: 2, 3 or 4.
+        kv_shift_keys, kv_shift_values: Whether to shift them; if not, they have no taps.
+        kv_shift_cache_history: How many of the last tokens a dynamic cache can be cropped by: it
+            holds that many keys and values from before the shift, in addition to the shifted ones.
+            None: No limit, for twice the memory. `cache.activate_past_recording()` lifts the limit
             until the next crop.
         qk_norm: RMSNorm of every head's query and key, before the shift (as in Qwen3).
-        qkv_bias: biases of q, k and v only (as in Qwen2); ``attention_bias`` adds one to o as well.
-        num_local_experts: 0: a dense MLP. Otherwise that many experts in every layer, of which
-            each token uses ``num_experts_per_tok``, weighted by a softmax over their logits (as in
-            Mixtral; there is no auxiliary loss here).
+        qkv_bias: Biases of q, k and v only (as in Qwen2); ``attention_bias`` also adds one to o.
+        num_local_experts: 0: A dense MLP. Otherwise every layer has that many experts, and each
+            token uses ``num_experts_per_tok`` of them, weighted by a softmax over their logits (as
+            in Mixtral, but without auxiliary loss).
+        num_experts_per_tok: See num_local_experts.
 
     Raises:
-        ValueError: an impossible or unsupported setting; the message names the field.
+        ValueError: A setting is impossible or unsupported; the message names the field.
     """
 
     model_type = "kvshift_llama"
@@ -112,7 +115,7 @@ class KVShiftLlamaConfig(PreTrainedConfig):
         qkv_bias: bool = False,
         num_local_experts: int = 0,
         num_experts_per_tok: int = 2,
-        **kwargs,
+        **kwargs: Any,
     ):
         if num_key_value_heads is None:
             num_key_value_heads = num_attention_heads
@@ -152,12 +155,12 @@ class KVShiftLlamaConfig(PreTrainedConfig):
         self._check_the_rest(kwargs)
         super().__init__(**kwargs)
 
-    def save_pretrained(self, *args, **kwargs):
-        """As PreTrainedConfig's; the folder is for AutoModel and AutoModelForCausalLM alike."""
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save as PreTrainedConfig does, with an auto_map for every Auto class."""
         self.auto_map = AUTO_MAP | (getattr(self, "auto_map", None) or {})
         super().save_pretrained(*args, **kwargs)
 
-    def _check_kv_shift(self):
+    def _check_kv_shift(self) -> None:
         variant, window = self.kv_shift_variant, self.kv_shift_window
         if variant not in VARIANTS:
             raise ValueError(
@@ -189,7 +192,7 @@ class KVShiftLlamaConfig(PreTrainedConfig):
                 f"kv_shift_cache_history={history!r} must be a number of tokens, 0 or more, or null"
             )
 
-    def _check_rope(self):
+    def _check_rope(self) -> None:
         rope = self.rope_parameters
         names = ROPE_TYPES.get(rope["rope_type"])
         if names is None:
@@ -204,7 +207,7 @@ class KVShiftLlamaConfig(PreTrainedConfig):
                     f"rope_type={rope['rope_type']!r}"
                 )
 
-    def _check_the_rest(self, others: dict):
+    def _check_the_rest(self, others: dict) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -218,7 +221,7 @@ class KVShiftLlamaConfig(PreTrainedConfig):
             )
         if experts and self.mlp_bias:
             raise ValueError("mlp_bias=True is not supported with experts: turn it off")
-        # What other models have, and what this one would pass over in silence.
+        # Refuse settings of other models, which this one would otherwise silently ignore.
         others = {**others, "partial_rotary_factor": _partial_rotary_factor(self, others)}
         others["layer_types"] = set(others.get("layer_types") or ()) - {"full_attention"} or None
         for name, allowed in UNSUPPORTED.items():
@@ -228,8 +231,8 @@ class KVShiftLlamaConfig(PreTrainedConfig):
                 )
 
     def tap_names(self) -> dict[str, tuple[str, ...]]:
-        """Parameter names by what they shift, current token first; {} for what is not shifted."""
-        names = {}
+        """Map "key" and "value", if shifted, to their parameter names, current token first."""
+        names: dict[str, tuple[str, ...]] = {}
         for kind, prefix, shifted in (
             ("key", "alpha", self.kv_shift_keys),
             ("value", "beta", self.kv_shift_values),
@@ -242,7 +245,7 @@ class KVShiftLlamaConfig(PreTrainedConfig):
 
 
 def _rope_parameters(given: dict | None, others: dict) -> dict:
-    """Complete `rope_parameters`; takes their older names out of `others`."""
+    """Return complete `rope_parameters`, removing their older names from `others`."""
     older, theta = others.pop("rope_scaling", None), others.pop("rope_theta", None)
     rope = dict(given or older or {})
     older_type = rope.pop("type", None)

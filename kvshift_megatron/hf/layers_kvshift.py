@@ -1,9 +1,10 @@
 """The layers around the attention: norm, rotary embedding, MLP and mixture of experts.
 
-Their parameters have Llama's (and Mixtral's) names. Plain PyTorch: nothing here is drawn or copied
-when a model is loaded but the parameters, as no module has a buffer.
+Their parameters have Llama's (and Mixtral's) names. They are plain PyTorch without buffers: only
+parameters need values when a model is loaded.
 
-Letters in shapes: b batch, s tokens, h hidden size, d head_dim, e experts, i intermediate size.
+Letters in shapes: b batch, s tokens, t tokens of all sequences, h hidden size, d head_dim,
+e experts, k experts per token, i intermediate size.
 """
 
 import math
@@ -13,6 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .compatibility_kvshift import ACT2FN
+from .configuration_kvshift import KVShiftLlamaConfig
 
 
 class KVShiftRMSNorm(nn.Module):
@@ -30,26 +32,26 @@ class KVShiftRMSNorm(nn.Module):
 
 
 class KVShiftRotaryEmbedding(nn.Module):
-    """Angles of the rotary embedding, with Llama 3's scaling where the configuration asks for it.
+    """Angles of the rotary embedding, with Llama 3's scaling if the configuration asks for it.
 
-    The frequencies are computed at each call: a buffer of them would be cast with the model, or
-    left empty by a loader that fills only what a file holds.
+    Each call computes the frequencies: a buffer of them would be cast with the model, or left empty
+    by a loader that fills only what a file holds.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: KVShiftLlamaConfig):
         super().__init__()
         self.head_dim = config.head_dim
         self.rope = dict(config.rope_parameters)
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """Fp32 [d / 2], in radians per token."""
-        # In fp32, as in training: at position 10^5 one bit more or less is 0.01 radians.
-        place = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
-        frequency = 1.0 / self.rope["rope_theta"] ** (place / self.head_dim)
+        """Return fp32 [d / 2], in radians per token."""
+        # In fp32, as in training: at position 10^5, a difference in the last bit is 0.01 radians.
+        channel = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device)
+        frequency = 1.0 / self.rope["rope_theta"] ** (channel / self.head_dim)
         return self._llama3(frequency) if self.rope["rope_type"] == "llama3" else frequency
 
     def _llama3(self, frequency: Tensor) -> Tensor:
-        """Slow frequencies divided by `factor`, fast ones kept, those between interpolated."""
+        """Divide slow frequencies by `factor`, keep fast ones, interpolate those between."""
         rope = self.rope
         turns = rope["original_max_position_embeddings"] / (2 * math.pi / frequency)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -58,14 +60,14 @@ class KVShiftRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions int [b, s] -> cosines and sines [b, s, d], in the dtype of `x`."""
+        """Map positions int [b, s] to cosines and sines [b, s, d], in the dtype of `x`."""
         angles = position_ids[..., None].float() * self.frequencies(x.device)
         angles = torch.cat((angles, angles), -1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [b, heads, s, d] by the angles [b, s, d]; the halves of d are the pairs."""
+    """Rotate [b, heads, s, d] by angles [b, s, d]; channel i is paired with channel i + d / 2."""
     first, second = x.chunk(2, -1)
     return x * cos.unsqueeze(1) + torch.cat((-second, first), -1) * sin.unsqueeze(1)
 
@@ -73,12 +75,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVShiftMLP(nn.Module):
     """down(act(gate(x)) * up(x))."""
 
-    def __init__(self, config):
+    def __init__(self, config: KVShiftLlamaConfig):
         super().__init__()
-        sizes, bias = (config.hidden_size, config.intermediate_size), config.mlp_bias
-        self.gate_proj = nn.Linear(*sizes, bias=bias)
-        self.up_proj = nn.Linear(*sizes, bias=bias)
-        self.down_proj = nn.Linear(*reversed(sizes), bias=bias)
+        h, i, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(h, i, bias=bias)
+        self.up_proj = nn.Linear(h, i, bias=bias)
+        self.down_proj = nn.Linear(i, h, bias=bias)
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ class KVShiftMLP(nn.Module):
 class KVShiftExperts(nn.Module):
     """The MLPs of all experts: gate_up_proj [e, 2i, h] and down_proj [e, h, i]."""
 
-    def __init__(self, config):
+    def __init__(self, config: KVShiftLlamaConfig):
         super().__init__()
         count, h, i = config.num_local_experts, config.hidden_size, config.intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * i, h))
@@ -96,30 +98,39 @@ class KVShiftExperts(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        """Tokens [t, h], their experts int64 [t, k] and fp32 shares [t, k] -> [t, h]."""
+        """Run each token through its experts and add up their weighted outputs.
+
+        Args:
+            x: [t, h].
+            chosen: int64 [t, k], the experts of each token.
+            shares: fp32 [t, k], their weights.
+
+        Returns:
+            [t, h].
+        """
         output = torch.zeros_like(x)
         for expert in range(len(self.down_proj)):
             if torch.compiler.is_compiling():
-                # How many tokens an expert gets is not known to one graph: it computes all.
+                # One graph cannot depend on how many tokens an expert gets: compute all of them.
                 share = shares.where(chosen == expert, 0.0).sum(-1)
-                output = output + self._share(expert, x, share).to(x.dtype)
+                output = output + self._weighted(expert, x, share).to(x.dtype)
                 continue
-            token, rank = (chosen == expert).nonzero(as_tuple=True)
+            token, choice = (chosen == expert).nonzero(as_tuple=True)
             if len(token):
-                share = self._share(expert, x[token], shares[token, rank])
-                output.index_add_(0, token, share.to(x.dtype))
+                weighted = self._weighted(expert, x[token], shares[token, choice])
+                output.index_add_(0, token, weighted.to(x.dtype))
         return output
 
-    def _share(self, expert: int, x: Tensor, share: Tensor) -> Tensor:
+    def _weighted(self, expert: int, x: Tensor, share: Tensor) -> Tensor:
         gate, up = nn.functional.linear(x, self.gate_up_proj[expert]).chunk(2, -1)
         x = nn.functional.linear(self.activation(gate) * up, self.down_proj[expert])
         return x * share[:, None]
 
 
 class KVShiftSparseMLP(nn.Module):
-    """Mixtral's: each token's best experts, weighted by a softmax over their logits."""
+    """Mixtral's MLP: each token's best experts, weighted by a softmax over their logits."""
 
-    def __init__(self, config):
+    def __init__(self, config: KVShiftLlamaConfig):
         super().__init__()
         self.per_token = config.num_experts_per_tok
         self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)

@@ -1,12 +1,12 @@
-"""A KV-shifting Llama for Transformers, in the manner of the library's guide for custom models.
+"""A KV-shifting Llama for Transformers, following the library's guide for custom models.
 
-The keys and values of a KV head are mixed with those of the tokens before (attention_kvshift.py).
-Parameters have Llama's names, and Mixtral's where there are experts.
+Each KV head mixes its keys and values with those of the previous tokens (attention_kvshift.py).
+Parameters have Llama's names, and those of experts have Mixtral's.
 
 Letters in shapes: b batch, s new tokens, past tokens of the cache, v vocabulary.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn as nn
@@ -50,15 +50,20 @@ class KVShiftLlamaDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = KVShiftRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = KVShiftRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """[b, s, hidden] -> the same, and the attention weights; kwargs as the attention's."""
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Run the layer on [b, s, hidden]; return its output and the attention weights.
+
+        Args:
+            hidden_states: [b, s, hidden].
+            **kwargs: Arguments of KVShiftLlamaAttention.forward.
+        """
         attended, weights = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
 
 
 class KVShiftLlamaPreTrainedModel(PreTrainedModel):
-    """What the models share. The attributes are what Transformers reads from a custom model."""
+    """What the models share, such as the attributes that Transformers reads from custom models."""
 
     config: KVShiftLlamaConfig
     config_class = KVShiftLlamaConfig
@@ -70,12 +75,12 @@ class KVShiftLlamaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
-    # Backends with a key-value store of their own have no place for the unshifted ones.
+    # Backends with their own key-value store have no place for unshifted keys and values.
     _supports_attention_backend = False
 
     @torch.no_grad()
-    def _init_weights(self, module):
-        """The start of what a checkpoint does not hold, module by module."""
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialize a module whose weights are not in the checkpoint."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=std)
@@ -129,29 +134,30 @@ class KVShiftLlamaModel(KVShiftLlamaPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
-        """Hidden states of the new tokens.
+        """Compute the hidden states of the new tokens.
 
         Args:
-            input_ids: int64 [b, s]; or inputs_embeds: [b, s, hidden].
-            attention_mask: [b, s], with a cache [b, past + s]: 0 for padding. The token before a
-                token is the last one that is not masked, so that a real token's key and value are
-                those of the sequence without its padding, wherever that stands: left, right, or
-                between the turns of a batch that is continued. 4-D masks are refused: which token
-                comes before which cannot be told from them.
-            position_ids: int64 [1 or b, s]. Several sequences in a row are recognized, as in the
-                library's models, by positions that do not go on (no attention_mask,
-                use_cache=False), and then the shift stops where a sequence starts.
+            input_ids: int64 [b, s]; or pass inputs_embeds.
+            attention_mask: [b, s], or [b, past + s] with a cache; 0 for padding. The shift skips
+                padding: the previous token is the last one that is not masked. So real tokens get
+                the same keys and values as without padding, be it on the left, on the right, or
+                between the turns of a continued batch. 4-D masks are refused, as they do not tell
+                which token is the previous one.
+            position_ids: int64 [1 or b, s]. As in the library's models, packed sequences are
+                recognized by positions that do not increase by one (without attention_mask, with
+                use_cache=False); the shift stops at the start of each sequence.
             past_key_values: DynamicCache or StaticCache, empty or in use by this model.
-            cache: the same, by the name that Transformers gives it from 5.24 on.
-            use_cache, output_attentions, output_hidden_states, return_dict: the configuration's
-                where they are not given.
-            kwargs: for the attention implementation; `cache_position`, the places of the new tokens
-                in the cache (int64 [s]), where Transformers before 5.4 passes it.
+            inputs_embeds: [b, s, hidden]; or pass input_ids.
+            cache: The same as past_key_values, by its name since Transformers 5.24.
+            use_cache, output_attentions, output_hidden_states, return_dict: By default the
+                configuration's.
+            **kwargs: For the attention implementation. Transformers before 5.4 also passes
+                `cache_position`, the places of the new tokens in the cache (int64 [s]).
 
         Raises:
-            ValueError: what KV shifting cannot honour; the message names the argument.
+            ValueError: KV shifting cannot honour an argument; the message names it.
         """
         if (input_ids is None) == (inputs_embeds is None):
             how = "both missing" if input_ids is None else "both given"
@@ -162,11 +168,11 @@ class KVShiftLlamaModel(KVShiftLlamaPreTrainedModel):
         config = self.config
         use_cache = config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            # A layer that is computed again would append to the cache again.
+            # A recomputed layer would append to the cache a second time.
             if cache is not None and cache.get_seq_length() > 0:
                 raise ValueError(
-                    "past_key_values holds tokens, which gradient checkpointing would leave out: "
-                    "pass the whole sequence, or turn gradient checkpointing off"
+                    "past_key_values holds tokens, which gradient checkpointing would ignore: pass "
+                    "the whole sequence, or turn gradient checkpointing off"
                 )
             cache, use_cache = None, False
         if cache is None and use_cache:
@@ -210,12 +216,11 @@ class KVShiftLlamaModel(KVShiftLlamaPreTrainedModel):
         )
         return output if _either(return_dict, config, "return_dict") else output.to_tuple()
 
-    def _refuse(self, attention_mask, kwargs) -> None:
+    def _refuse(self, attention_mask: Any, kwargs: dict[str, Any]) -> None:
         if str(self.config._attn_implementation).startswith("paged"):
             raise ValueError(
                 "paged attention (continuous batching) has no place for the unshifted keys and "
-                "values that KV shifting continues from: use generate() with a dynamic or static "
-                "cache"
+                "values that KV shifting needs: use generate() with a dynamic or static cache"
             )
         if kwargs.get("is_causal") is False:
             raise ValueError("is_causal=False: KV shifting is defined for causal attention only")
@@ -223,9 +228,9 @@ class KVShiftLlamaModel(KVShiftLlamaPreTrainedModel):
             not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2
         ):
             raise ValueError(
-                "attention_mask must be 2-D [batch, past and new tokens], 0 for padding: which "
-                "token comes before which cannot be told from another mask; separate packed "
-                "sequences by position_ids"
+                "attention_mask must be 2-D [batch, past and new tokens], 0 for padding: other "
+                "masks do not tell which token is the previous one; separate packed sequences by "
+                "position_ids"
             )
 
 
@@ -253,8 +258,8 @@ class KVShiftLlamaForCausalLM(KVShiftLlamaPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
-    def tie_weights(self, *args, **kwargs) -> None:
-        """As PreTrainedModel's."""
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """See PreTrainedModel.tie_weights."""
         super().tie_weights(*args, **kwargs)
         if FORGETS_TIES and self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -271,18 +276,18 @@ class KVShiftLlamaForCausalLM(KVShiftLlamaPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
-        """Logits [b, s, v] of the new tokens.
+        """Compute the logits [b, s, v] of the new tokens.
 
-        Args (besides KVShiftLlamaModel.forward's):
-            labels: int64 [b, s]: the loss is that of predicting each from the tokens before; -100
-                for places that do not count.
-            logits_to_keep: only those of the last so many tokens (0: all), or at these places
-                (int64 [n]).
+        Args (besides those of KVShiftLlamaModel.forward):
+            labels: int64 [b, s]. The loss is that of predicting each label from the tokens before
+                it; -100 marks places that do not count.
+            logits_to_keep: Compute only the logits of so many last tokens (0: all), or of these
+                places (int64 [n]).
 
         Raises:
-            ValueError: as KVShiftLlamaModel.forward.
+            ValueError: As KVShiftLlamaModel.forward.
         """
         hidden = self.model(
             input_ids=input_ids,
@@ -311,30 +316,38 @@ class KVShiftLlamaForCausalLM(KVShiftLlamaPreTrainedModel, GenerationMixin):
         return output if _either(return_dict, self.config, "return_dict") else output.to_tuple()
 
     @staticmethod
-    def create_masks_for_generate(attention_mask=None, **kwargs):
-        """The 2-D mask, as long as the cache: generate would make a 4-D one for static caches."""
+    def create_masks_for_generate(
+        attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor | None:
+        """Return a 2-D mask as long as the cache: by default, static caches get a 4-D one."""
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if attention_mask is None or cache is None:
             return attention_mask
         missing = max_length(cache) - attention_mask.shape[1]
         return nn.functional.pad(attention_mask, (0, max(missing, 0)))
 
-    def init_continuous_batching(self, *args, **kwargs):
-        """Refused: see KVShiftLlamaModel."""
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: the library's pages have no place for unshifted keys and values.
+
+        Raises:
+            ValueError: Always.
+        """
         raise ValueError(
-            "continuous batching keeps keys and values in pages without the unshifted ones that "
-            "KV shifting continues from: use generate()"
+            "continuous batching keeps keys and values in pages, which have no place for the "
+            "unshifted ones that KV shifting needs: use generate()"
         )
 
 
 def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
     if cache is not None and past_key_values is not None:
-        raise ValueError("cache and past_key_values are one argument by two names: pass one")
+        raise ValueError(
+            "cache and past_key_values are two names for one argument: pass only one of them"
+        )
     return past_key_values if cache is None else cache
 
 
 def _either(given: bool | None, config: KVShiftLlamaConfig, name: str) -> bool:
-    """An argument of a call, or the configuration's setting of that name."""
+    """Return an argument of a call if given, or else the configuration's setting of that name."""
     return getattr(config, name) if given is None else given
 
 

@@ -1,4 +1,4 @@
-"""Files that appear whole under their name, or not at all."""
+"""Write files so that they appear complete under their name, or not at all."""
 
 import os
 from collections.abc import Callable
@@ -6,13 +6,14 @@ from pathlib import Path
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes under a temporary name beside `path`, then renames.
+    """Write a file under a temporary name beside `path`, then rename it to `path`.
 
     Args:
-        write: called with the temporary path.
+        path: The file to create or replace.
+        write: Called with the temporary path.
 
     Raises:
-        OSError: as writing or renaming did; what stood at `path` is still there.
+        OSError: Writing or renaming failed; the file at `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

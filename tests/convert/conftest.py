@@ -1,9 +1,9 @@
-"""Fixtures: one Megatron rank in this process, for the models whose logits are compared."""
+"""Fixture: one Megatron rank in this process, for tests that compare logits."""
 
 import pytest
 
 
-# Of the package and not of the session: other packages' tests make process groups of their own.
+# Package scope, not session: tests of other packages create their own process groups.
 @pytest.fixture(scope="package")
 def megatron_rank():
     from tests.support.single_process import seed_everything, single_process

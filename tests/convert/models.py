@@ -1,4 +1,4 @@
-"""Tiny models on either side: Megatron's, saved by Megatron, and Hugging Face folders."""
+"""Tiny models for both sides: Megatron models, saved by Megatron, and Transformers models."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ PROMPTS = [[3], [0, 58, 58, 58, 1], [7, 50, 12, 9, 31, 2, 44, 7, 50, 12, 13]]
 
 
 def architecture(**changes) -> Architecture:
-    """Like the paper's in small: grouped queries, untied, a vocabulary that needs padding."""
+    """Return a small version of the paper's: grouped queries, untied, a vocabulary to pad."""
     fields = {
         "num_layers": 2,
         "hidden_size": 32,
@@ -34,9 +34,9 @@ def architecture(**changes) -> Architecture:
 
 
 @torch.no_grad()
-def random_model(one: Architecture, seed: int = 1, dtype: torch.dtype = torch.float32):
-    """Megatron's model with weights that are far from their start: norms, biases and taps too."""
-    model = build_model(one, dtype)
+def random_model(arch: Architecture, seed: int = 1, dtype: torch.dtype = torch.float32):
+    """Build Megatron's model with weights, norms, biases and taps far from their initial values."""
+    model = build_model(arch, dtype)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         drawn = torch.randn(parameter.shape, generator=generator)
@@ -46,31 +46,31 @@ def random_model(one: Architecture, seed: int = 1, dtype: torch.dtype = torch.fl
     return model
 
 
-def save_with_megatron(model, one: Architecture, folder: Path, **metadata) -> Path:
-    """The checkpoint that Megatron's own code writes, with arguments as its training loop's."""
+def save_with_megatron(model, arch: Architecture, folder: Path, **metadata) -> Path:
+    """Save a checkpoint with Megatron's own code, with arguments like its training loop's."""
     from megatron.core import dist_checkpointing
 
     iteration = folder / "iter_0000005"
     iteration.mkdir(parents=True)
     (folder / "latest_checkpointed_iteration.txt").write_text("5")
-    state = {"args": arguments_from_architecture(one, 64), "checkpoint_version": 3.0}
+    state = {"args": arguments_from_architecture(arch, 64), "checkpoint_version": 3.0}
     state |= {"iteration": 5, "model": model.sharded_state_dict(metadata=metadata or None)}
     dist_checkpointing.save(state, str(iteration), async_strategy="mcore")
     return folder
 
 
 def load_by_map(folder: Path) -> tuple[torch.nn.Module, Architecture]:
-    """A Megatron model of any checkpoint."""
+    """Build the Megatron model of any checkpoint, through the name map."""
     reader = TorchDistReader(folder)
-    one = read_architecture(reader)
-    table = MegatronTable(reader, fitting_layout(one), one)
-    model = build_model(one)
+    arch = read_architecture(reader)
+    table = MegatronTable(reader, fitting_layout(arch), arch)
+    model = build_model(arch)
     fill_model(model, table.rows, table.megatron)
-    return model, one
+    return model, arch
 
 
-def logits_of_megatron(model, one: Architecture, prompts=PROMPTS) -> list[torch.Tensor]:
-    return megatron_logits(model, prompts, one.vocab_size)
+def logits_of_megatron(model, arch: Architecture, prompts=PROMPTS) -> list[torch.Tensor]:
+    return megatron_logits(model, prompts, arch.vocab_size)
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def logits_of_transformers(model, prompts=PROMPTS) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module, seed: int = 2) -> torch.nn.Module:
-    """Random weights, norms and biases for a model of Transformers."""
+    """Set random weights, norms and biases in a Transformers model."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         drawn = torch.randn(parameter.shape, generator=generator)

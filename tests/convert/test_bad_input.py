@@ -1,4 +1,4 @@
-"""What is damaged or cannot be expressed: one clear sentence, exit code 1, no half target."""
+"""Damaged or inexpressible input: one clear sentence, exit code 1, no partial target."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def digest(path: Path) -> dict[str, str]:
 
 
 def refused(capsys, command, source, *parts, flags=()):
-    """The conversion fails with a sentence, leaves nothing behind and the source as it was."""
+    """Check that a conversion fails with one sentence, writes nothing and keeps the source."""
     target, before = source.parent / "target", digest(source)
     others = set(source.parent.iterdir())
     assert command_line.main([command, str(source), str(target), *flags]) == 1
@@ -88,7 +88,7 @@ def test_wrong_index(folder, capsys):
     edit_json(folder / INDEX, weight_map={**weight_map, "x": "../part-0.safetensors"})
     refused(capsys, "hf-to-megatron", folder, "outside of its folder")
     (folder / INDEX).write_text("{not json")
-    refused(capsys, "hf-to-megatron", folder, f"{INDEX} is no valid JSON")
+    refused(capsys, "hf-to-megatron", folder, f"{INDEX} is not valid JSON")
 
 
 def test_missing_and_extra_tensors(folder, capsys):
@@ -107,12 +107,12 @@ def test_missing_and_extra_tensors(folder, capsys):
 @pytest.mark.parametrize(
     "changes, parts",
     [
-        ({"model_type": "gpt2"}, ["model_type='gpt2' cannot be converted: kvshift_llama, "]),
+        ({"model_type": "gpt2"}, ["model_type='gpt2' cannot be", "one of kvshift_llama, "]),
         ({"num_hidden_layers": 3}, ["lacks model.layers.2."]),
         ({"num_hidden_layers": 1}, ["holds model.layers.1.", "does not call for"]),
-        ({"intermediate_size": 40}, ["has the shape [48, 32], but config.json means [40, 32]"]),
-        ({"vocab_size": 60}, ["has the shape [59, 32], but config.json means [60, 32]"]),
-        ({"num_key_value_heads": 4}, ["but config.json means"]),
+        ({"intermediate_size": 40}, ["has the shape [48, 32], but config.json calls for [40, 32]"]),
+        ({"vocab_size": 60}, ["has the shape [59, 32], but config.json calls for [60, 32]"]),
+        ({"num_key_value_heads": 4}, ["but config.json calls for"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads=3 must divide"]),
         ({"kv_shift_window": 3}, ["lacks model.layers.0.self_attn.alpha_3"]),
         ({"kv_shift_variant": "gate"}, ["lacks model.layers.0.self_attn.alpha_logit"]),
@@ -198,7 +198,7 @@ def edit_arguments(checkpoint: Path, **changes):
         ({"qk_layernorm": True}, ["lacks decoder.layers.0.self_attention.q_layernorm.weight"]),
         ({"untie_embeddings_and_output_weights": False}, ["holds output_layer.weight"]),
         ({"padded_vocab_size": 256}, ["has 128 rows", "padded_vocab_size=256"]),
-        ({"vocab_size": 129}, ["no padding of vocab_size=129", "--vocab-size"]),
+        ({"vocab_size": 129}, ["which is not vocab_size=129 padded", "--vocab-size"]),
         ({"normalization": "LayerNorm"}, ["normalization='LayerNorm'"]),
         ({"window_size": (4, 0)}, ["window_size=(4, 0)"]),
         ({"mtp_num_layers": 1}, ["mtp_num_layers=1"]),
@@ -214,8 +214,8 @@ def test_arguments_that_disagree_or_ask_for_too_much(checkpoint, capsys, changes
     refused(capsys, "megatron-to-hf", checkpoint, *parts)
 
 
-def test_other_formats_and_places(checkpoint, folder, tmp_path, capsys):
-    refused(capsys, "megatron-to-hf", folder, "is no torch_dist checkpoint")
+def test_other_formats_and_wrong_flags(checkpoint, folder, tmp_path, capsys):
+    refused(capsys, "megatron-to-hf", folder, "is not a torch_dist checkpoint")
     refused(capsys, "hf-to-megatron", checkpoint, "config.json is missing")
     flags = ["--vocab-size", "500"]
     refused(capsys, "megatron-to-hf", checkpoint, "--vocab-size 500 must be", flags=flags)
@@ -251,10 +251,10 @@ def test_a_target_is_replaced_only_when_asked_and_only_at_the_end(checkpoint, fo
     capsys.readouterr()
     for place in (checkpoint, checkpoint.parent):
         assert command_line.main(["megatron-to-hf", str(checkpoint), str(place)]) == 1
-        assert "is, or holds, the source" in capsys.readouterr().err
+        assert "is, or contains, the source" in capsys.readouterr().err
 
 
-def test_no_room_is_seen_before_the_work(folder, capsys, monkeypatch):
+def test_a_full_disk_is_noticed_before_writing(folder, capsys, monkeypatch):
     usage = output.shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage)
     refused(capsys, "hf-to-megatron", folder, "its disk has only 0.0 GB left")
@@ -262,14 +262,14 @@ def test_no_room_is_seen_before_the_work(folder, capsys, monkeypatch):
 
 @pytest.fixture
 def file_limit():
-    """A limit on the size of a file stands for the disk: the system call fails in the middle."""
+    """Limit the size of a file in place of the disk: writing fails in the middle."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("command", ["hf-to-megatron", "megatron-to-hf"])
-def test_a_disk_that_fills_up_on_the_way(checkpoint, folder, command, capsys, file_limit):
+def test_a_disk_that_fills_up_while_writing(checkpoint, folder, command, capsys, file_limit):
     source = checkpoint if command == "megatron-to-hf" else folder
     for size in range(100, 60_000, 3_700):
         file_limit(size)

@@ -1,4 +1,4 @@
-"""The Baichuan-M1 layout: run by a public client of it, mlx-lm, and compared with Megatron."""
+"""The Baichuan-M1 layout: a public client of it, mlx-lm, agrees with Megatron."""
 
 import json
 from pathlib import Path
@@ -22,17 +22,17 @@ TOLERANCE = 1e-4
 
 
 def export(tmp_path, norm_head="fold", equal_rows=False, **changes):
-    """A random Megatron model and its folder in the layout."""
-    one = models.architecture(**changes)
-    model = models.random_model(one)
-    output = model.shared_embedding_or_output_weight() if one.tied else model.output_layer.weight
+    """Build a random Megatron model and export it to a folder in the layout."""
+    arch = models.architecture(**changes)
+    model = models.random_model(arch)
+    output = model.shared_embedding_or_output_weight() if arch.tied else model.output_layer.weight
     if equal_rows:
         with torch.no_grad():
             output.mul_(3.7 / output.norm(dim=-1, keepdim=True))
-    source = models.save_with_megatron(model, one, tmp_path / "megatron")
+    source = models.save_with_megatron(model, arch, tmp_path / "megatron")
     folder = tmp_path / "hf"
     megatron_to_hf(ToHF(source, folder, layout="baichuan_m1", norm_head=norm_head))
-    return model, one, folder
+    return model, arch, folder
 
 
 def edit(folder, change, name="model.safetensors"):
@@ -53,17 +53,17 @@ class Case(NamedTuple):
     run: Run
     folder: Path
     model: torch.nn.Module
-    one: Architecture
+    arch: Architecture
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory, megatron_rank) -> dict[str, Case]:
-    """Everything that the client shall run, as one process: it takes long to start."""
+    """Return everything for the client to run; it runs in one process, which is slow to start."""
 
     def case(name, by_token=False, **how):
-        model, one, folder = export(tmp_path_factory.mktemp("baichuan"), **how)
+        model, arch, folder = export(tmp_path_factory.mktemp("baichuan"), **how)
         run = Run(folder, models.PROMPTS, by_token)
-        made[name] = Case(models.logits_of_megatron(model, one), run, folder, model, one)
+        made[name] = Case(models.logits_of_megatron(model, arch), run, folder, model, arch)
         return made[name]
 
     made = {}
@@ -103,20 +103,20 @@ def test_the_public_client_agrees(cases, theirs, name):
 
 
 @pytest.mark.parametrize("name", ["swapped in the file", "swapped by the converter"])
-def test_the_current_token_first_runs_and_is_noticed(cases, theirs, name):
+def test_swapped_taps_are_noticed(cases, theirs, name):
     assert largest_difference(cases[name].ours, theirs[name]) > 0.01
 
 
 @pytest.mark.parametrize("name", PADDED)
-def test_padding_is_taken_out_again(cases, name, tmp_path):
-    _, _, folder, _, one = cases[name]
+def test_the_import_removes_the_padding(cases, name, tmp_path):
+    _, _, folder, _, arch = cases[name]
     head = load_file(folder / "model.safetensors")["lm_head.weight"].double()
     lengths = head.norm(dim=-1)
     assert torch.allclose(lengths, lengths[0].expand_as(lengths), rtol=1e-6)
     hf_to_megatron(ToMegatron(folder, tmp_path / "back"))
     back, found = models.load_by_map(tmp_path / "back")
-    assert (found.hidden_size, found.kv_channels) == (one.hidden_size, one.kv_channels)
-    assert found.rotary_base == one.rotary_base
+    assert (found.hidden_size, found.kv_channels) == (arch.hidden_size, arch.kv_channels)
+    assert found.rotary_base == arch.rotary_base
     again = models.logits_of_megatron(back, found)
     assert largest_difference(cases[name].ours, again) < TOLERANCE
 
@@ -135,7 +135,7 @@ def test_the_import_normalizes_as_clients_do(cases, theirs, tmp_path):
     assert largest_difference(ours, stretched.ours) < TOLERANCE
 
 
-def test_the_round_trip_is_equal_to_the_bit_where_nothing_is_scaled(cases, tmp_path):
+def test_the_round_trip_is_bitwise_exact_if_nothing_is_scaled(cases, tmp_path):
     hf_to_megatron(ToMegatron(cases["whole"].folder, tmp_path / "back", divisible_by=64))
     back, _ = models.load_by_map(tmp_path / "back")
     for name, before in cases["whole"].model.named_parameters():
@@ -148,10 +148,10 @@ def test_the_round_trip_is_equal_to_the_bit_where_nothing_is_scaled(cases, tmp_p
     [
         ("sliding_window_layers", [0], "global-attention layers only"),
         ("conv_window", 3, "it has to be 2"),
-        ("tie_word_embeddings", True, "clients want an lm_head"),
+        ("tie_word_embeddings", True, "clients need an lm_head"),
     ],
 )
-def test_other_kinds_of_layers_are_refused(tmp_path, field, value, message):
+def test_unsupported_fields_are_refused(tmp_path, field, value, message):
     _, _, folder = export(tmp_path, equal_rows=True)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, field: value}))

@@ -1,4 +1,4 @@
-"""Converted models compute what their sources do: Megatron's layers against Transformers'."""
+"""Converted models compute what their sources compute, in Megatron and in Transformers."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ TOLERANCE = 1e-5
 ARCHITECTURES = {
     "grouped": {},
     "one group": {"num_query_groups": 1},
-    "a group a head": {"num_query_groups": 4},
+    "one group per head": {"num_query_groups": 4},
     "tied": {"tied": True},
     "window 3": {"kv_shift": KVShiftConfig(window=3, init="identity")},
     "gate": {"kv_shift": KVShiftConfig(variant="gate")},
@@ -41,14 +41,14 @@ def load(folder):
 
 
 @pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=list(ARCHITECTURES))
-def test_megatrons_model_exported(changes, tmp_path):
-    one = models.architecture(**changes)
-    model = models.random_model(one)
-    source = models.save_with_megatron(model, one, tmp_path / "megatron")
+def test_an_exported_megatron_model_agrees(changes, tmp_path):
+    arch = models.architecture(**changes)
+    model = models.random_model(arch)
+    source = models.save_with_megatron(model, arch, tmp_path / "megatron")
     megatron_to_hf(ToHF(source, tmp_path / "hf"))
     theirs = models.logits_of_transformers(load(tmp_path / "hf"))
-    ours = models.logits_of_megatron(model, one)
-    assert ours[0].shape == (1, one.vocab_size)
+    ours = models.logits_of_megatron(model, arch)
+    assert ours[0].shape == (1, arch.vocab_size)
     assert largest_difference(ours, theirs) < TOLERANCE
 
 
@@ -89,26 +89,26 @@ def test_starting_from_another_model_with_identity_taps(config, tmp_path):
     hf = models.randomize(transformers.AutoModelForCausalLM.from_config(config()))
     hf.save_pretrained(tmp_path / "hf")
     hf_to_megatron(ToMegatron(tmp_path / "hf", tmp_path / "megatron"))
-    model, one = models.load_by_map(tmp_path / "megatron")
-    assert one.kv_shift == models.FREE
-    ours = models.logits_of_megatron(model, one)
+    model, arch = models.load_by_map(tmp_path / "megatron")
+    assert arch.kv_shift == models.FREE
+    ours = models.logits_of_megatron(model, arch)
     theirs = models.logits_of_transformers(hf)
     assert largest_difference(ours, theirs) < TOLERANCE
-    # And as a Transformers model of this package's.
+    # Export it again, as this package's Transformers model.
     megatron_to_hf(ToHF(tmp_path / "megatron", tmp_path / "again"))
     again = models.logits_of_transformers(load(tmp_path / "again"))
     assert largest_difference(again, theirs) < TOLERANCE
 
 
-def test_the_papers_start_is_the_taps_that_training_would_draw(tmp_path):
+def test_uniform_taps_are_those_that_training_would_draw(tmp_path):
     from kvshift_megatron.convert.megatron_model import build_model
 
     hf = transformers.LlamaForCausalLM(STARTING_POINTS["llama"]())
     hf.save_pretrained(tmp_path / "hf")
     taps = KVShiftConfig(seed=5)
     hf_to_megatron(ToMegatron(tmp_path / "hf", tmp_path / "megatron", kv_shift=taps))
-    converted, one = models.load_by_map(tmp_path / "megatron")
-    built = build_model(replace(one, kv_shift=taps))
+    converted, arch = models.load_by_map(tmp_path / "megatron")
+    built = build_model(replace(arch, kv_shift=taps))
     drawn = {
         name: p for name, p in built.named_parameters() if ".alpha_" in name or ".beta_" in name
     }
@@ -131,10 +131,10 @@ def _swapped(transform, order):
     "transform, order", [(SeparateQKV, (0, 2, 1)), (GateAndUp, (1, 0))], ids=["k and v", "gate, up"]
 )
 def test_a_wrong_transform_is_noticed(transform, order, tmp_path, monkeypatch):
-    one = models.architecture()
-    model = models.random_model(one)
-    source = models.save_with_megatron(model, one, tmp_path / "megatron")
+    arch = models.architecture()
+    model = models.random_model(arch)
+    source = models.save_with_megatron(model, arch, tmp_path / "megatron")
     monkeypatch.setattr(transform, "to_hf", _swapped(transform, order))
     megatron_to_hf(ToHF(source, tmp_path / "hf"))
     theirs = models.logits_of_transformers(load(tmp_path / "hf"))
-    assert largest_difference(models.logits_of_megatron(model, one), theirs) > 100 * TOLERANCE
+    assert largest_difference(models.logits_of_megatron(model, arch), theirs) > 100 * TOLERANCE

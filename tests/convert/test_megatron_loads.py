@@ -1,4 +1,4 @@
-"""Megatron itself loads what the converter writes: on one rank, and in its loop at TP 2 x PP 2."""
+"""Megatron loads what the converter writes: on one rank, and in its loop at TP 2 x PP 2."""
 
 import pytest
 import torch
@@ -24,10 +24,10 @@ from tests.support.launch import ranks
 def test_one_rank_loads_every_key_that_it_asks_for(megatron_rank, tmp_path, changes):
     from megatron.core import dist_checkpointing
 
-    one = models.architecture(**changes)
-    random_folder(tmp_path / "hf", one)
+    arch = models.architecture(**changes)
+    random_folder(tmp_path / "hf", arch)
     hf_to_megatron(ToMegatron(tmp_path / "hf", tmp_path / "megatron", divisible_by=64))
-    model = models.random_model(one)
+    model = models.random_model(arch)
     by_map, _ = models.load_by_map(tmp_path / "megatron")
     before = {name: p.clone() for name, p in model.named_parameters()}
     state = {"model": model.sharded_state_dict()}
@@ -42,8 +42,8 @@ def test_one_rank_loads_every_key_that_it_asks_for(megatron_rank, tmp_path, chan
 
 
 def test_megatrons_loop_loads_and_saves_at_another_layout(tmp_path):
-    """Without a learning rate, what it saves is what it loaded; it comes back to the bit."""
-    one = models.architecture(
+    """At learning rate 0 it saves what it loaded, so the round trip is bitwise exact."""
+    arch = models.architecture(
         num_layers=2,
         hidden_size=64,
         ffn_hidden_size=128,
@@ -52,7 +52,7 @@ def test_megatrons_loop_loads_and_saves_at_another_layout(tmp_path):
         padded_vocab_size=128,
         rotary_base=10_000.0,
     )
-    before = random_folder(tmp_path / "hf", one)
+    before = random_folder(tmp_path / "hf", arch)
     hf_to_megatron(ToMegatron(tmp_path / "hf", tmp_path / "megatron"))
     command = flags(
         train_iters=1,
@@ -65,7 +65,7 @@ def test_megatrons_loop_loads_and_saves_at_another_layout(tmp_path):
         dist_ckpt_strictness="raise_unexpected",
         save=tmp_path / "saved",
         save_interval=1,
-        # From the checkpoint's arguments instead.
+        # These come from the checkpoint's arguments.
         num_layers=None,
         hidden_size=None,
         num_attention_heads=None,
@@ -74,7 +74,7 @@ def test_megatrons_loop_loads_and_saves_at_another_layout(tmp_path):
     launch = ranks(4, "kvshift_megatron.pretrain", command, timeout=300, TORCHDYNAMO_DISABLE="1")
     assert launch.returncode == 0, launch.stdout[-5000:]
     assert f"successfully loaded checkpoint from {tmp_path / 'megatron'}" in launch.stdout
-    # Saved by four ranks, each with its part.
+    # Each of the four ranks has saved its part.
     reader = TorchDistReader(tmp_path / "saved")
     assert len(list(reader.path.glob("*.distcp"))) >= 4
     megatron_to_hf(ToHF(tmp_path / "saved", tmp_path / "back"))

@@ -1,4 +1,4 @@
-"""The name map against the models' own parameters and against definitions written out here."""
+"""The name map agrees with the models' own parameters and with definitions written out here."""
 
 import pytest
 import torch
@@ -45,50 +45,50 @@ def architectures(draw, taps=TAPS):
     )
 
 
-def random_row(row, one, dtype=torch.float32):
+def random_row(row, arch, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     return tuple(
-        torch.randn(name.shape(one), generator=generator).to(dtype) for name in row.megatron
+        torch.randn(name.shape(arch), generator=generator).to(dtype) for name in row.megatron
     )
 
 
 @settings(max_examples=50, deadline=None)
-@given(one=architectures(), dtype=DTYPES, layout=st.sampled_from(["kvshift", "mixtral", "llama"]))
-def test_every_row_comes_back_equal_to_the_bit(one, dtype, layout):
+@given(arch=architectures(), dtype=DTYPES, layout=st.sampled_from(["kvshift", "mixtral", "llama"]))
+def test_every_row_round_trips_bitwise(arch, dtype, layout):
     names = []
-    for row in expand(layout, one):
-        tensors = random_row(row, one, dtype)
-        hf = row.transform.to_hf(tensors, one)
+    for row in expand(layout, arch):
+        tensors = random_row(row, arch, dtype)
+        hf = row.transform.to_hf(tensors, arch)
         assert len(hf) == len(row.hf)
         names += row.hf
-        back = row.transform.to_megatron(hf, one)
+        back = row.transform.to_megatron(hf, arch)
         for name, before, after in zip(row.megatron, tensors, back, strict=True):
             if "vocab" in name.axes:
-                assert (after[one.vocab_size :] == 0).all()
-                before, after = before[: one.vocab_size], after[: one.vocab_size]
+                assert (after[arch.vocab_size :] == 0).all()
+                before, after = before[: arch.vocab_size], after[: arch.vocab_size]
             assert torch.equal(before, after) and before.dtype == after.dtype
     assert len(names) == len(set(names))
 
 
 @settings(max_examples=50, deadline=None)
-@given(one=architectures(taps=st.just(models.FREE)), dtype=DTYPES)
-def test_baichuans_rows_come_back_equal_to_the_bit(one, dtype):
-    for row in expand("baichuan_m1", one):
-        if one.has_qkv_bias or one.num_experts or "embed" in row.hf[0] or "lm_head" in row.hf[0]:
+@given(arch=architectures(taps=st.just(models.FREE)), dtype=DTYPES)
+def test_baichuan_rows_round_trip_bitwise(arch, dtype):
+    for row in expand("baichuan_m1", arch):
+        if arch.has_qkv_bias or arch.num_experts or "embed" in row.hf[0] or "lm_head" in row.hf[0]:
             continue
-        tensors = random_row(row, one, dtype)
-        back = row.transform.to_megatron(row.transform.to_hf(tensors, one), one)
+        tensors = random_row(row, arch, dtype)
+        back = row.transform.to_megatron(row.transform.to_hf(tensors, arch), arch)
         assert all(map(torch.equal, tensors, back))
 
 
 @settings(max_examples=50, deadline=None)
-@given(one=architectures())
-def test_queries_keys_and_values_are_megatrons_rows(one):
-    """By index: group g of the fused tensor is its query heads, its key, its value."""
-    heads, groups, size = one.num_attention_heads, one.num_query_groups, one.kv_channels
+@given(arch=architectures())
+def test_queries_keys_and_values_are_the_right_rows_of_megatrons(arch):
+    """Check by index: group g of the fused tensor is its query heads, its key, its value."""
+    heads, groups, size = arch.num_attention_heads, arch.num_query_groups, arch.kv_channels
     per_group = heads // groups
-    fused = torch.arange(one.size("qkv"))[:, None]
-    q, k, v = SeparateQKV().to_hf((fused,), one)
+    fused = torch.arange(arch.size("qkv"))[:, None]
+    q, k, v = SeparateQKV().to_hf((fused,), arch)
     start = {g: g * (per_group + 2) * size for g in range(groups)}
     for head in range(heads):
         first = start[head // per_group] + (head % per_group) * size
@@ -98,13 +98,13 @@ def test_queries_keys_and_values_are_megatrons_rows(one):
             first = start[g] + offset * size
             rows_of_g = tensor[g * size : (g + 1) * size, 0].tolist()
             assert rows_of_g == list(range(first, first + size))
-    assert torch.equal(PackedQKV().to_hf((fused,), one)[0], torch.cat((q, k, v)))
+    assert torch.equal(PackedQKV().to_hf((fused,), arch)[0], torch.cat((q, k, v)))
 
 
 def test_baichuans_convolution_has_the_previous_token_first():
-    one = models.architecture(num_query_groups=2)
+    arch = models.architecture(num_query_groups=2)
     current, previous = torch.tensor([1.0, 2.0]), torch.tensor([-3.0, -4.0])
-    (conv,) = Convolution().to_hf((current, previous), one)
+    (conv,) = Convolution().to_hf((current, previous), arch)
     assert conv.shape == (1, 1, 2, 1, 2)
     assert conv[0, 0, :, 0, 0].tolist() == previous.tolist()
     assert conv[0, 0, :, 0, 1].tolist() == current.tolist()
@@ -124,36 +124,36 @@ def test_it_names_every_parameter_of_both_models(changes, megatron_rank):
     from kvshift_megatron.convert.hf_config import config_from_architecture
     from kvshift_megatron.hf import KVShiftLlamaConfig, KVShiftLlamaForCausalLM
 
-    one = models.architecture(**changes)
+    arch = models.architecture(**changes)
     named = {}
-    for row in expand("kvshift", one):
-        for name, tensor in zip(row.megatron, random_row(row, one)):
+    for row in expand("kvshift", arch):
+        for name, tensor in zip(row.megatron, random_row(row, arch)):
             named.update(by_parameter(name.local, tensor))
-    found = dict(build_model(one).named_parameters())
+    found = dict(build_model(arch).named_parameters())
     assert {n: p.shape for n, p in found.items()} == {n: t.shape for n, t in named.items()}
-    if one.kv_shift is None:
+    if arch.kv_shift is None:
         return
-    fields = config_from_architecture("kvshift", one)
+    fields = config_from_architecture("kvshift", arch)
     fields.pop("model_type")
     model = KVShiftLlamaForCausalLM(KVShiftLlamaConfig(**fields))
     wanted = {n: p.shape for n, p in model.named_parameters()}
     made = {}
-    for row in expand("kvshift", one):
-        hf = row.transform.to_hf(random_row(row, one), one)
+    for row in expand("kvshift", arch):
+        hf = row.transform.to_hf(random_row(row, arch), arch)
         made.update(zip(row.hf, (tensor.shape for tensor in hf)))
     assert made == wanted
 
 
 def test_every_layout_is_known_and_no_other():
-    one = models.architecture()
+    arch = models.architecture()
     for layout in LAYOUTS:
-        assert rows(layout, one)
+        assert rows(layout, arch)
     with pytest.raises(ValueError, match="layout='gpt2' is unknown: choose one of kvshift"):
-        rows("gpt2", one)
+        rows("gpt2", arch)
 
 
 def test_the_first_layers_te_and_te_free_names():
-    """As megatron-core's specs have them; TE-free ones are compared with a model above."""
+    """Check names in megatron-core's specs; a test above compares TE-free ones with a model."""
     names = {row.hf[0]: row.megatron[0] for row in expand("kvshift", models.architecture())}
     norm = names["model.layers.0.input_layernorm.weight"]
     assert norm.te == "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"

@@ -1,4 +1,4 @@
-"""A folder of an older version works again once it has this version's code."""
+"""A folder that an older version exported works again once it has this version's code."""
 
 import json
 
@@ -7,13 +7,13 @@ import pytest
 from kvshift_megatron.convert.command_line import main
 from tests.hf import export
 
-# Fields that version 0.0 wrote, as its configuration was LlamaConfig's.
+# Fields that version 0.0 wrote: its configuration was derived from LlamaConfig.
 OLDER = {"pretraining_tp": 1}
 
 
 @pytest.fixture(scope="module")
 def older(tmp_path_factory):
-    """Folders with code that does not import, and config.json as an older version wrote it."""
+    """Export folders; break their code and give them config.json as an older version wrote it."""
     directory = tmp_path_factory.mktemp("older") / "folders"
     export.main(str(directory))
     for folder in (directory / name for name in export.MODELS):
@@ -27,7 +27,7 @@ def older(tmp_path_factory):
     return directory
 
 
-def test_it_is_dead_and_then_works(older, capsys):
+def test_a_broken_folder_works_after_the_refresh(older, capsys):
     assert export.use(older).returncode == 1
     weights = {path: path.read_bytes() for path in older.rglob("*.safetensors")}
     for name in export.MODELS:
@@ -45,12 +45,12 @@ def test_it_is_dead_and_then_works(older, capsys):
     [
         (None, "has no config.json"),
         ("{", "config.json"),
-        ('{"model_type": "llama"}', "model_type='llama' has no code of this package"),
+        ('{"model_type": "llama"}', "model_type='llama' has no code in this package"),
         ('{"model_type": "kvshift_llama", "kv_shift_window": 9}', "kv_shift_window=9"),
         ('{"model_type": "kvshift_llama", "num_attention_heads": "x"}', "config.json: "),
     ],
 )
-def test_anything_else_is_refused_and_stays(config, sentence, tmp_path, capsys):
+def test_other_folders_are_refused_and_unchanged(config, sentence, tmp_path, capsys):
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     before = sorted(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""There and back again equals to the bit, and the safetensors are those of the public library."""
+"""Round trips are bitwise exact, and the public library reads and writes the same safetensors."""
 
 import json
 import math
@@ -21,16 +21,16 @@ from tests.convert import models
 from tests.convert.test_name_map import architectures
 
 
-def random_folder(folder, one, layout="kvshift", seed=0, shards=1):
-    """A Hugging Face folder by the public library, with random weights of the architecture."""
+def random_folder(folder, arch, layout="kvshift", seed=0, shards=1):
+    """Write a Hugging Face folder with the public library and random weights; return these."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for row in expand(layout, one):
-        megatron = tuple(torch.empty(name.shape(one)) for name in row.megatron)
-        for name, like in zip(row.hf, row.transform.to_hf(megatron, one)):
-            tensors[name] = torch.randn(like.shape, generator=generator).to(one.dtype)
-    config = config_from_architecture(layout, one)
+    for row in expand(layout, arch):
+        megatron = tuple(torch.empty(name.shape(arch)) for name in row.megatron)
+        for name, like in zip(row.hf, row.transform.to_hf(megatron, arch)):
+            tensors[name] = torch.randn(like.shape, generator=generator).to(arch.dtype)
+    config = config_from_architecture(layout, arch)
     (folder / "config.json").write_text(json.dumps(config))
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
@@ -47,7 +47,7 @@ def random_folder(folder, one, layout="kvshift", seed=0, shards=1):
 
 
 def stored(folder) -> dict[str, torch.Tensor]:
-    """All tensors of a folder, by the public library."""
+    """Read all tensors of a folder with the public library."""
     tensors = {}
     for file in folder.glob("*.safetensors"):
         assert not tensors.keys() & load_file(file).keys()
@@ -55,9 +55,9 @@ def stored(folder) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def equal(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
     )
 
 
@@ -68,16 +68,16 @@ def weights(checkpoint) -> dict[str, torch.Tensor]:
 
 @settings(max_examples=8, deadline=None)
 @given(
-    one=architectures(),
+    arch=architectures(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     shards=st.integers(1, 3),
     divisible_by=st.integers(1, 16),
 )
-def test_hugging_face_to_megatron_and_back(one, dtype, shards, divisible_by):
-    one = models.architecture(**{**vars(one), "dtype": dtype})
+def test_hugging_face_to_megatron_and_back(arch, dtype, shards, divisible_by):
+    arch = models.architecture(**{**vars(arch), "dtype": dtype})
     with TemporaryDirectory() as name:
         root = Path(name)
-        before = random_folder(root / "hf", one, shards=shards)
+        before = random_folder(root / "hf", arch, shards=shards)
         job = ToMegatron(root / "hf", root / "megatron", divisible_by=divisible_by)
         written = hf_to_megatron(job)
         assert written.padded_vocab_size % divisible_by == 0
@@ -86,22 +86,22 @@ def test_hugging_face_to_megatron_and_back(one, dtype, shards, divisible_by):
         assert json.loads((root / "back" / "config.json").read_text()).items() >= (
             json.loads((root / "hf" / "config.json").read_text()).items()
         )
-        # And Megatron -> Hugging Face -> Megatron.
+        # Megatron -> Hugging Face -> Megatron is exact, too.
         hf_to_megatron(ToMegatron(root / "back", root / "again", divisible_by=divisible_by))
         assert equal(weights(root / "again"), weights(root / "megatron"))
 
 
 def test_megatrons_own_checkpoint_there_and_back(megatron_rank, tmp_path):
     for changes in ({}, {"num_experts": 4, "qk_layernorm": True}, {"add_bias_linear": True}):
-        one = models.architecture(**changes, padded_vocab_size=59)
-        model = models.random_model(one)
+        arch = models.architecture(**changes, padded_vocab_size=59)
+        model = models.random_model(arch)
         root = tmp_path / str(len(list(tmp_path.iterdir())))
         for name, metadata in (
             ("stacked", {}),
             ("numbered", {"non_homogeneous_layers": True}),
             ("apart", {"singleton_local_shards": True}),
         ):
-            source = models.save_with_megatron(model, one, root / name / "megatron", **metadata)
+            source = models.save_with_megatron(model, arch, root / name / "megatron", **metadata)
             keys = TorchDistReader(source).weights()
             assert any("layers.1." in key for key in keys) == (name != "stacked")
             assert any(key.endswith("weight_w") for key in keys) == (name == "apart")
@@ -113,8 +113,8 @@ def test_megatrons_own_checkpoint_there_and_back(megatron_rank, tmp_path):
 
 
 def test_files_are_split_and_cast_as_asked(tmp_path):
-    one = models.architecture()
-    before = random_folder(tmp_path / "hf", one)
+    arch = models.architecture()
+    before = random_folder(tmp_path / "hf", arch)
     hf_to_megatron(ToMegatron(tmp_path / "hf", tmp_path / "megatron"))
     job = ToHF(tmp_path / "megatron", tmp_path / "split", dtype=torch.bfloat16, max_shard_size=8000)
     megatron_to_hf(job)
@@ -128,16 +128,16 @@ def test_files_are_split_and_cast_as_asked(tmp_path):
     assert index["weight_map"] == found
     assert index["metadata"]["total_size"] == 2 * sum(t.numel() for t in before.values())
     largest = max(2 * math.prod(t.shape) for t in before.values())
-    # A header, and a row of the map that is not split.
+    # A file also has a header, and a row of the name map is never split.
     assert all(file.stat().st_size < 8000 + 3 * largest + 4000 for file in files)
     cast = {name: tensor.to(torch.bfloat16) for name, tensor in before.items()}
     assert equal(stored(tmp_path / "split"), cast)
     assert json.loads((tmp_path / "split" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_tokenizer_files_and_token_ids_travel(tmp_path):
-    one = models.architecture()
-    random_folder(tmp_path / "hf", one)
+def test_tokenizer_files_and_token_ids_are_kept(tmp_path):
+    arch = models.architecture()
+    random_folder(tmp_path / "hf", arch)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "eos_token_id": 7}))
     (tmp_path / "hf" / "tokenizer.json").write_text('{"known": "file"}')
@@ -147,7 +147,7 @@ def test_tokenizer_files_and_token_ids_travel(tmp_path):
     assert (tmp_path / "back" / "tokenizer.json").read_text() == '{"known": "file"}'
     assert not (tmp_path / "back" / "notes.txt").exists()
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 7
-    # From a folder that is named, in place of the one carried.
+    # --tokenizer replaces the files in the checkpoint.
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "tokenizer.model").write_bytes(b"x")
     megatron_to_hf(ToHF(tmp_path / "megatron", tmp_path / "b", tokenizer=tmp_path / "other"))
@@ -156,8 +156,8 @@ def test_tokenizer_files_and_token_ids_travel(tmp_path):
 
 
 def test_a_vanilla_model_stays_vanilla(tmp_path):
-    one = models.architecture(kv_shift=None)
-    before = random_folder(tmp_path / "hf", one, "llama")
+    arch = models.architecture(kv_shift=None)
+    before = random_folder(tmp_path / "hf", arch, "llama")
     hf_to_megatron(ToMegatron(tmp_path / "hf", tmp_path / "megatron", kv_shift=None))
     assert not any("alpha" in key for key in TorchDistReader(tmp_path / "megatron").weights())
     megatron_to_hf(ToHF(tmp_path / "megatron", tmp_path / "back"))

@@ -1,4 +1,4 @@
-"""`--verify` on the command line: passes on a right conversion, stops a wrong one."""
+"""`--verify` on the command line passes a correct conversion and stops a wrong one."""
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -14,12 +14,12 @@ pytestmark = pytest.mark.usefixtures("megatron_rank")
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    one = models.architecture()
-    return models.save_with_megatron(models.random_model(one), one, tmp_path / "megatron")
+    arch = models.architecture()
+    return models.save_with_megatron(models.random_model(arch), arch, tmp_path / "megatron")
 
 
 @pytest.mark.parametrize("dtype", ["keep", "bf16", "fp16"])
-def test_a_right_conversion_passes(checkpoint, tmp_path, capsys, dtype):
+def test_a_correct_conversion_passes(checkpoint, tmp_path, capsys, dtype):
     arguments = ["megatron-to-hf", str(checkpoint), str(tmp_path / "hf"), "--verify"]
     assert command_line.main([*arguments, "--dtype", dtype]) == 0
     assert "largest difference of logits" in capsys.readouterr().out
@@ -51,7 +51,7 @@ def test_a_damaged_tap_is_seen(checkpoint, tmp_path):
         verify(checkpoint, tmp_path / "hf")
 
 
-def test_the_prompts_have_the_edges():
+def test_the_prompts_cover_edge_cases():
     prompts = edge_case_prompts(59, 32)
     ids = {token for prompt in prompts for token in prompt}
     assert {0, 58} <= ids and min(ids) >= 0 and max(ids) < 59
@@ -60,7 +60,7 @@ def test_the_prompts_have_the_edges():
     assert edge_case_prompts(1, 1)
 
 
-def test_random_folder_is_verified_from_the_other_side(tmp_path):
+def test_a_conversion_to_megatron_is_verified(tmp_path):
     random_folder(tmp_path / "hf", models.architecture(num_experts=3))
     arguments = ["hf-to-megatron", str(tmp_path / "hf"), str(tmp_path / "megatron"), "--verify"]
     assert command_line.main(arguments) == 0

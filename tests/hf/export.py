@@ -1,9 +1,10 @@
-"""Writes exported folders, and what they must give in any release of Transformers.
+"""Write exported folders, and the results they must give with any release of Transformers.
 
     python -m tests.hf.export DIRECTORY
 
-DIRECTORY gets one folder a model, with its tokenizer, and expected.pt: the prompt, and each model's
-greedy tokens and logits. `make test-transformers` runs this once, in the pinned environment.
+DIRECTORY gets one folder per model, with its tokenizer, and expected.pt: the prompt, and each
+model's greedy tokens and logits. `make test-transformers` runs this once, in the pinned
+environment.
 """
 
 import subprocess
@@ -39,7 +40,7 @@ WORKER = Path(__file__).with_name("exported_worker.py")
 
 
 def write_tokenizer(folder: Path, words: int) -> None:
-    """A tokenizer of the words "<pad>", "1", "2", ... with their numbers as ids."""
+    """Write a tokenizer of the words "<pad>", "1", "2", ... with their numbers as ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -52,7 +53,7 @@ def write_tokenizer(folder: Path, words: int) -> None:
 
 
 def use(directory: Path) -> subprocess.CompletedProcess:
-    """Use the folders as somebody does who has Transformers and not this package."""
+    """Use the folders as a user who has Transformers but not this package."""
     environment = {"PATH": "", "HOME": str(directory), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, WORKER, directory],

@@ -1,8 +1,8 @@
-"""Uses exported folders as somebody does who has Transformers and not this package.
+"""Use exported folders as a user who has Transformers but not this package.
 
     python exported_worker.py DIRECTORY
 
-Prints what it has tried, a line each; the test of that name runs it and counts them.
+Prints one line for each thing it has tried; test_exported_folder.py counts them.
 """
 
 import sys
@@ -12,7 +12,7 @@ import torch
 
 
 class Blocked:
-    """Neither this package nor Megatron can be imported."""
+    """An import hook that refuses this package and Megatron."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("kvshift_megatron", "megatron"):

@@ -1,4 +1,4 @@
-"""Tiny KV-shifting models, and what they must compute: a plain float64 definition, token by token.
+"""Tiny KV-shifting models, and a plain float64 definition of what they compute, token by token.
 
 The definition shares no code with the model: it reads tensors by their names in a checkpoint.
 """
@@ -46,7 +46,7 @@ def tiny_config(**settings) -> KVShiftLlamaConfig:
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
-    """Random values for what starts out constant or tied: taps, biases, norms."""
+    """Set random values in parameters that start out constant or tied: taps, biases, norms."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -71,7 +71,7 @@ def tokens(batch: int, length: int, seed: int = 1) -> Tensor:
 
 
 def defined_taps(config, parameters: dict[str, Tensor], prefix: str, kind: str) -> list[Tensor]:
-    """The taps of "alpha" or "beta": a float64 [g] for the token itself, the one before, ..."""
+    """Return the taps of "alpha" or "beta", float64 [g] each, current token first."""
     if f"{prefix}{kind}_logit" in parameters:
         gate = 1 / (1 + torch.exp(-parameters[f"{prefix}{kind}_logit"].double()))
         return [gate, 1 - gate]
@@ -89,7 +89,7 @@ def defined_taps(config, parameters: dict[str, Tensor], prefix: str, kind: str) 
 
 
 def defined_attention(config, parameters, prefix: str, hidden: Tensor) -> Tensor:
-    """One sequence: hidden float64 [s, hidden] -> attention output [s, hidden]."""
+    """Map one sequence of hidden states float64 [s, hidden] to attention output [s, hidden]."""
     heads, groups, size = (
         config.num_attention_heads,
         config.num_key_value_heads,
@@ -166,7 +166,7 @@ def defined_mlp(config, parameters, prefix: str, x: Tensor) -> Tensor:
 
 
 def defined_logits(config, parameters: dict[str, Tensor], ids: Tensor) -> Tensor:
-    """One sequence of ids [s] -> float64 logits [s, vocab]."""
+    """Map one sequence of ids [s] to float64 logits [s, vocab]."""
     x = parameters["model.embed_tokens.weight"].double()[ids]
     for n in range(config.num_hidden_layers):
         layer = f"model.layers.{n}."
@@ -191,7 +191,7 @@ def full_logits(model, ids: Tensor, **kwargs) -> Tensor:
 
 
 def agrees(actual: Tensor, expected: Tensor, tolerance: float = LOGITS) -> bool:
-    """Largest difference at most `tolerance` times the largest value; a NaN does not agree."""
+    """Check that no difference exceeds `tolerance` times the largest value; NaN never agrees."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     difference = (actual.double() - expected.double()).abs().max()
     return bool(difference <= tolerance * expected.double().abs().max())

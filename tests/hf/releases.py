@@ -6,12 +6,12 @@ from packaging.version import Version
 
 
 def has_release(oldest: str) -> bool:
-    """Whether the installed release is this one or a later one."""
+    """Check whether the installed release is this one or a later one."""
     return Version(transformers.__version__) >= Version(oldest)
 
 
 def since(oldest: str, what: str) -> pytest.MarkDecorator:
-    """A mark for a case of which the library is capable from a release on."""
+    """Return a mark that skips a case on releases before the one that can do it."""
     return pytest.mark.skipif(
         not has_release(oldest), reason=f"Transformers {what} from {oldest} on, Llama's model too"
     )

@@ -1,4 +1,4 @@
-"""The model leans on public names of Transformers, in one file, and says what it needs."""
+"""The model uses public names of Transformers, in one file, and says what it needs."""
 
 import ast
 import subprocess
@@ -17,7 +17,7 @@ from tests.hf.models import tiny_model, tokens
 
 FOLDER = Path(hf.__file__).parent
 FILES = sorted(FOLDER.glob("*_kvshift.py"))
-# What the library reads from a custom model, and documents for its authors.
+# Names that the library reads from a custom model, and documents for its authors.
 HOOKS = {
     "_attn_implementation",
     "_can_compile_fullgraph",
@@ -43,7 +43,7 @@ def foreign_imports(tree: ast.AST) -> set[str]:
 
 
 def underscored(tree: ast.AST) -> set[str]:
-    """Names with a leading underscore that are read or set, but not defined, in a file."""
+    """Return names with a leading underscore that a file reads or sets, but does not define."""
     used, defined = set(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
@@ -64,7 +64,7 @@ def test_only_one_file_imports_the_library(path):
         return
     parts = {part for name in imported for part in name.split(".")}
     assert imported and not any(part.startswith("_") for part in parts)
-    # Nothing of another model, whose classes may change with any release.
+    # No import from another model: its classes may change with any release.
     assert "models" not in parts
 
 
@@ -106,8 +106,8 @@ def test_a_release_that_cannot_work_is_refused(version, what):
     assert compatibility_kvshift.OLDEST in last and compatibility_kvshift.NEWEST in last
 
 
-def test_the_sentence_names_the_releases_that_are_tested():
-    """The range of pyproject.toml begins with the oldest, and make lock pins the newest."""
+def test_the_message_names_the_tested_releases():
+    """Check that pyproject.toml's range begins with the oldest, and make lock pins the newest."""
     project = Path(__file__).parents[2]
     extras = tomllib.loads((project / "pyproject.toml").read_text())["project"]
     (wanted,) = (
@@ -122,7 +122,7 @@ def test_the_sentence_names_the_releases_that_are_tested():
     assert Version(transformers.__version__) in wanted.specifier
 
 
-def test_the_cache_by_both_names():
+def test_the_cache_has_both_names():
     model, ids = tiny_model(), tokens(1, 4)
     first = model(ids)
     cache = getattr(first, compatibility_kvshift.CACHE_NAME)
@@ -132,7 +132,7 @@ def test_the_cache_by_both_names():
     assert cache.get_seq_length() == 6
 
 
-def test_a_tuple_where_no_dict_is_asked_for():
+def test_return_dict_false_returns_a_tuple():
     model, ids = tiny_model(attn_implementation="eager"), tokens(1, 4)
     out = model(ids, output_attentions=True, output_hidden_states=True, use_cache=False)
     as_tuple = model(

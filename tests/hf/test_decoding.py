@@ -1,4 +1,4 @@
-"""Decoding in steps gives the logits of one pass, whatever happens to the cache in between."""
+"""Decoding in steps gives the same logits as one pass, whatever happens to the cache."""
 
 import copy
 
@@ -26,9 +26,9 @@ def masked(mask, size):
 
 @torch.no_grad()
 def in_steps(model, ids, sizes, cache, mask=None, past=0):
-    """Logits of `ids` fed in chunks; the mask is of the cache's tokens and of these.
+    """Return the logits of `ids` fed in chunks; the mask covers the cache's tokens and these.
 
-    With a mask come positions that do not count padding, as generate makes them.
+    With a mask, positions do not count padding, as in generate.
     """
     logits = []
     for size in sizes:
@@ -73,7 +73,7 @@ def test_two_generations_interleaved(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reordered_reset_and_copied(kind):
+def test_a_reordered_a_reset_and_a_copied_cache(kind):
     model, ids, more = tiny_model(kv_shift_window=4), tokens(3, 5), tokens(3, 3, 7)
     cache = new_cache(kind, model)
     in_steps(model, ids, [5], cache)
@@ -88,7 +88,7 @@ def test_reordered_reset_and_copied(kind):
     assert agrees(in_steps(model, more, [1, 2], cache), full_logits(model, more))
 
 
-def test_repeated_and_selected_rows():
+def test_repeated_and_selected_rows_of_a_cache():
     model, ids, more = tiny_model(kv_shift_window=3), tokens(2, 5), tokens(4, 3, 7)
     cache = DynamicCache()
     in_steps(model, ids, [5], cache)
@@ -113,7 +113,7 @@ def test_cropped_anywhere(window, masked):
     for removed in range(10):
         cache = DynamicCache()
         in_steps(model, ids, [4, 5], cache, real if masked else None)
-        # In two steps, which must come to the same. (crop(0) removes all before 5.14.)
+        # Crop in two steps. (Before 5.14, crop(0) removes everything.)
         for step in (removed // 2, removed - removed // 2):
             if step:
                 cache.crop(-step)
@@ -204,14 +204,14 @@ def test_generate_agrees_with_no_cache(search, way):
 def test_assisted_generation(helper, sampled):
     model = tiny_model(kv_shift_window=4, kv_shift_cache_history=0)
     ids = tokens(1, 4).repeat(1, 3)
-    # The same model: every candidate is right. Another one: most are wrong, and cropped.
+    # With the same model, every candidate is right. With another, most are wrong and cropped.
     for seed in (0, 1):
         other = tiny_model(seed, kv_shift_window=4)
         ways = {
             "a model": {"assistant_model": other},
             "the prompt": {"prompt_lookup_num_tokens": 4},
         }
-        # Prompt lookup needs an end token before 5.15; this one is not drawn.
+        # Before 5.15, prompt lookup needs an end token; this one is never drawn.
         got = generate(model, ids, do_sample=sampled, top_k=1, eos_token_id=999, **ways[helper])
         assert torch.equal(got, generate(model, ids, use_cache=False, do_sample=False))
 

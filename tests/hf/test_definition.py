@@ -1,4 +1,4 @@
-"""The model computes the definition: values, gradients, every variant and option."""
+"""The model agrees with the definition: values, gradients, every variant and option."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", VARIANTS + OPTIONS, ids=named)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_logits_are_the_definition(options, attention):
+def test_logits_agree_with_the_definition(options, attention):
     model = tiny_model(**options, attn_implementation=attention)
     ids = tokens(2, 7)
     logits = full_logits(model, ids)
@@ -56,7 +56,7 @@ def test_swapped_taps_are_noticed(which):
     assert not agrees(full_logits(model, ids)[0], expected, 1e-2)
 
 
-def attention_and_reference(config, seed=0):
+def random_attention(config, seed=0):
     torch.manual_seed(seed)
     attention = KVShiftLlamaAttention(config, 0).double()
     for parameter in attention.parameters():
@@ -77,13 +77,13 @@ def run_attention(attention, hidden):
 @pytest.mark.parametrize("options", VARIANTS, ids=named)
 def test_gradients_are_those_of_the_definition(options):
     config = tiny_config(**options, attn_implementation="eager")
-    attention = attention_and_reference(config)
+    attention = random_attention(config)
     hidden = torch.randn(1, 6, 32, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, 32, dtype=torch.float64)
     leaves = {"hidden": hidden, **dict(attention.named_parameters())}
     ours = run_attention(attention, hidden)[0]
     reference = defined_attention(config, dict(attention.named_parameters()), "", hidden[0])
-    # eager's softmax is in fp32, whatever the dtype.
+    # The softmax of eager is in fp32 for every dtype.
     assert agrees(ours, reference, 1e-6)
     got = torch.autograd.grad((ours * weight).sum(), leaves.values())
     expected = torch.autograd.grad((reference * weight).sum(), leaves.values())
@@ -96,9 +96,7 @@ def test_gradients_are_those_of_the_definition(options):
 
 
 def test_a_tap_at_the_edge_of_the_clamp_keeps_its_gradient():
-    attention = attention_and_reference(
-        tiny_config(kv_shift_variant="clamp", attn_implementation="eager")
-    )
+    attention = random_attention(tiny_config(kv_shift_variant="clamp", attn_implementation="eager"))
     with torch.no_grad():
         attention.beta_1.fill_(1.0)
         attention.beta_2.fill_(0.0)
@@ -117,7 +115,9 @@ def test_a_tap_at_the_edge_of_the_clamp_keeps_its_gradient():
     seed=st.integers(0, 99),
 )
 @settings(max_examples=12, deadline=None, derandomize=True)
-def test_any_shape_is_the_definition(groups, per_group, size, window, length, tied, shifted, seed):
+def test_any_shape_agrees_with_the_definition(
+    groups, per_group, size, window, length, tied, shifted, seed
+):
     heads = groups * per_group
     model = tiny_model(
         seed,
@@ -136,7 +136,7 @@ def test_any_shape_is_the_definition(groups, per_group, size, window, length, ti
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=named)
-def test_the_start_is_the_papers(options):
+def test_initial_taps_are_the_papers(options):
     torch.manual_seed(3)
     config = tiny_config(**options, num_attention_heads=32, num_key_value_heads=32, head_dim=2)
     attention = KVShiftLlamaAttention(config, 0)
@@ -157,13 +157,13 @@ def test_the_start_is_the_papers(options):
 
 def test_bf16_shifts_in_fp32():
     config = tiny_config(kv_shift_window=4)
-    attention = attention_and_reference(config).to(torch.bfloat16)
+    attention = random_attention(config).to(torch.bfloat16)
     states = torch.randn(2, 2, 9, 8, dtype=torch.bfloat16)
     shifted = attention.shift("key", states, ShiftPlan())
     taps = [getattr(attention, f"alpha_{j}").double()[:, None, None] for j in (1, 2, 3, 4)]
     expected = sum(tap * states[:, :, 3 - j : 9 - j].double() for j, tap in enumerate(taps))
     assert shifted.dtype == torch.bfloat16
-    # Rounded once, at the end.
+    # The result is rounded once, at the end.
     assert (shifted.double() - expected).abs().max() <= expected.abs().max() * 2**-8
     wide = attention.double().shift("key", states.double(), ShiftPlan())
     assert agrees(wide, expected, FLOAT64)

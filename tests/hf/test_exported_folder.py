@@ -1,4 +1,4 @@
-"""A folder that one release has exported gives the same in every other, without this package."""
+"""A folder exported with one release gives the same results in all others, without this package."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ WAYS = 15
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
-    """Of the release that KVSHIFT_EXPORTED was made with (`make test-transformers`), or of this."""
+    """Return the folders in KVSHIFT_EXPORTED (`make test-transformers`), or export new ones."""
     directory = tmp_path_factory.mktemp("exported") / "here"
     if made := os.environ.get("KVSHIFT_EXPORTED"):
         shutil.copytree(made, directory)

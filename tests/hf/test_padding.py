@@ -9,7 +9,7 @@ from kvshift_megatron.hf.plan_kvshift import make_plan
 from tests.hf.models import VARIANTS, agrees, full_logits, named, tiny_model, tokens
 from tests.hf.test_decoding import in_steps, masked
 
-# One row each: left, right, none, both ends, holes within every window.
+# Padding on the left, on the right, none, on both sides, and holes within every window.
 MASK = torch.tensor(
     [
         [0, 0, 0, 1, 1, 1, 1, 1, 1, 1],
@@ -22,7 +22,7 @@ MASK = torch.tensor(
 
 
 def alone(model, ids):
-    """Logits of every row without its padding, put back to where its tokens were."""
+    """Return the logits of every row without its padding, at the places of its tokens."""
     logits = torch.zeros(*ids.shape, model.config.vocab_size)
     for row, mask in enumerate(MASK.bool()):
         logits[row, mask] = full_logits(model, ids[row : row + 1, mask])[0]
@@ -35,7 +35,7 @@ def at_real_tokens(logits):
 
 @pytest.mark.parametrize("options", VARIANTS, ids=named)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_padded_rows_equal_single_sequences(options, attention):
+def test_padded_rows_agree_with_single_sequences(options, attention):
     model, ids = tiny_model(**options, attn_implementation=attention), tokens(5, 10)
     expected = at_real_tokens(alone(model, ids))
     for mask in (MASK, MASK.bool(), MASK.float()):
@@ -70,7 +70,7 @@ def test_a_leak_is_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packed_sequences_equal_single_ones(attention):
+def test_packed_sequences_agree_with_single_ones(attention):
     model = tiny_model(kv_shift_window=4, attn_implementation=attention)
     ids = tokens(1, 12)
     lengths = [1, 5, 2, 4]
@@ -80,11 +80,11 @@ def test_packed_sequences_equal_single_ones(attention):
     ends = torch.tensor([0, *lengths]).cumsum(0)
     got = full_logits(model, ids, position_ids=positions, cu_seq_lens_q=ends, cu_seq_lens_k=ends)
     assert agrees(got, expected)
-    # Were the shift to go on, it would show.
+    # A shift across the boundaries would be noticed.
     assert not agrees(full_logits(model, ids), expected, 1e-3)
 
 
-def test_a_turn_that_is_padded_on_the_left():
+def test_a_turn_padded_on_the_left():
     model, ids, turn = tiny_model(kv_shift_window=3), tokens(2, 5), tokens(2, 4, 8)
     mask = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1]])
     everything = torch.cat([ids, turn], 1)

@@ -1,4 +1,4 @@
-"""What cannot be honoured is refused, by name."""
+"""Settings and arguments that cannot be honoured are refused by name."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_the_rules_are_those_of_training(variant, window, keys, values):
     names = {"variant": variant, "window": window}
     names |= {"keys": bool(keys), "values": bool(values)}
     here = refused(lambda: tiny_config(**{f"kv_shift_{k}": v for k, v in names.items()}))
-    # However the taps start: a checkpoint may hold any.
+    # For every init: a checkpoint may hold any taps.
     there = all(
         refused(
             lambda init=init: KVShiftConfig(
@@ -124,10 +124,10 @@ def test_caches(model):
     model(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="kv_shift_window=2"):
         tiny_model(kv_shift_window=3)(ids, past_key_values=cache)
-    with pytest.raises(ValueError, match="1 layers, and the model has 2"):
+    with pytest.raises(ValueError, match="1 layers, but the model has 2"):
         small = tiny_config(num_hidden_layers=1)
         model(ids, past_key_values=DynamicCache(config=small))
-    with pytest.raises(ValueError, match="one argument by two names"):
+    with pytest.raises(ValueError, match="two names for one argument"):
         model(ids, past_key_values=cache, cache=cache)
     with pytest.raises(ValueError, match=r"crop\(-1\): a static cache"):
         cache = StaticCache(config=model.config, max_cache_len=8)
@@ -137,7 +137,7 @@ def test_caches(model):
 
 
 def test_a_length_to_crop_to(model):
-    """Until 5.19 a positive number was the length to keep; since then it is refused."""
+    """Check crop(3): until 5.19 it keeps 3 tokens; since 5.20 it is refused."""
     ids = tokens(2, 6)
     cache = DynamicCache()
     model(ids[:, :5], past_key_values=cache)

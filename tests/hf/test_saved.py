@@ -1,4 +1,4 @@
-"""Saving and loading, with this package and without it."""
+"""Saving and loading, with and without this package."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ MODELS = [
     {"kv_shift_variant": "gate", "num_local_experts": 4, "qk_norm": True, "qkv_bias": True},
 ]
 
-# Neither the repository nor Megatron can be imported in there.
+# Run where neither this package nor Megatron can be imported.
 ELSEWHERE = """
 import sys, torch
 class Blocked:
@@ -52,7 +52,7 @@ def test_a_folder_works_without_this_package(tmp_path):
         folder = tmp_path / f"model {number}"
         folders.append(folder)
         models[-1].save_pretrained(folder)
-    # The other way to write the source, which the converter takes.
+    # The converter writes the source with write_code instead.
     by_hand = tmp_path / "by hand"
     models[0].save_pretrained(by_hand)
     for path in by_hand.glob("*.py"):
@@ -75,7 +75,7 @@ def test_a_folder_works_without_this_package(tmp_path):
         logits, generated = torch.load(folder / "elsewhere.pt", weights_only=True)
         assert agrees(logits, full_logits(model, ids), 1e-6)
         assert torch.equal(generated, model.generate(ids, max_new_tokens=5, do_sample=False))
-        # Saved again from there, it is the same folder, and this package reads it.
+        # A folder saved again from there is the same, and this package can load it.
         again = folder.with_name(folder.name + "-again")
         for path in written:
             assert path.read_bytes() == (again / path.name).read_bytes()

@@ -1,4 +1,4 @@
-"""With identity taps the model is the stock one: Llama, Qwen2, Qwen3, Mixtral."""
+"""With identity taps the model equals the stock model: Llama, Qwen2, Qwen3, Mixtral."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ STOCK = {
 
 @pytest.fixture(params=STOCK)
 def stock_and_ours(request):
-    """A stock model and a KV-shifting one with its weights and identity taps."""
+    """Return a stock model, and a KV-shifting one with its weights and identity taps."""
     config_class, model_class, options = STOCK[request.param]
     ours = tiny_model(**options)
     known = ours.config.to_dict()

@@ -1,4 +1,4 @@
-"""Attention implementations, gradient checkpointing, compilation: the same numbers."""
+"""Attention implementations, gradient checkpointing and compilation give the same values."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SEEN = []
 
 
 def stand_in_for_flash(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """What flash attention gets: no mask, or the 2-D one; each row attends to its real tokens."""
+    """Attend like flash attention: without a mask, or to the real tokens of a 2-D mask."""
     SEEN.append((None if attention_mask is None else attention_mask.shape, sorted(kwargs)))
     b, heads, s, _ = query.shape
     past_and_new = key.shape[2]
@@ -29,7 +29,7 @@ def stand_in_for_flash(module, query, key, value, attention_mask, scaling=None, 
 
 @pytest.fixture
 def flash():
-    """The name "flash_attention_2" stands for the function above, with flash's own masks."""
+    """Register the function above as an attention implementation with flash attention's masks."""
     name = "flash_attention_2"
     attention, masks = AttentionInterface(), AttentionMaskInterface()
     AttentionInterface.register("flash_attention_stand_in", stand_in_for_flash)
@@ -52,7 +52,7 @@ def test_flash_attention_is_called_with_shifted_keys(options, flash):
     assert agrees(full_logits(model, ids), plain)
     assert agrees(full_logits(model, ids, attention_mask=mask)[real], padded[real])
     assert SEEN[0][0] is None and SEEN[-1][0] == (3, 8)
-    # The library's own arguments come through, ours does not.
+    # The library's arguments are passed on, but ours is not.
     assert "position_ids" in SEEN[0][1] and "plan" not in SEEN[0][1]
     assert agrees(in_steps(model, ids, [3, 1, 4], new_cache("dynamic", model)), plain)
 
@@ -97,7 +97,7 @@ def test_gradient_checkpointing(reentrant):
         assert agrees(gradients[1][name], expected, 1e-6), name
 
 
-def test_gradient_checkpointing_drops_no_tokens_in_silence():
+def test_gradient_checkpointing_never_drops_tokens_silently():
     model, ids = tiny_model(), tokens(1, 4)
     cache = new_cache("dynamic", model)
     model(ids, past_key_values=cache)

@@ -1,8 +1,8 @@
-"""Logits of a Baichuan-M1 folder by mlx-lm, a public client of that layout.
+"""Compute the logits of Baichuan-M1 folders with mlx-lm, a public client of that layout.
 
     python -m kvshift_megatron.convert.baichuan.mlx_logits RUNS.json LOGITS.npz
 
-A program of its own: neither PyTorch nor Megatron is needed where it runs.
+A separate program that needs neither PyTorch nor Megatron.
 """
 
 import argparse
@@ -10,14 +10,15 @@ import json
 import os
 from pathlib import Path
 
-# Compiling kernels takes longer than a few prompts do. Read when mlx is imported.
+# Compiling kernels would take longer than a few prompts. mlx reads this when it is imported.
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
 
 def main() -> None:
-    """Read the runs that are asked for, write one fp32 array [tokens, vocab] a prompt, in turn.
+    """Read the runs from RUNS.json and write one fp32 array [tokens, vocab] per prompt, in order.
 
-    A run is {"folder": ..., "prompts": [[token ids], ...], "by_token": whether its cache is used}.
+    A run is {"folder": ..., "prompts": [[token ids], ...], "by_token": whether to decode token by
+    token, with the cache}.
     """
     import mlx.core as mx
     import numpy as np

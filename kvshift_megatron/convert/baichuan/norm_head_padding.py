@@ -1,16 +1,17 @@
-"""An exact export of any output layer to clients that normalize it (layout baichuan_m1).
+"""Export any output layer exactly to clients that normalize it (layout baichuan_m1).
 
-Such a client divides every row of lm_head by its length |w|. Here all rows get the same length C,
-the longest one's, by zero channels:
+Such a client divides every row of lm_head by its length |w|. Zero channels give all rows the same
+length C here, that of the longest row:
 
-- Every head grows from d to d' channels, so that the hidden size H' = heads * d' has channels to
-  spare. Nothing writes to them: the residual stream is zero there.
-- lm_head has sqrt(C^2 - |w|^2) in spare channels, where it meets zeros; C goes into the final norm.
-- RMSNorm takes its mean over H' channels instead of H: its weight times sqrt(H / H') and epsilon
-  times H / H' give the same output.
-- RoPE turns channel i of a head with i + d/2 by theta^(-2i/d): the halves of a head go to the
-  beginnings of the two new halves, and theta^(d'/d) takes theta's place.
-- The softmax scale is 1 / sqrt(d'): the queries' rows times sqrt(d' / d) make up for it.
+- Every head grows from d to d' channels, so that the hidden size H' = heads * d' has spare
+  channels. Nothing writes to them: the residual stream is zero there.
+- lm_head has sqrt(C^2 - |w|^2) in spare channels, where it meets zeros. The weight of the final
+  norm is multiplied by C.
+- RMSNorm takes its mean over H' channels instead of H. Its weight times sqrt(H / H') and its
+  epsilon times H / H' give the same output.
+- RoPE rotates channel i of a head together with channel i + d/2, at the frequency theta^(-2i/d).
+  Each half of a head goes to the beginning of a new half, and theta^(d'/d) replaces theta.
+- The softmax scale becomes 1 / sqrt(d'). The rows of the queries times sqrt(d' / d) compensate.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -21,17 +22,18 @@ from torch import Tensor
 
 from kvshift_megatron.convert.architecture import Architecture
 from kvshift_megatron.convert.formats.safetensors_files import SafetensorsFolder
+from kvshift_megatron.convert.tensor_table import TensorTable
 
-FIELD = "kvshift_padding"  # in config.json: what the import has to undo
+FIELD = "kvshift_padding"  # field of config.json: what the import has to undo
 
 
 @dataclass(frozen=True)
 class Padding:
-    """Sizes of the model as it was, and what was changed beside them.
+    """What the import needs to undo the padding; a field of config.json.
 
     Args:
-        hidden_size, head_dim, rms_norm_eps, rope_theta: before padding.
-        row_length: C, of every row of lm_head now.
+        hidden_size, head_dim, rms_norm_eps, rope_theta: Values before padding.
+        row_length: C, the length of every row of the padded lm_head.
     """
 
     hidden_size: int
@@ -41,15 +43,15 @@ class Padding:
     row_length: float
 
     def new_head_dim(self, num_heads: int) -> int:
-        """The smallest even one with at least one channel to spare over all heads."""
-        wanted = max(self.head_dim, -(-(self.hidden_size + 1) // num_heads))
-        return wanted + wanted % 2
+        """Return the smallest even head size with at least one spare channel over all heads."""
+        needed = max(self.head_dim, -(-(self.hidden_size + 1) // num_heads))
+        return needed + needed % 2
 
     def widened(self, architecture: Architecture) -> Architecture:
-        """The architecture with the new sizes.
+        """Return the architecture with the new sizes.
 
         Raises:
-            ValueError: an odd head size, which has no halves.
+            ValueError: The head size is odd, so it has no halves.
         """
         if self.head_dim % 2:
             raise ValueError(f"--norm-head pad: kv_channels={self.head_dim} must be even")
@@ -65,10 +67,10 @@ class Padding:
 
 
 class _Channels:
-    """Placing and taking out the original channels of each kind of tensor."""
+    """Place the original channels of each kind of tensor among the new ones, and extract them."""
 
-    def __init__(self, padding: Padding, heads: int, groups: int):
-        self.old, self.heads, self.groups = padding, heads, groups
+    def __init__(self, padding: Padding, heads: int):
+        self.old = padding
         self.head_dim = padding.new_head_dim(heads)
         self.hidden = heads * self.head_dim
         half, new_half = padding.head_dim // 2, self.head_dim // 2
@@ -78,7 +80,7 @@ class _Channels:
         self.query_scale = (self.head_dim / padding.head_dim) ** 0.5
 
     def widen(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of the model as it was -> as it is written."""
+        """Pad a tensor of the original model."""
         if name.endswith("norm.weight"):
             scale = self.norm_scale * (self.old.row_length if name == "model.norm.weight" else 1.0)
             return self._hidden(_scaled(tensor, scale), 0)
@@ -95,7 +97,7 @@ class _Channels:
         return tensor if axis is None else self._hidden(tensor, axis)
 
     def narrow(self, name: str, tensor: Tensor) -> Tensor:
-        """The reverse of `widen`."""
+        """Undo `widen`."""
         hidden = self.old.hidden_size
         if name.endswith("norm.weight"):
             scale = self.norm_scale * (self.old.row_length if name == "model.norm.weight" else 1.0)
@@ -110,13 +112,13 @@ class _Channels:
         return tensor if axis is None else tensor.narrow(axis, 0, hidden)
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that `narrow` gives."""
+        """Return the shape that `narrow` gives."""
         with torch.device("meta"):
             return tuple(self.narrow(name, torch.empty(shape)).shape)
 
     @staticmethod
     def hidden_axis(name: str) -> int | None:
-        """The axis of a plain matrix that the residual stream meets; None for the taps."""
+        """Return the axis of a matrix that has the hidden size; None for the taps."""
         if name.endswith(("conv_k", "conv_v")):
             return None
         return 0 if name.endswith("down_proj.weight") else 1
@@ -142,7 +144,7 @@ class _Channels:
         return split.index_select(axis + 1, kept).flatten(axis, axis + 1)
 
     def _with_length(self, weight: Tensor) -> Tensor:
-        """Fill spare channels so that every row has the length C, as far as the dtype can."""
+        """Fill spare channels so that every row has the length C, as exactly as the dtype can."""
         spare = min(3, self.hidden - self.old.hidden_size)
         eps = torch.finfo(weight.dtype).eps
         for rows in weight.split(4096):
@@ -150,7 +152,7 @@ class _Channels:
             for channel in range(spare):
                 root = missing.clamp(min=0.0).sqrt()
                 if channel + 1 < spare:
-                    root = root * (1.0 - eps)  # below, so that the next channel has the rest
+                    root = root * (1.0 - eps)  # rounded down: the next channel gets the rest
                 column = rows[:, self.old.hidden_size + channel]
                 column.copy_(root)
                 missing = missing - column.double().square()
@@ -164,64 +166,62 @@ def _scaled(tensor: Tensor, scale: float) -> Tensor:
 
 
 class PaddedTable:
-    """A table in the layout baichuan_m1 with every tensor widened; see the module.
+    """A table in the layout baichuan_m1 with every tensor padded.
 
     Args:
-        table: a MegatronTable, or baichuan.py's with an lm_head.
-        padding: what is padded.
+        table: In that layout, with an lm_head.
+        padding: What to pad.
+        architecture: The model before padding.
     """
 
-    def __init__(self, table, padding: Padding, architecture: Architecture):
+    def __init__(self, table: TensorTable, padding: Padding, architecture: Architecture):
         self._table = table
-        self._channels = _Channels(
-            padding, architecture.num_attention_heads, architecture.num_query_groups
-        )
+        self._channels = _Channels(padding, architecture.num_attention_heads)
 
     def __len__(self) -> int:
         return len(self._table)
 
     def planned(self, i: int) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-        """As MegatronTable.planned."""
+        """See TensorTable.planned."""
         planned = []
         for name, shape, dtype in self._table.planned(i):
-            # A row of lm_head is filled up by its numbers, not by its shape alone.
-            alike = "model.embed_tokens.weight" if name == "lm_head.weight" else name
+            # Padding lm_head needs its values; the embedding has the same shape and does not.
+            like = "model.embed_tokens.weight" if name == "lm_head.weight" else name
             with torch.device("cpu"):
-                wide = self._channels.widen(alike, torch.empty(shape, dtype=dtype, device="meta"))
+                wide = self._channels.widen(like, torch.empty(shape, dtype=dtype, device="meta"))
             planned.append((name, tuple(wide.shape), dtype))
         return planned
 
     def read(self, i: int) -> tuple[Tensor, ...]:
-        """As MegatronTable.read."""
+        """See TensorTable.read."""
         names = [name for name, _, _ in self._table.planned(i)]
         tensors = self._table.read(i)
-        return tuple(self._channels.widen(name, one) for name, one in zip(names, tensors))
+        return tuple(self._channels.widen(name, tensor) for name, tensor in zip(names, tensors))
 
 
 class UnpaddedFolder:
-    """A folder that `PaddedTable` wrote, with the padding taken out again.
+    """A folder that `PaddedTable` wrote, with the padding removed.
 
     Args:
-        folder: the tensors as stored.
-        fields: config.json.
-        file: its name, for messages.
+        folder: The tensors as stored.
+        fields: Content of config.json.
+        file: Path of config.json, for messages.
 
     Raises:
-        ValueError: the record of the padding does not fit the rest of config.json.
+        ValueError: The record of the padding does not fit the rest of config.json.
     """
 
     def __init__(self, folder: SafetensorsFolder, fields: dict, file: Path):
         self.path, self._folder = folder.path, folder
         try:
             padding = Padding(**fields[FIELD])
-            heads, groups = fields["num_attention_heads"], fields["num_key_value_heads"]
-            self._channels = _Channels(padding, heads, groups)
+            self._channels = _Channels(padding, fields["num_attention_heads"])
         except (TypeError, KeyError, ZeroDivisionError) as error:
             raise ValueError(f"{file}: {FIELD} is damaged: {error}") from error
         if fields["hidden_size"] != self._channels.hidden:
             raise ValueError(
-                f"{file}: hidden_size={fields['hidden_size']} is not {self._channels.hidden}, which"
-                f" {FIELD} means: the two are not of the same model"
+                f"{file}: {FIELD} needs hidden_size={self._channels.hidden}, but the file says "
+                f"{fields['hidden_size']}: the two are not of the same model"
             )
         self.fields = {
             **fields,
@@ -229,17 +229,17 @@ class UnpaddedFolder:
         }
 
     def names(self) -> set[str]:
-        """As SafetensorsFolder.names."""
+        """See SafetensorsFolder.names."""
         return self._folder.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """As SafetensorsFolder.shape, of the tensor without padding."""
+        """Return the shape of a tensor without its padding."""
         return self._channels.shape(name, self._folder.shape(name))
 
     def dtype(self, name: str) -> torch.dtype:
-        """As SafetensorsFolder.dtype."""
+        """See SafetensorsFolder.dtype."""
         return self._folder.dtype(name)
 
     def read(self, name: str) -> Tensor:
-        """As SafetensorsFolder.read, of the tensor without padding."""
+        """Read a tensor without its padding."""
         return self._channels.narrow(name, self._folder.read(name)).contiguous()

@@ -1,7 +1,7 @@
-"""Reading the pickled parts of a Megatron checkpoint without running anything in them.
+"""Read the pickled parts of a Megatron checkpoint without running anything in them.
 
 `.metadata` and the common state are pickles. Only the plain data types that PyTorch and Megatron
-write there are made; Megatron's own classes become inert stand-ins, and anything else is refused.
+write there are created; Megatron's own classes become inert stand-ins, and the rest is refused.
 """
 
 import io
@@ -9,8 +9,10 @@ import pickle
 from argparse import Namespace
 from pathlib import Path, PosixPath
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 _METADATA_MODULES = {
     "torch.distributed.checkpoint.metadata": {
@@ -37,24 +39,24 @@ _METADATA_MODULES = {
     "pathlib": {"PosixPath", "Path"},
 }
 
-# Megatron's own plan classes carry nothing that is needed here, and need no Megatron this way.
+# Megatron's own plan classes: their content is not needed, and reading them needs no Megatron.
 _INERT_IN_METADATA = ("megatron.core.dist_checkpointing.strategies.", "nvidia_resiliency_ext.")
 
-# What Megatron's training loop keeps beside the weights (its own list of safe classes).
+# What Megatron's training loop stores besides the weights (its own list of safe classes).
 _INERT_IN_COMMON = ("megatron.", "signal.", "numpy.")
-_COMMON_CLASSES = [Namespace, SimpleNamespace, PosixPath, io.BytesIO]
+_COMMON_CLASSES: list[Any] = [Namespace, SimpleNamespace, PosixPath, io.BytesIO]
 
 
 class _Inert:
-    """Stands for an object of a class that is not imported; does nothing."""
+    """A stand-in for an object of a class that is not imported; it does nothing."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         self.arguments = args
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         self.state = state
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"{type(self).__name__}{self.arguments}"
 
 
@@ -63,7 +65,7 @@ def _inert(name: str) -> type:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         if name in _METADATA_MODULES.get(module, ()):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -75,32 +77,33 @@ class _MetadataUnpickler(pickle.Unpickler):
         )
 
 
-def load_metadata(stream: io.BufferedIOBase):
-    """The `.metadata` file of a distributed checkpoint.
+def load_metadata(stream: io.BufferedIOBase) -> Metadata:
+    """Read the `.metadata` file of a distributed checkpoint.
 
     Raises:
-        pickle.UnpicklingError: it holds anything but PyTorch's description of a checkpoint.
+        pickle.UnpicklingError: It holds something other than PyTorch's description of a checkpoint.
     """
     return _MetadataUnpickler(stream).load()
 
 
 def load_common(source: Path | io.BytesIO, name: str) -> dict:
-    """Megatron's common state (`common.pt`, or the shard that replaced it).
+    """Read Megatron's common state (`common.pt`, or the shard that replaced it).
 
     Args:
-        source: a file, or its content.
-        name: for messages.
+        source: A file, or its content.
+        name: Name of the file or shard, for messages.
 
     Raises:
-        ValueError: it holds an object that is neither plain data nor one of Megatron's own.
+        ValueError: It is damaged, or holds an object that is neither plain data nor Megatron's own.
     """
     try:
-        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(source)
+        needed = torch.serialization.get_unsafe_globals_in_checkpoint(source)
         _rewind(source)
-        inert = [(_inert(full), full) for full in wanted if full.startswith(_INERT_IN_COMMON)]
-        # Leaving the block takes back whatever it names, also what Megatron had allowed before.
+        inert = [(_inert(full), full) for full in needed if full.startswith(_INERT_IN_COMMON)]
+        # Leaving the block disallows everything it was given, so give only what is new: Megatron
+        # may have allowed some of these classes before.
         known = torch.serialization.get_safe_globals()
-        plain = [one for one in _COMMON_CLASSES if one not in known]
+        plain = [cls for cls in _COMMON_CLASSES if cls not in known]
         with torch.serialization.safe_globals([*plain, *inert]):
             return torch.load(source, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:

@@ -1,4 +1,4 @@
-"""An output folder that appears under its name only when it is complete, and the progress line."""
+"""Write an output folder that appears under its name only when complete, and report progress."""
 
 import contextlib
 import os
@@ -10,27 +10,31 @@ from pathlib import Path
 
 
 def check_target(target: Path, source: Path, overwrite: bool) -> None:
-    """Refuse a target that exists, or whose replacement would destroy the source.
+    """Refuse a target that cannot be written, or whose replacement would destroy the source.
 
     Raises:
-        ValueError: as said; the message says what to do.
+        ValueError: The target is, or contains, the source, it exists and `overwrite` is False, or
+            its parent folder is missing.
     """
     if target.resolve() in (source.resolve(), *source.resolve().parents):
-        raise ValueError(f"{target} is, or holds, the source {source}: name another target")
+        raise ValueError(f"{target} is, or contains, the source {source}: choose another target")
     if target.exists() and not overwrite:
-        raise ValueError(f"{target} exists: add --overwrite to replace it, or name another target")
+        raise ValueError(
+            f"{target} exists: add --overwrite to replace it, or choose another target"
+        )
     if not target.resolve().parent.is_dir():
-        raise ValueError(f"{target}: there is no folder {target.resolve().parent} to write it into")
+        raise ValueError(f"{target}: its parent folder {target.resolve().parent} does not exist")
 
 
 def check_free_space(target: Path, needed: int) -> None:
-    """Refuse to start what cannot be finished.
+    """Refuse to write more than the disk can hold.
 
     Args:
-        needed: bytes of the tensors that will be written.
+        target: The output folder.
+        needed: Bytes of the tensors that will be written.
 
     Raises:
-        ValueError: the disk has fewer bytes left.
+        ValueError: The disk has fewer bytes left.
     """
     free = shutil.disk_usage(target.resolve().parent).free
     if free < needed:
@@ -42,9 +46,12 @@ def check_free_space(target: Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def complete_or_absent(target: Path) -> Iterator[Path]:
-    """A folder beside the target to write into; renamed to it at the end, removed on any failure.
+    """Create a folder beside the target; rename it to the target at the end, or remove it on error.
 
-    What stood at the target before stays there until then.
+    An existing target stays in place until then.
+
+    Yields:
+        The folder to write into.
     """
     target = target.resolve()
     unfinished = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
@@ -63,7 +70,7 @@ def complete_or_absent(target: Path) -> Iterator[Path]:
     except OSError as error:
         if error.filename is not None:
             raise
-        # A write that failed knows its file's number only.
+        # The error of a failed write names no file.
         raise OSError(error.errno, f"{error.strerror}; nothing was written", str(target)) from error
     finally:
         for leftover in (unfinished, replaced):
@@ -74,12 +81,12 @@ def complete_or_absent(target: Path) -> Iterator[Path]:
 
 
 class WriteProgress:
-    """A line on standard error every few seconds, and one at the end.
+    """Print a line on standard error every few seconds, and one at the end.
 
     Args:
-        total: bytes that will be written.
+        total: Bytes that will be written.
         shown: False prints nothing.
-        seconds: between two lines.
+        seconds: Time between two lines.
     """
 
     def __init__(self, total: int, shown: bool, seconds: float = 3.0):
@@ -87,7 +94,7 @@ class WriteProgress:
         self._start = self._last = time.monotonic()
 
     def add(self, count: int) -> None:
-        """Count bytes as done."""
+        """Count bytes as written."""
         self._done += count
         now = time.monotonic()
         if not self._shown or (self._done < self._total and now - self._last < self._every):

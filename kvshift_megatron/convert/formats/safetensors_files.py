@@ -1,16 +1,17 @@
-"""Folders of safetensors: read and written tensor by tensor, in plain file reads and writes.
+"""Read and write folders of safetensors tensor by tensor, with plain file reads and writes.
 
-The files are not mapped into memory: pages of a mapping count as this process's memory until the
-file is closed, and here the peak is promised.
+The files are not mapped into memory: mapped pages count as this process's memory until the file is
+closed, and the converter promises a low peak.
 """
 
 import ctypes
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -32,16 +33,16 @@ class _Entry:
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
-    length: int
+    start: int  # in bytes, from the beginning of the file
+    length: int  # in bytes
 
 
 class SafetensorsFolder:
     """The tensors of a Hugging Face folder, by name.
 
     Raises:
-        ValueError: no safetensors, a damaged file, or an index that does not fit the files; the
-            message names the file.
+        ValueError: There is no safetensors file, a file is damaged, or the index does not fit the
+            files; the message names the file.
     """
 
     def __init__(self, path: Path):
@@ -50,29 +51,30 @@ class SafetensorsFolder:
         for file, listed in _files(path).items():
             found = _header(file)
             if listed is not None and set(found) != listed:
-                odd = sorted(set(found) ^ listed)
+                disputed = sorted(set(found) ^ listed)
                 raise ValueError(
-                    f"{path / INDEX} and {file.name} disagree about {odd[0]} and {len(odd) - 1} "
-                    "more tensors: copy the folder again, index and files together"
+                    f"{path / INDEX} and {file.name} disagree about {disputed[0]} and "
+                    f"{len(disputed) - 1} more tensors: copy the folder again, index and files "
+                    "together"
                 )
             if twice := found.keys() & self._entries:
                 raise ValueError(f"{path}: {min(twice)} is in two files")
             self._entries.update(found)
 
     def names(self) -> set[str]:
-        """All tensors."""
+        """Return the names of all tensors."""
         return set(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Stored shape."""
+        """Return the stored shape of a tensor."""
         return self._entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype."""
+        """Return the stored dtype of a tensor."""
         return self._entries[name].dtype
 
     def read(self, name: str) -> Tensor:
-        """One tensor on the CPU, in its stored dtype and in memory of its own."""
+        """Read one tensor to the CPU, in its stored dtype and in its own memory."""
         entry = self._entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         with entry.file.open("rb", buffering=0) as stream:
@@ -88,8 +90,8 @@ class SafetensorsFolder:
         return tensor
 
 
-def _files(path: Path) -> dict[Path, set[str] | None]:
-    """Files -> the tensors that the index lists for them; None without an index."""
+def _files(path: Path) -> Mapping[Path, set[str] | None]:
+    """Map each file to the tensors that the index lists for it; to None without an index."""
     if not path.is_dir():
         raise ValueError(f"{path}: there is no such folder")
     index = path / INDEX
@@ -97,15 +99,15 @@ def _files(path: Path) -> dict[Path, set[str] | None]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index} has no weight_map: copy the folder again")
-        files: dict[Path, set[str] | None] = {}
+        listed: dict[Path, set[str]] = {}
         for tensor, name in weight_map.items():
             if Path(name).name != name:
-                raise ValueError(f"{index} names the file {name!r}, outside of its folder")
-            files.setdefault(path / name, set()).add(tensor)
-        for file in files:
+                raise ValueError(f"{index} names the file {name!r}, which is outside of its folder")
+            listed.setdefault(path / name, set()).add(tensor)
+        for file in listed:
             if not file.is_file():
                 raise ValueError(f"{index} lists {file.name}, but that file is missing beside it")
-        return files
+        return listed
     if (path / SINGLE).is_file():
         return {path / SINGLE: None}
     if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
@@ -113,7 +115,7 @@ def _files(path: Path) -> dict[Path, set[str] | None]:
             f"{path} holds pickled weights only, which are never loaded here: save the model as "
             "safetensors (save_pretrained of Transformers does)"
         )
-    raise ValueError(f"{path} holds no {SINGLE} and no {INDEX}")
+    raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}")
 
 
 def _header(file: Path) -> dict[str, _Entry]:
@@ -121,7 +123,7 @@ def _header(file: Path) -> dict[str, _Entry]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-            raise ValueError(f"{file} is truncated, or no safetensors file: copy it again")
+            raise ValueError(f"{file} is truncated, or not a safetensors file: copy it again")
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
@@ -135,7 +137,7 @@ def _header(file: Path) -> dict[str, _Entry]:
     end = max((entry.start + entry.length for entry in entries.values()), default=0)
     if size < end:
         raise ValueError(
-            f"{file} is truncated: it has {size} bytes where its header says {end}: copy it again"
+            f"{file} is truncated: it has {size} bytes, but its header says {end}: copy it again"
         )
     return entries
 
@@ -147,13 +149,13 @@ class _DtypeError(ValueError):
 def _entry(file: Path, name: str, fields: dict, base: int) -> _Entry:
     if fields["dtype"] not in _DTYPES:
         raise _DtypeError(
-            f"{file}: {name} has dtype {fields['dtype']}: only {', '.join(_DTYPES)} can be "
-            "converted (quantized weights have to be dequantized first)"
+            f"{file}: {name} has dtype {fields['dtype']}, but only {', '.join(_DTYPES)} can be "
+            "converted: dequantize quantized weights first"
         )
     dtype, shape = _DTYPES[fields["dtype"]], tuple(fields["shape"])
     start, end = fields["data_offsets"]
     if end - start != math.prod(shape) * dtype.itemsize or min(start, *shape, 0) < 0:
-        raise ValueError(f"the size of {name}")
+        raise ValueError(f"wrong size of {name}")
     return _Entry(file, dtype, shape, base + start, end - start)
 
 
@@ -167,7 +169,7 @@ class Planned:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file."""
+        """Size in the file, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -180,10 +182,10 @@ def write_safetensors(
     """Write tensors in their order, into one file or into shards with an index.
 
     Args:
-        folder: an existing folder.
-        groups: tensors that are made together; a group is never split over two files.
-        read: index of a group -> its tensors.
-        max_shard_size: bytes a file, unless a single group is larger.
+        folder: An existing folder.
+        groups: Tensors that are made together; a group is never split over two files.
+        read: Returns the tensors of a group, by its index.
+        max_shard_size: Bytes per file, unless a single group is larger.
     """
     shards = list(_shards(groups, max_shard_size))
     names = [SINGLE]
@@ -212,7 +214,8 @@ def write_safetensors(
 
 
 def _shards(groups: list[list[Planned]], limit: int) -> Iterator[list[int]]:
-    shard, filled = [], 0
+    shard: list[int] = []
+    filled = 0
     for i, group in enumerate(groups):
         size = sum(planned.nbytes for planned in group)
         if shard and filled + size > limit:
@@ -224,7 +227,8 @@ def _shards(groups: list[list[Planned]], limit: int) -> Iterator[list[int]]:
 
 
 def _encoded_header(tensors: list[Planned]) -> bytes:
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for planned in tensors:
         header[planned.name] = {
             "dtype": _NAMES[planned.dtype],
@@ -233,34 +237,34 @@ def _encoded_header(tensors: list[Planned]) -> bytes:
         }
         offset += planned.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    text += b" " * (-len(text) % 8)  # aligns the data
     return len(text).to_bytes(8, "little") + text
 
 
-def write_all(stream, data) -> None:
-    """Write all of a buffer to an unbuffered file; a single call may write a part of it."""
+def write_all(stream: BinaryIO, data: bytes | memoryview) -> None:
+    """Write all of a buffer to an unbuffered file: a single `write` may write only a part."""
     view = memoryview(data)
     while view:
         view = view[stream.write(view) :]
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's memory. Not by way of numpy: that would pin the tensor's storage."""
+    """Return a contiguous tensor's memory. Not through numpy, which would pin its storage."""
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def read_json(file: Path) -> dict:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        ValueError: it is missing or no JSON object; the message names the file.
+        ValueError: The file is missing or does not hold a JSON object; the message names it.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{file} is missing") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no valid JSON: {error}") from error
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object")
     return content

@@ -1,4 +1,4 @@
-"""Tokenizer files, which travel with the weights, and the token ids that generation starts from."""
+"""Copy tokenizer files along with the weights, and keep the ids of special tokens."""
 
 import json
 import shutil
@@ -19,18 +19,18 @@ NAMES = (
     "chat_template.json",
     "generation_config.json",
 )
-# Below a Megatron checkpoint: --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER.
+# In a Megatron checkpoint, for --tokenizer-type HuggingFaceTokenizer --tokenizer-model FOLDER.
 SUBFOLDER = "tokenizer"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether one of the known files is there."""
+    """Check whether the folder holds one of the known files."""
     return any((folder / name).is_file() for name in NAMES)
 
 
 def carry_tokenizer(source: Path, target: Path) -> None:
-    """Copy the known files; the target folder is made where there is something to copy."""
+    """Copy the known files; create the target folder if there is something to copy."""
     for name in NAMES:
         if (source / name).is_file():
             target.mkdir(exist_ok=True)
@@ -38,7 +38,7 @@ def carry_tokenizer(source: Path, target: Path) -> None:
 
 
 def carry_token_ids(config: dict, folder: Path) -> None:
-    """Keep the special tokens' ids of a config.json, where no generation_config.json has them."""
+    """Store the special tokens' ids of a config.json, unless generation_config.json exists."""
     file = folder / "generation_config.json"
     ids = {name: config[name] for name in _IDS if config.get(name) is not None}
     if ids and not file.is_file():
@@ -47,7 +47,7 @@ def carry_token_ids(config: dict, folder: Path) -> None:
 
 
 def token_ids(folder: Path) -> dict:
-    """Ids for a config.json; None where nothing says them (Llama's defaults would be guesses)."""
+    """Read the ids for a config.json; None for unknown ones (Llama's defaults would be guesses)."""
     file = folder / "generation_config.json"
     known = read_json(file) if file.is_file() else {}
     return {name: known.get(name) for name in _IDS}

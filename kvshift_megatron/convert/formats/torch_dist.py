@@ -1,7 +1,7 @@
-"""Reading Megatron's torch_dist checkpoints tensor by tensor, without ranks or a process group.
+"""Read Megatron's torch_dist checkpoints tensor by tensor, without ranks or a process group.
 
-The tensors are read by PyTorch's distributed checkpoint reader, whatever parallel layout saved
-them, and one layer's slice at a time where Megatron stacks the layers.
+PyTorch's distributed checkpoint reader reads the tensors, whatever parallel layout saved them. If
+Megatron stacks the layers, it reads one layer's slice at a time.
 """
 
 import io
@@ -9,7 +9,7 @@ import pickle
 import re
 from argparse import Namespace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import (
     FileSystemReader,
     LoadPlan,
     LoadPlanner,
+    ReadItem,
 )
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -36,7 +37,7 @@ from kvshift_megatron.convert.formats import inert_pickle
 
 _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)\.(.*)$")
 _COMMON_KEY = "common_state/shard_0_1"
-# Keys that are no weights. What is left has to be in the name map, or is refused.
+# Keys that are not weights. All others have to be in the name map, or are refused.
 _NO_WEIGHT = re.compile(
     r"^(optimizer|opt_param_scheduler|rng_state|rerun_state_machine|common_state|chained_\d+)"
     r"|_extra_state"
@@ -44,10 +45,10 @@ _NO_WEIGHT = re.compile(
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The folder of one iteration: `path` itself, or the newest one by Megatron's tracker file.
+    """Find the folder of one iteration: `path` itself, or the one that the tracker file names.
 
     Raises:
-        ValueError: there is none, or it is of another format; the message says what to do.
+        ValueError: There is none, or it has another format; the message says what to do.
     """
     if not path.is_dir():
         raise ValueError(f"{path}: there is no such folder")
@@ -55,8 +56,8 @@ def find_checkpoint(path: Path) -> Path:
     if name is not None:
         if name != RELEASE and not name.isdigit():
             raise ValueError(
-                f"{tracker} says {name!r}, which is neither a number of steps nor 'release': name "
-                "the iteration's folder itself"
+                f"{tracker} says {name!r}, which is neither a number of steps nor 'release': give "
+                "the folder of an iteration instead"
             )
         path = iteration_folder(path, name)
         if not path.is_dir():
@@ -65,17 +66,17 @@ def find_checkpoint(path: Path) -> Path:
         return path
     if any(path.glob("mp_rank_*")):
         raise ValueError(
-            f"{path} is in Megatron's older 'torch' format: load it in Megatron at its own layout "
-            "and save it again with --ckpt-format torch_dist"
+            f"{path} is in Megatron's older 'torch' format: load it in Megatron with the parallel "
+            "layout that saved it, and save it again with --ckpt-format torch_dist"
         )
     raise ValueError(
-        f"{path} is no torch_dist checkpoint (it has no .metadata file): name a folder that "
-        "Megatron saved, or one of its iterations"
+        f"{path} is not a torch_dist checkpoint (it has no .metadata file): give a folder that "
+        "Megatron saved, or one iteration in it"
     )
 
 
 def split_layer(name: str) -> tuple[int | None, str]:
-    """A name with a layer's number in it -> the number, and the key of all layers stacked."""
+    """Split a name into its layer's number (None without one) and the key of stacked layers."""
     match = _LAYER.match(name)
     return (int(match[2]), match[1] + match[3]) if match else (None, name)
 
@@ -84,9 +85,9 @@ class Location(NamedTuple):
     """Where one tensor is in a checkpoint.
 
     Args:
-        keys: its stored keys; several, in their order, where its parts are stored apart.
-        layer: index along the first axis of the stored tensor, where layers are stacked.
-        shape: of the tensor itself.
+        keys: Its stored keys; several, in order, if its parts are stored separately.
+        layer: Index along the first axis of the stored tensor; None if layers are not stacked.
+        shape: Shape of the tensor itself.
     """
 
     keys: tuple[str, ...]
@@ -97,14 +98,14 @@ class Location(NamedTuple):
 class TorchDistReader:
     """One torch_dist checkpoint: its arguments, and its tensors by name.
 
-    Names have the layer's number in them (`decoder.layers.3....`), whether the checkpoint numbers
-    its layers or stacks them, and whether SwiGLU's halves and the experts are stored together.
+    Names contain the layer's number (`decoder.layers.3....`), no matter whether the checkpoint
+    numbers or stacks its layers, and stores SwiGLU's halves and the experts together or separately.
 
     Args:
-        path: the checkpoint's folder, or the one above it with Megatron's tracker file.
+        path: The checkpoint's folder, or its parent with Megatron's tracker file.
 
     Raises:
-        ValueError: no such checkpoint, or one that cannot be read; the message names the file.
+        ValueError: There is no such checkpoint, or it cannot be read; the message names the file.
     """
 
     def __init__(self, path: Path):
@@ -119,18 +120,18 @@ class TorchDistReader:
         }
 
     def weights(self) -> set[str]:
-        """Stored keys of all weights."""
+        """Return the stored keys of all weights."""
         return set(self._tensors)
 
     def locate(self, name: str) -> Location | None:
-        """Where a tensor is stored; None where it is not."""
-        one = self._locate_one(name)
-        prefix, apart, suffix = name.partition(".experts.experts.")
-        if one is not None or not apart:
-            return one
-        experts = []
-        while one := self._locate_one(f"{prefix}{apart}{len(experts)}.{suffix}"):
-            experts.append(one)
+        """Find where a tensor is stored; return None if it is not."""
+        found = self._locate_one(name)
+        prefix, separator, suffix = name.partition(".experts.experts.")
+        if found is not None or not separator:
+            return found
+        experts: list[Location] = []
+        while found := self._locate_one(f"{prefix}{separator}{len(experts)}.{suffix}"):
+            experts.append(found)
         if not experts:
             return None
         keys = tuple(key for expert in experts for key in expert.keys)
@@ -149,27 +150,27 @@ class TorchDistReader:
         layers, *shape = self._shape(stacked)
         return Location((stacked,), layer, tuple(shape)) if layer < layers else None
 
-    def dtype(self, location: "Location") -> torch.dtype:
-        """Stored dtype."""
+    def dtype(self, location: Location) -> torch.dtype:
+        """Return the stored dtype of a tensor."""
         return self._tensors[location.keys[0]].properties.dtype
 
     def dtypes(self) -> set[torch.dtype]:
-        """Stored dtypes of all weights."""
+        """Return the stored dtypes of all weights."""
         return {entry.properties.dtype for entry in self._tensors.values()}
 
     def num_layers(self) -> int:
-        """Layers in the checkpoint, counted by the output projections of attention."""
+        """Count the layers, by stacked output projections of attention or by numbers in names."""
         stacked = self._tensors.get("decoder.layers.self_attention.linear_proj.weight")
         if stacked is not None:
             return stacked.size[0]
         layers = {int(match[2]) for match in map(_LAYER.match, self._tensors) if match}
         return max(layers, default=-1) + 1
 
-    def read(self, location: "Location") -> Tensor:
-        """One tensor, whole, on the CPU, in its stored dtype and in memory of its own.
+    def read(self, location: Location) -> Tensor:
+        """Read one whole tensor to the CPU, in its stored dtype and in its own memory.
 
         Raises:
-            ValueError: a file is missing or damaged; the message names the folder and the key.
+            ValueError: A file is missing or damaged; the message names the folder and the key.
         """
         parts = [self._read_one(key, location.layer) for key in location.keys]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(location.shape)
@@ -191,13 +192,13 @@ class TorchDistReader:
         self._read_data(key, items, _IntoTensor(target))
         return target if layer is None else target[0]
 
-    def _read_data(self, key: str, items: list, planner: LoadPlanner) -> None:
+    def _read_data(self, key: str, items: list[ReadItem], planner: LoadPlanner) -> None:
         try:
             self._reader.read_data(LoadPlan(items), planner).wait()
         except FileNotFoundError as error:
             raise ValueError(
                 f"{self.path}: the file {Path(error.filename).name} of {key} is missing: copy the "
-                "checkpoint again, with all its files"
+                "checkpoint again with all its files"
             ) from error
         except (RuntimeError, EOFError, KeyError, AssertionError, pickle.UnpicklingError) as error:
             raise ValueError(
@@ -217,16 +218,16 @@ class TorchDistReader:
         return tuple(self._tensors[key].size)
 
     def arguments(self) -> Namespace:
-        """Megatron's training arguments as saved; values of Megatron's own classes are inert.
+        """Read Megatron's training arguments; values of Megatron's own classes are inert.
 
         Raises:
-            ValueError: there are none, or they hold something that is no plain data.
+            ValueError: There are none, or they hold something that is not plain data.
         """
         file = self.path / "common.pt"
         if file.is_file():
             common = inert_pickle.load_common(file, file.name)
         elif _COMMON_KEY in self._metadata.state_dict_metadata:
-            # megatron-core 0.19 keeps it as one more shard.
+            # megatron-core 0.19 stores it as one more shard.
             common = inert_pickle.load_common(self._read_bytes(_COMMON_KEY), _COMMON_KEY)[0]
         else:
             common = {}
@@ -246,39 +247,40 @@ class TorchDistReader:
 
 
 class _IntoTensor(LoadPlanner):
-    """Hands the reader the part of one tensor that each piece belongs to."""
+    """Give the reader the part of the target tensor that each piece belongs to."""
 
     def __init__(self, target: Tensor):
         self.target = target
 
-    def set_up_planner(self, *args, **kwargs): ...
+    # The reader is given its plan, so it asks the planner for none.
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def create_local_plan(self): ...
+    def create_local_plan(self) -> Any: ...
 
-    def create_global_plan(self, global_plan): ...
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> Any: ...
 
-    def finish_plan(self, central_plan): ...
+    def finish_plan(self, central_plan: LoadPlan) -> Any: ...
 
-    def load_bytes(self, read_item, value): ...
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None: ...
 
-    def resolve_tensor(self, read_item):
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         view = self.target
         for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths)):
             view = view.narrow(axis, start, length)
         return view
 
-    def commit_tensor(self, read_item, tensor): ...
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
 
 
 class _IntoBytes(_IntoTensor):
-    def __init__(self):
+    def __init__(self) -> None:
         self.stream = io.BytesIO()
 
-    def load_bytes(self, read_item, value):
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.stream = value
 
 
-def _byte_items(key, entry):
+def _byte_items(key: str, entry: Any) -> list[ReadItem]:
     planner = DefaultLoadPlanner()
     planner.set_up_planner({key: io.BytesIO()}, Metadata({key: entry}), is_coordinator=True)
     return planner.create_local_plan().items

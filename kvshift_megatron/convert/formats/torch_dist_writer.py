@@ -1,7 +1,7 @@
-"""Writing a torch_dist checkpoint that Megatron loads at any layout, one tensor at a time.
+"""Write a torch_dist checkpoint one tensor at a time; Megatron loads it at any parallel layout.
 
-PyTorch's distributed checkpoint writer asks for each piece when it is about to write it; no rank,
-process group or model is needed.
+PyTorch's distributed checkpoint writer asks for each piece just before it writes it. This needs no
+rank, process group or model.
 """
 
 import io
@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from kvshift_megatron.checks.checkpoint_paths import RELEASE, TRACKER
 
-# Weights without a training state: Megatron then starts at step 0 with a new optimizer.
+# Weights without training state: Megatron starts at step 0 with a new optimizer.
 ITERATION = RELEASE
 
 
@@ -33,11 +34,11 @@ class Piece:
     """One stored tensor, or one layer of it.
 
     Args:
-        key: its key in the checkpoint.
-        shape: of this piece, without the layers' axis.
-        dtype: of this piece.
-        layer, num_layers: its place along a first axis of layers; None for a tensor on its own.
-        read: makes it, when its turn has come.
+        key: Key in the checkpoint.
+        shape: Shape of this piece, without the axis of layers.
+        dtype: Dtype of this piece.
+        read: Produces the tensor just before it is written.
+        layer, num_layers: Place along a first axis of layers; None if layers are not stacked.
     """
 
     key: str
@@ -54,18 +55,18 @@ def write_torch_dist(
     """Write a checkpoint below `root`, with Megatron's tracker file, in the order of `pieces`.
 
     Args:
-        root: an existing, empty folder, for Megatron's --load.
-        pieces: everything that is a tensor.
-        extra_states: keys of the empty states that linear layers ask for.
-        arguments: Megatron's, plain values only.
+        root: An existing, empty folder, for Megatron's --load.
+        pieces: All tensors.
+        extra_states: Keys of the empty states that layers ask for.
+        arguments: Megatron's arguments, plain values only.
 
     Raises:
-        OSError: as the file system has it, such as a full disk.
+        OSError: The file system reports an error, such as a full disk.
     """
     try:
         _write(root, pieces, extra_states, arguments)
     except RuntimeError as error:
-        # torch.save hides why a file could not be written behind one of its own.
+        # torch.save wraps the file system's error in one of its own.
         cause = error.__cause__ or error.__context__
         if isinstance(cause, OSError):
             raise cause from error
@@ -86,7 +87,7 @@ def _write(root: Path, pieces: list[Piece], extra_states: list[str], arguments: 
     (plan,) = writer.prepare_global_plan(plans)
     results = writer.write_data(plan, planner).wait()
     writer.finish(metadata, [results])
-    # Releases from 0.17 on read it; 0.19 writes the same data as one more shard.
+    # Releases from 0.17 on read this file; 0.19 writes the same data as one more shard.
     torch.save(_common_state(arguments), folder / "common.pt")
     (folder / "metadata.json").write_text(
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
@@ -100,14 +101,14 @@ def _common_state(arguments: Namespace) -> dict:
         "checkpoint_version": 3.0,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0.0,
-        # How Megatron lays out what it asks this checkpoint for.
+        # The layout in which Megatron asks this checkpoint for its tensors.
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }
 
 
 def _write_item(piece: Piece) -> WriteItem:
     sizes, offsets, whole = list(piece.shape), [0] * len(piece.shape), list(piece.shape)
-    if piece.layer is not None:
+    if piece.layer is not None and piece.num_layers is not None:
         sizes, offsets, whole = [1, *sizes], [piece.layer, *offsets], [piece.num_layers, *whole]
     data = TensorWriteData(
         chunk=ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)),
@@ -119,7 +120,7 @@ def _write_item(piece: Piece) -> WriteItem:
 
 
 class _OneByOne(SavePlanner):
-    """Makes each piece when the writer asks for it, and lets go of the one before."""
+    """Produce each piece when the writer asks for it, and free the previous one."""
 
     def __init__(self, pieces: dict[MetadataIndex, Piece]):
         self._pieces = pieces
@@ -128,23 +129,25 @@ class _OneByOne(SavePlanner):
         torch.save([torch.empty(0, dtype=torch.uint8)], buffer)
         self._extra_state = buffer.getvalue()
 
-    def set_up_planner(self, *args, **kwargs): ...
+    # The writer is given its plan, so it asks the planner for none.
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def create_local_plan(self): ...
+    def create_local_plan(self) -> Any: ...
 
-    def create_global_plan(self, all_plans): ...
+    def create_global_plan(self, all_plans: list[SavePlan]) -> Any: ...
 
-    def finish_plan(self, new_plan): ...
+    def finish_plan(self, new_plan: SavePlan) -> Any: ...
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
             return io.BytesIO(self._extra_state)
         if self._last is not None:
-            # The writer keeps a reference to the last tensor of every key, which would add up.
+            # The writer keeps a reference to the last tensor of every key: these would add up.
             self._last.untyped_storage().resize_(0)
         piece = self._pieces[write_item.index]
         tensor = piece.read()
         assert tensor.shape == piece.shape and tensor.dtype == piece.dtype, piece.key
+        assert write_item.tensor_data is not None  # every item but BYTE_IO has it
         tensor = tensor.reshape(write_item.tensor_data.chunk.sizes).contiguous()
         storage = tensor.untyped_storage()
         if storage.size() != tensor.nbytes or not storage.resizable():
