@@ -1,8 +1,8 @@
-"""Trains Megatron-LM's unmodified pretrain_gpt.py with KV shifting and compares the losses.
+"""Train Megatron-LM's unmodified pretrain_gpt.py with KV shifting and compare the losses.
 
     python tools/check_stock_megatron.py --megatron-path CHECKOUT
 
-What kvshift-check does, from a checkout that is not installed.
+The same as kvshift-check, for a checkout of this project that is not installed.
 """
 
 import sys

@@ -1,17 +1,17 @@
-# Read by the scripts that make environments: which Python they take, and what installs into them.
+# Functions for the scripts that make environments: find a Python, and install packages.
 #
-# INSTALLER is uv or pip. Without it uv installs, which is several times as fast, unless pip alone has
-# been told of an index in place of the public one: uv does not read pip's configuration.
+# INSTALLER is uv or pip. The default is uv, which is several times as fast, unless only pip is
+# configured to use an index other than the public one: uv does not read pip's configuration.
 
 requirements=tools/requirements
 
 is_usable() {
-    # By running it: a pyenv shim that is not activated exists on PATH and fails when called.
+    # Run it: a pyenv shim that is not activated is on PATH, but fails when called.
     "$1" -c 'import sys, venv, ensurepip
 sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
 }
 
-# Prints the first of $PYTHON, python3.12, python3.13, python3 and pyenv's versions that is usable.
+# Print the first of $PYTHON, python3.12, python3.13, python3 and pyenv's versions that is usable.
 find_python() {
     local candidate versions
     for candidate in "${PYTHON:-}" python3.12 python3.13 python3; do
@@ -28,7 +28,7 @@ find_python() {
         fi
     done
     echo "No Python 3.12 or 3.13 with venv was found: install one (Debian, Ubuntu:" \
-        "apt-get install python3.12 python3.12-venv), or name it in PYTHON=." >&2
+        "apt-get install python3.12 python3.12-venv), or set PYTHON= to one." >&2
     return 1
 }
 
@@ -44,18 +44,18 @@ choose_installer() {
     esac
     if [ -z "${INSTALLER:-}${UV_DEFAULT_INDEX:-}${UV_INDEX:-}${UV_INDEX_URL:-}${UV_NO_INDEX:-}" ] &&
         "$python" -m pip config list 2>/dev/null | grep -Eq '\.(index-url|no-index)='; then
-        echo "pip has an index of its own: it installs (INSTALLER=uv with UV_DEFAULT_INDEX= is faster)"
+        echo "pip is configured with an index: pip installs (INSTALLER=uv with UV_DEFAULT_INDEX= is faster)"
         installer=pip
     fi
 }
 
-# begin_environment DIRECTORY: makes it where it is missing, with the pinned uv and setuptools.
+# begin_environment DIRECTORY: make it if it is missing, and install the pinned uv and setuptools.
 begin_environment() {
     local venv=$1 python
-    # A set-up that was cut off may leave half a package that looks whole. What had been downloaded
-    # is in the installer's cache.
+    # An interrupted set-up may leave half a package that looks complete. Starting over is cheap, as
+    # downloads are in the installer's cache.
     if [ -e "$venv/unfinished" ]; then
-        echo "$venv was not finished: it is made anew"
+        echo "$venv was not finished: starting over"
         rm -rf "$venv"
     fi
     if ! is_usable "$venv/bin/python"; then
@@ -71,33 +71,33 @@ begin_environment() {
     uv=$venv/bin/uv
 }
 
-# Where the packages of an environment are.
+# Print the folder that holds the packages of an environment.
 site_packages() {
     "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 }
 
-# share_packages DIRECTORY VENV: DIRECTORY sees VENV's packages after its own.
+# share_packages DIRECTORY VENV: let DIRECTORY see VENV's packages after its own.
 share_packages() {
     local shared
     shared=$(cd "$(site_packages "$2")" && pwd)
-    # addsitedir and not the bare path: it also reads the .pth files there (this package's own).
+    # addsitedir rather than the bare path: it also reads the .pth files there (this package's own).
     echo "import site; site.addsitedir('$shared')" >"$(site_packages "$1")/shared.pth"
 }
 
-# Into a file: quiet, pip hides the reason for some errors (an index that it does not reach), and else
-# prints hundreds of lines.
+# Output goes to a file: with --quiet pip hides the reason for some errors (such as an index that it
+# cannot reach), and without it prints hundreds of lines.
 install_by_pip() {
     local venv=$1 log=$1/pip.log
     "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off \
         "${@:2}" >"$log" 2>&1 || {
         grep '^WARNING: Retrying' "$log" | tail -n 1 >&2 || true
         grep '^ *ERROR' "$log" >&2 || true
-        echo "pip could not install into $venv: all that it said is in $log" >&2
+        echo "pip could not install into $venv: see its output in $log" >&2
         return 1
     }
 }
 
-# install DIRECTORY ARGUMENT...: with the options that `uv pip install` and `pip install` share.
+# install DIRECTORY ARGUMENT...: take only options that `uv pip install` and `pip install` share.
 install() {
     local venv=$1 quiet=--quiet compile=
     shift
@@ -105,12 +105,12 @@ install() {
         install_by_pip "$venv" "$@"
         return
     fi
-    [ ! -t 2 ] || quiet= # a terminal gets uv's bars
-    # Python compiles what it imports, and would do so in every process where it may not keep that.
+    [ ! -t 2 ] || quiet= # show uv's progress bars on a terminal
+    # If Python may not keep the bytecode of what it imports, every process would compile it again.
     [ -z "${PYTHONDONTWRITEBYTECODE:-}" ] || compile=--compile-bytecode
     "$uv" pip install $quiet $compile --python "$venv/bin/python" "$@" || {
-        echo "uv could not install into $venv. It reads its own configuration (UV_DEFAULT_INDEX," \
-            "SSL_CERT_FILE, HTTPS_PROXY and so on); INSTALLER=pip takes pip and pip's." >&2
+        echo "uv could not install into $venv. uv reads its own configuration (UV_DEFAULT_INDEX," \
+            "SSL_CERT_FILE, HTTPS_PROXY and so on); INSTALLER=pip uses pip with pip's." >&2
         return 1
     }
 }

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Another release of megatron-core, to put on PYTHONPATH: lay_megatron_over.sh VENV VERSION
+# Download another release of megatron-core, for PYTHONPATH: lay_megatron_over.sh VENV VERSION
 #
-# VENV/megatron-core-VERSION will hold that wheel alone, and a stamp once it is complete. On
-# PYTHONPATH it comes before the installed release and shares its torch.
+# VENV/megatron-core-VERSION will hold only that wheel, and the file `ready` once it is complete. On
+# PYTHONPATH it comes before the installed release and uses the installed torch.
 set -euo pipefail
 . tools/environments.sh
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Makes an environment of `make test-transformers`: make_transformers_venv.sh DIRECTORY VENV RELEASE
+# Make an environment of `make test-transformers`: make_transformers_venv.sh DIRECTORY VENV RELEASE
 #
-# RELEASE of Transformers, or `newest` for the newest that pyproject.toml allows. DIRECTORY is made
-# anew, with the interpreter of VENV, and sees VENV's packages: only Transformers and what that release
-# wants in another version are installed (120 MB on disk). By pip, which can see VENV's packages.
+# RELEASE of Transformers, or `newest` for the newest that pyproject.toml allows. DIRECTORY is made from
+# scratch with the interpreter of VENV, and sees VENV's packages: only Transformers and what that
+# release needs in another version are installed (120 MB on disk). pip installs, as it can see VENV's
+# packages.
 set -euo pipefail
 . tools/environments.sh
 
@@ -13,7 +14,7 @@ add() {
     "$venv/bin/python" -m pip --python "$target" install --disable-pip-version-check \
         --progress-bar off "$@" >>"$target/pip.log" 2>&1 || {
         grep '^ *ERROR' "$target/pip.log" >&2 || true
-        echo "pip could not install $*: all that it said is in $target/pip.log" >&2
+        echo "pip could not install $*: see its output in $target/pip.log" >&2
         return 1
     }
 }
@@ -22,9 +23,9 @@ wanted=transformers==$release
 [ "$release" != newest ] || wanted=$(sed -n 's/.*"\(transformers>=[^"]*\)".*/\1/p' pyproject.toml)
 echo "making $target with $wanted"
 "$venv/bin/python" -m venv --clear --without-pip "$target"
-# VENV's packages come into sight between the two, or pip would be content with its Transformers.
+# VENV's packages become visible only after that, or pip would be content with VENV's Transformers.
 add --no-deps "$wanted"
 share_packages "$target" "$venv"
 found=$("$target/bin/python" -c 'import importlib.metadata as m; print(m.version("transformers"))')
-# Packages that want a later Transformers are not in use there: pip's complaint stays in the log.
+# Packages that need a later Transformers are not used there: pip's complaint stays in the log.
 add "transformers==$found"

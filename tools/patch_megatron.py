@@ -1,9 +1,9 @@
-"""Applies the patches of this repository (`patches/`) to a Megatron-LM, or takes them back.
+"""Apply this project's patches (`patches/`) to a Megatron-LM, check them, or revert them.
 
     python tools/patch_megatron.py apply|check|revert --megatron-path CHECKOUT
 
-What kvshift-patch does, from a checkout that is not installed. CHECKOUT is the folder that holds
-`megatron/`.
+The same as kvshift-patch, for a checkout of this project that is not installed. CHECKOUT is the
+folder that holds `megatron/`.
 """
 
 import sys

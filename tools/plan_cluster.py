@@ -1,8 +1,8 @@
-"""What a configuration needs of a cluster, before there is one.
+"""Print what a configuration needs of a cluster, before there is one.
 
     python tools/plan_cluster.py MODEL LAYOUT [--nproc N] [--set FLAG[=VALUE]] [--gpu NAME]
 
-What kvshift-plan does, from a checkout that is not installed.
+The same as kvshift-plan, for a checkout of this project that is not installed.
 """
 
 import sys

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The tests that touch Transformers, on other releases of it: test_transformers.sh DIRECTORY VENV RELEASE...
+# Run the tests that use Transformers on other releases of it:
+# test_transformers.sh DIRECTORY VENV RELEASE...
 #
-# DIRECTORY gets one environment a release (`newest`: the newest that pyproject.toml allows; nothing to
-# do where that is VENV's), and the folders that VENV's release exports once for all of them to use.
+# DIRECTORY gets one environment per release (`newest`: the newest that pyproject.toml allows, skipped
+# if that is VENV's), and the folders that VENV's release exports once for all of them.
 set -euo pipefail
 
 directory=$1 venv=$2
@@ -30,7 +31,7 @@ for release; do
     touch "$environment/ready"
     found=$(version "$environment")
     if [ "$release" = newest ] && [ "$found" = "$(version "$venv")" ]; then
-        results+=("$found: the newest, and the pinned one, which make test runs")
+        results+=("$found: the newest is the pinned one, which make test runs")
         continue
     fi
     status=0

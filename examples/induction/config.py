@@ -1,9 +1,9 @@
 """Configurations of the experiment: Megatron flags in TOML, one table per model.
 
-[run]            max_processes: how many ranks may run at a time; cpu: train on the CPU even
-                 where there is a GPU (default false)
+[run]            max_processes: how many ranks may run at a time; cpu: train on the CPU even if
+                 there is a GPU (default false)
 [common]         Megatron flags of every model, written without the dashes
-[models.NAME]    nproc, and the flags of this model (they win over [common])
+[models.NAME]    nproc, and the flags of this model (they override [common])
 [[claims]]       model, and either at_least + by_step or never_above
 """
 
@@ -27,12 +27,12 @@ class Model:
 
     @property
     def parallelism(self) -> str:
-        """For the table: "TP 2, SP" or "TP 1"."""
+        """The parallelism for the table, such as "TP 2, SP" or "TP 1"."""
         sequence_parallel = ", SP" if self.flags.get("sequence-parallel") else ""
         return f"TP {self.flags.get('tensor-model-parallel-size', 1)}{sequence_parallel}"
 
     def argv(self) -> list[str]:
-        """The flags as a command line."""
+        """Return the flags as a command line."""
         return megatron_flags.command_line(self.flags)
 
 
@@ -53,7 +53,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole experiment; `raw` is the TOML text's content, for the record."""
+    """A whole experiment. `raw` is the parsed TOML, for the record."""
 
     name: str
     max_processes: int
@@ -69,19 +69,19 @@ class Config:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens the data is drawn from."""
+        """Number of tokens that the data is drawn from."""
         return self.models[0].flags["vocab-size"]
 
 
 def load(name: str, steps: int | None = None) -> Config:
-    """Reads and checks a configuration.
+    """Read and check a configuration.
 
     Args:
-        name: a name in configs/, or a path.
-        steps: replaces train-iters if given.
+        name: A name in configs/, or a path.
+        steps: Replaces train-iters if given.
 
     Raises:
-        ValueError: naming the file and the field that is missing, unknown or wrong.
+        ValueError: A field is missing, unknown or wrong; the message names it and the file.
     """
     path = megatron_flags.find(name, CONFIG_DIR, "--config")
     raw = megatron_flags.read(path)
@@ -98,9 +98,11 @@ def load(name: str, steps: int | None = None) -> Config:
 def _parse(name: str, raw: dict) -> Config:
     unknown = set(raw) - {"run", "common", "models", "claims"}
     if unknown:
-        raise ValueError(f"unknown sections: {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"unknown sections: {', '.join(sorted(unknown))}: expected run, common, models, claims"
+        )
     if not raw.get("models"):
-        raise ValueError("models: at least one [models.NAME] is needed")
+        raise ValueError("models: at least one [models.NAME] is required")
     common = raw.get("common", {})
     models = tuple(_model(key, common | table) for key, table in raw["models"].items())
     for field in ("train-iters", "vocab-size"):
@@ -109,7 +111,7 @@ def _parse(name: str, raw: dict) -> Config:
             raise ValueError(f"{field} must be one integer, the same for all models")
     run = {"max_processes": 1, "cpu": False} | raw.get("run", {})
     if set(run) != {"max_processes", "cpu"} or not isinstance(run["cpu"], bool):
-        raise ValueError("run: takes max_processes (a number) and cpu (true or false)")
+        raise ValueError("run: expected only max_processes (an integer) and cpu (true or false)")
     max_processes = run["max_processes"]
     largest = max(model.nproc for model in models)
     if not isinstance(max_processes, int) or max_processes < largest:
@@ -121,8 +123,8 @@ def _parse(name: str, raw: dict) -> Config:
 
 
 def _model(name: str, table: Flags) -> Model:
-    if not re.fullmatch(r"[\w.-]+", name):  # it names a log file
-        raise ValueError(f"models.{name}: use letters, digits, '.', '_' and '-' in the name")
+    if not re.fullmatch(r"[\w.-]+", name):  # a log file gets this name
+        raise ValueError(f"models.{name}: use only letters, digits, '.', '_' and '-' in the name")
     flags = dict(table)
     nproc = flags.pop("nproc", 1)
     if not isinstance(nproc, int) or nproc < 1:

@@ -1,32 +1,33 @@
-"""Sequences that only induction can predict (paper, Appendix D), made in whole blocks by numpy.
+"""Make sequences that only induction can predict (paper, Appendix D), in whole blocks by NumPy.
 
 The rule of the paper (arXiv 2411.19574v2, Section 4.1 and Appendix D): whenever token j equals an
 earlier token i, token j + 1 equals token i + 1. Appendix D walks along a sequence with a table
 `successor[token]`: while the last token is new, the next one is drawn uniformly from the
-vocabulary and recorded as its successor; once the last token has a recorded successor, that is
-what follows.
+vocabulary and recorded as its successor; once the last token has a recorded successor, that
+successor follows.
 
-What a sequence looks like. The rule leaves no freedom after the first repeat: if position r is the
+What a sequence looks like: the rule leaves no freedom after the first repeat. If position r is the
 first to hold an earlier token, that of position p, then everything from p on has period r - p.
 
     draws      7 3 9 4 1 | 9 . . . . .        r = 5 is the first repeat, p = 2
     sequence   7 3 9 4 1   9 4 1 9 4 1
 
-Up to r the tokens are independent uniform draws, so nothing but the pair (9, 4) at p says what
-follows r. A model without induction is right at 1 / vocab_size by guessing blindly, at about
-1 / r by copying any earlier token, and somewhat more often than that by using the short periods.
+Up to r the tokens are independent uniform draws, so only the pair (9, 4) at p tells what follows r.
+A model without induction is right with probability 1 / vocab_size by guessing blindly, about 1 / r
+by copying any earlier token, and somewhat more by using the short periods.
 
-Deviations from the printed code:
-  * Printed, the branch that draws an already seen token does not record that token as the successor
-    of the one before it (1 -> 9 above). When the cycle comes round to that token again, its
+Deviations from the code that the paper prints:
+  * There, the branch that draws an already seen token does not record that token as the successor
+    of the one before it (1 -> 9 above). When the cycle reaches that earlier token again, its
     successor is still the placeholder -1, which is emitted as a token. Here the successor is
     recorded in that branch too, and no placeholder exists.
-  * The table is not walked token by token: r and p are found by sorting, and the cycle is filled by
+  * Nothing walks the table token by token: r and p are found by sorting, and the cycle is filled by
     indexing. `tests/examples/induction/test_data.py` compares this with the walk, draw for draw.
-  * Draws come from a counter-based generator, so a sequence depends on (seed, index) alone.
+  * Draws come from a counter-based generator, so a sequence depends only on (seed, index).
 
 A sequence whose draws all differ has no repeat, as in the paper (1.7 % of them at length 64 and
-vocabulary 512, practically none at 512 and 8000). `first_repeat` says -1 and it is not scored.
+vocabulary 512, practically none at 512 and 8000). `first_repeat` then returns -1, and the sequence
+is not scored.
 """
 
 import numpy as np
@@ -36,17 +37,17 @@ _WORDS_PER_STEP = 4  # one Philox4x64 counter step yields four 64-bit words
 
 
 def draw_tokens(seed: int, start: int, count: int, length: int, vocab_size: int) -> np.ndarray:
-    """Independent uniform tokens for the sequences start .. start + count - 1.
+    """Draw independent uniform tokens for the sequences start .. start + count - 1.
 
-    Sequence i owns a fixed stretch of the Philox counter under key `seed`, so its draws are the
-    same in whatever block they are asked for (and differ between lengths).
+    Sequence i owns a fixed range of the Philox counter under key `seed`, so its draws do not depend
+    on the block they are drawn in (but they do on the length).
 
     Args:
-        seed: key of the generator, 0 <= seed < 2**64.
-        start: index of the first sequence, >= 0.
-        count: number of sequences.
-        length: tokens a sequence.
-        vocab_size: tokens are in [0, vocab_size), at most 2**31.
+        seed: Key of the generator, 0 <= seed < 2**64.
+        start: Index of the first sequence, >= 0.
+        count: Number of sequences.
+        length: Tokens per sequence.
+        vocab_size: Tokens are in [0, vocab_size); at most 2**31.
 
     Returns:
         int64 [count, length].
@@ -59,20 +60,20 @@ def draw_tokens(seed: int, start: int, count: int, length: int, vocab_size: int)
 
 
 def first_repeats(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each sequence first holds a token for the second time.
+    """Find where each sequence first holds a token for the second time.
 
     Args:
         tokens: int64 [count, length], non-negative, below 2**31.
 
     Returns:
         (r, p), int64 [count] each: position r is the smallest with tokens[r] == tokens[p], p < r.
-        Both are NO_REPEAT where all tokens differ.
+        Both are NO_REPEAT if all tokens differ.
     """
     count, length = tokens.shape
     if length < 2:
         return np.full(count, NO_REPEAT), np.full(count, NO_REPEAT)
     shift = length.bit_length()
-    # Sorted by (token, position), a repeat sits right behind the occurrence before it.
+    # Sorted by (token, position), a repeat comes directly after the previous occurrence.
     keys = np.sort((tokens << shift) | np.arange(length), axis=1)
     positions = keys & ((1 << shift) - 1)
     repeated = (keys[:, 1:] >> shift) == (keys[:, :-1] >> shift)
@@ -84,7 +85,7 @@ def first_repeats(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def follow_successors(draws: np.ndarray) -> np.ndarray:
-    """Replaces every draw behind the first repeat by the recorded successor.
+    """Replace every draw after the first repeat by the recorded successor.
 
     Args:
         draws: int64 [count, length], independent tokens.
@@ -101,20 +102,20 @@ def follow_successors(draws: np.ndarray) -> np.ndarray:
 
 
 def generate(seed: int, start: int, count: int, seq_length: int, vocab_size: int) -> np.ndarray:
-    """The sequences start .. start + count - 1 of a seed.
+    """Make the sequences start .. start + count - 1 of a seed.
 
     Args:
-        seed: 0 <= seed < 2**64.
-        start: index of the first sequence, >= 0.
-        count: number of sequences, >= 1.
-        seq_length: tokens the model reads; one more is made, the last label.
-        vocab_size: 1 <= vocab_size <= 2**31.
+        seed: Seed of the data, 0 <= seed < 2**64.
+        start: Index of the first sequence, >= 0.
+        count: Number of sequences, >= 1.
+        seq_length: Tokens that the model reads; one more is made, the last label.
+        vocab_size: Size of the vocabulary, 1 <= vocab_size <= 2**31.
 
     Returns:
         int64 [count, seq_length + 1], every value in [0, vocab_size).
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: An argument is out of its range.
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be in [0, 2**64), got {seed}")
@@ -128,7 +129,7 @@ def generate(seed: int, start: int, count: int, seq_length: int, vocab_size: int
 
 
 def first_repeat(tokens: np.ndarray) -> int:
-    """The position whose prediction is scored.
+    """Return the position whose prediction is scored.
 
     Args:
         tokens: int64 [seq_length + 1].
@@ -142,10 +143,10 @@ def first_repeat(tokens: np.ndarray) -> int:
 
 
 class InductionSequences:
-    """Random access to the sequences of one seed, made a block at a time.
+    """Random access to the sequences of one seed, made one block at a time.
 
     A block costs little more than one sequence, and Megatron's sampler asks for neighbours, so the
-    last block is kept. Which sequences it holds has no influence on their content.
+    last block is kept. The content of a sequence does not depend on its block.
     """
 
     BLOCK = 256  # sequences
@@ -157,7 +158,7 @@ class InductionSequences:
         self._repeats = np.zeros(1, dtype=np.int64)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """Sequence `index`: int64 [seq_length + 1], and its `first_repeat`."""
+        """Return sequence `index`, int64 [seq_length + 1], and its `first_repeat`."""
         number, row = divmod(index, self.BLOCK)
         if number != self._block_number:
             self._block = generate(

@@ -1,4 +1,4 @@
-"""Runs the models under torch's launcher, as many side by side as the configuration allows."""
+"""Run the models under torch's launcher, as many at a time as the configuration allows."""
 
 import os
 import queue
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _TAIL_LINES = 30
 
 ReportProgress = Callable[[str, Evaluation, float], None]
-"""Called with the model's name, a new validation point and the seconds since its launch."""
+"""Called with the model's name, a new validation point and the seconds since the model's launch."""
 
 
 class RunError(RuntimeError):
@@ -52,7 +52,7 @@ class _Child:
 
 
 def command(model: Model) -> list[str]:
-    """The launcher's command line for one model."""
+    """Return the launcher's command line for one model."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node", str(model.nproc)]
     entry = ["-m", "kvshift_megatron.pretrain", "--task-module", "examples.induction.task"]
@@ -61,15 +61,15 @@ def command(model: Model) -> list[str]:
 
 def _environment(cpu: bool) -> dict[str, str]:
     defaults = {
-        "OMP_NUM_THREADS": "1",  # one busy core a rank
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron insists on it with sequence parallelism
-        "PYTHONUNBUFFERED": "1",  # progress must not wait in a pipe
+        "OMP_NUM_THREADS": "1",  # one busy core per rank
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # Megatron requires it with sequence parallelism
+        "PYTHONUNBUFFERED": "1",  # progress must not wait in a buffer
     }
     return defaults | os.environ | ({"KVSHIFT_CPU": "1"} if cpu else {})
 
 
 def _read(child: _Child, events: queue.Queue) -> None:
-    """Copies the child's output to its log file and reports what it says; ends with the pipe."""
+    """Copy the child's output to its log file and report events, until the pipe closes."""
     problem = None
     with open(child.path, "w", encoding="utf-8") as file:
         for line in child.process.stdout:
@@ -97,7 +97,7 @@ def _start(model: Model, cpu: bool, output: Path, events: queue.Queue) -> _Child
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # Ctrl-C reaches this program alone, which then stops the group
+        start_new_session=True,  # Ctrl-C reaches only this program, which then stops the launcher
     )
     child = _Child(model, process, time.monotonic(), output / f"{model.name}.log")
     threading.Thread(target=_read, args=(child, events), daemon=True).start()
@@ -105,18 +105,18 @@ def _start(model: Model, cpu: bool, output: Path, events: queue.Queue) -> _Child
 
 
 def run_all(config: Config, output: Path, progress: ReportProgress) -> list[Result]:
-    """Trains every model in the configuration's order; later ones start as processes free up.
+    """Train every model, in the configuration's order; later ones start as processes become free.
 
     Args:
-        config: the experiment.
-        output: existing directory for the logs, <model>.log each.
-        progress: called in this thread for each new validation point.
+        config: The experiment.
+        output: Existing directory for the logs, <model>.log each.
+        progress: Called in this thread for each new validation point.
 
     Returns:
         One result per model, in the configuration's order.
 
     Raises:
-        RunError: a run failed. All runs have been stopped, as on any other exception.
+        RunError: A run failed. All runs have been stopped, as on any other exception.
     """
     waiting, running, results = deque(config.models), [], {}
     events: queue.Queue = queue.Queue()

@@ -1,4 +1,4 @@
-"""What a training log of Megatron says: validation lines and the parameter count."""
+"""Read a training log of Megatron: validation lines and the parameter count."""
 
 import re
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ _PARAMETERS = re.compile(r"number of parameters on .*model parallel rank \([\d, 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One validation: training step, mean loss in nats a token, accuracy at the first repeat."""
+    """One validation: training step, mean loss in nats per token, accuracy at the first repeat."""
 
     step: int
     loss: float
@@ -30,13 +30,13 @@ class TrainingLog:
     parameters_per_rank: int | None = None
 
     def feed(self, line: str) -> Evaluation | None:
-        """Takes one line; returns the new point of the validation curve if it is one.
+        """Take one line; return the point that it adds to the validation curve, if any.
 
-        Megatron validates once more behind the last step, on further samples. That is a new point
+        Megatron validates once more after the last step, on further samples. That is a new point
         only if the last step was not a multiple of --eval-interval.
 
         Raises:
-            ValueError: a validation line lacks the loss or the accuracy.
+            ValueError: A validation line lacks the loss or the accuracy.
         """
         if match := _PARAMETERS.search(line):
             self.parameters_per_rank = max(self.parameters_per_rank or 0, int(match[1]))

@@ -1,4 +1,4 @@
-"""The end of the experiment: claims, table, JSON file and figure."""
+"""Report the experiment: claims, table, JSON file and figure."""
 
 import importlib.metadata
 import json
@@ -15,7 +15,8 @@ from examples.induction.logs import Evaluation
 from kvshift_megatron.utils.atomic_files import replace
 
 _TABLE_STEPS = (100, 200, 300, 400)
-STYLES = {  # colours of Okabe and Ito, told apart by colour-blind readers; lines differ as well
+# Okabe and Ito's colours, which colour-blind readers can distinguish; the lines differ too.
+STYLES = {
     "kv-shift-1-layer": ("#D55E00", "-"),
     "vanilla-1-layer": ("#0072B2", "--"),
     "vanilla-2-layers": ("#009E73", "-."),
@@ -32,10 +33,10 @@ class Verdict:
 
 
 def judge(claim: Claim, evaluations: list[Evaluation]) -> Verdict:
-    """Checks one claim against the validation points of its model.
+    """Check one claim against the validation points of its model.
 
-    "at least A by step S" is checked at the last validation not behind S: a model that reached A
-    earlier and lost it again fails.
+    "at least A by step S" is checked at the last validation up to S: a model that reached A earlier
+    and lost it again fails.
     """
     if claim.never_above is not None:
         best = max(evaluations, key=lambda e: math.inf if math.isnan(e.accuracy) else e.accuracy)
@@ -55,13 +56,13 @@ def judge(claim: Claim, evaluations: list[Evaluation]) -> Verdict:
 
 
 def judge_all(config: Config, results: list[Result]) -> list[Verdict]:
-    """Checks the configuration's claims."""
+    """Check the configuration's claims."""
     evaluations = {result.model.name: result.log.evaluations for result in results}
     return [judge(claim, evaluations[claim.model]) for claim in config.claims]
 
 
 def table(results: list[Result]) -> str:
-    """One aligned row a model; accuracies at fixed steps where a validation took place."""
+    """Return one aligned row per model, with accuracies at fixed steps that were validated."""
     head = ["model", "parameters/rank", "parallelism", "final loss"]
     head += [f"step {step}" for step in _TABLE_STEPS] + ["final", "seconds"]
     rows = [head]
@@ -88,7 +89,7 @@ def table(results: list[Result]) -> str:
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
         return None
 
 
@@ -101,7 +102,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _json_ready(value: object) -> object:
-    """Strict JSON has no NaN or infinity: they become null."""
+    """Replace NaN and infinity, which strict JSON does not have, by null."""
     if isinstance(value, dict):
         return {key: _json_ready(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -114,14 +115,14 @@ def _json_ready(value: object) -> object:
 def write_json(
     path: Path, config: Config, results: list[Result], verdicts: list[Verdict], seconds: float
 ) -> None:
-    """Writes every validation point with what is needed to repeat the run.
+    """Write every validation point, with what is needed to repeat the run.
 
     Args:
-        path: target, replaced atomically.
-        config: the experiment as read, --steps included.
-        results: one per model.
-        verdicts: of the claims.
-        seconds: wall time of the whole experiment.
+        path: Target, replaced atomically.
+        config: The experiment as read, with --steps applied.
+        results: One per model.
+        verdicts: One per claim.
+        seconds: Wall time of the whole experiment.
     """
     content = {
         "config_name": config.name,
@@ -147,7 +148,7 @@ def write_json(
 
 
 def write_figure(path: Path, config: Config, results: list[Result]) -> None:
-    """Draws accuracy against training step, one curve a model, as a PNG replaced atomically."""
+    """Draw accuracy against training step, one curve per model, as a PNG replaced atomically."""
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for result in results:

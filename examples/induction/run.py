@@ -1,4 +1,4 @@
-"""Trains the three models of the paper's Figure 1a side by side and checks what they must show.
+"""Train the three models of the paper's Figure 1a and check the claims about them.
 
     python examples/induction/run.py [--config demo|paper_fig1a|FILE.toml]
                                      [--output DIR] [--steps N]
@@ -24,23 +24,26 @@ from examples.induction.logs import Evaluation  # noqa: E402
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--config", default="demo", help="a name in configs/ or a TOML file (default: demo)"
     )
     parser.add_argument(
-        "--output", type=Path, default=HERE / "output", help="for logs, results.json, induction.png"
+        "--output",
+        type=Path,
+        default=HERE / "output",
+        help="directory for logs, results.json and induction.png",
     )
-    parser.add_argument("--steps", type=int, help="training steps instead of the configuration's")
+    parser.add_argument("--steps", type=int, help="training steps, instead of the configuration's")
     return parser.parse_args(argv)
 
 
 def prepare_output(output: Path) -> None:
-    """Makes the directory.
+    """Make the directory.
 
     Raises:
-        ValueError: the path is something else than a directory, or cannot be made.
+        ValueError: The path is not a directory, or cannot be made.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -49,7 +52,7 @@ def prepare_output(output: Path) -> None:
 
 
 def run(config: configuration.Config, output: Path) -> int:
-    """Trains, reports and checks; results in `output` are replaced only once all are complete."""
+    """Train, check and report; earlier results in `output` stay until all new ones are complete."""
     width = max(len(model.name) for model in config.models)
 
     def progress(name: str, evaluation: Evaluation, seconds: float) -> None:
@@ -77,15 +80,17 @@ def run(config: configuration.Config, output: Path) -> int:
 
 
 def _interrupt_once(number: int, frame: object) -> NoReturn:
-    """Turns the first SIGINT or SIGTERM into KeyboardInterrupt; later ones must not cut the
-    stopping of the children short."""
+    """Turn the first SIGINT or SIGTERM into KeyboardInterrupt, and ignore later ones.
+
+    A later one must not interrupt the stopping of the children.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     arguments = parse_arguments(argv)
     try:
         config = configuration.load(arguments.config, arguments.steps)

@@ -1,13 +1,13 @@
 """The induction task as `--task-module examples.induction.task` of kvshift_megatron.pretrain.
 
-What the entry point takes from here: `add_args`, `train_valid_test_datasets_provider`,
-`validation_metrics` and `BATCH_KEYS`. Sequence length, vocabulary, seed and batch are Megatron's
-own flags (`--seq-length`, `--vocab-size`, `--seed`, `--micro-batch-size`).
+The entry point uses `add_args`, `train_valid_test_datasets_provider`, `validation_metrics` and
+`BATCH_KEYS`. Sequence length, vocabulary, seed and batch are set by Megatron's own flags
+(`--seq-length`, `--vocab-size`, `--seed`, `--micro-batch-size`).
 
 Use `--tokenizer-type NullTokenizer --vocab-size N`: it has exactly N tokens and calls the last one
 end-of-document, which this task uses like any other. Megatron pads N to a multiple of
-`--make-vocab-size-divisible-by` times TP; the padded logits take part in the loss and in the
-accuracy below like Megatron's own, and training drives them down. Set it to 1 to have none.
+`--make-vocab-size-divisible-by` times TP. The padded logits count in the loss and in the accuracy
+below, as in Megatron's own loss, and training drives them down. Set that flag to 1 to have none.
 """
 
 import argparse
@@ -24,36 +24,36 @@ from torch import Tensor
 from examples.induction.data import NO_REPEAT, InductionSequences
 
 BATCH_KEYS = ("induction_mask",)
-"""Keys of a sample beyond GPTDataset's, to be broadcast and sliced with the batch."""
+"""Keys of a sample in addition to GPTDataset's, to be broadcast and sliced with the batch."""
 
 METRIC = "induction accuracy"
 
-_SPLIT_SEQUENCES = 2**40  # indices a split owns: train, valid and test can never meet
+_SPLIT_SEQUENCES = 2**40  # indices per split, so that train, valid and test never overlap
 
 
 def add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds the task's own flag to Megatron's parser."""
+    """Add the task's own flag to Megatron's parser."""
     group = parser.add_argument_group(title="induction task")
     group.add_argument(
         "--induction-seed",
         type=int,
         default=None,
-        help="seed of the data; --seed (which also seeds the weights) when not given",
+        help="seed of the data (default: --seed, which also seeds the weights)",
     )
     return parser
 
 
 class InductionDataset(MegatronDataset):
-    """Megatron's mid-level dataset over the index ranges of one split.
+    """Megatron's mid-level dataset over the index range of one split.
 
     The low-level dataset is the tuple of the three splits' ranges, so that Megatron's split matrix
-    hands one range to each.
+    gives one range to each.
 
     Args:
-        dataset: three `range` objects of sequence indices.
-        dataset_path: unused, None.
-        indices: which of the ranges this split owns, int [1].
-        num_samples: samples to expose; sequences are made on demand and never repeat.
+        dataset: Three `range` objects of sequence indices.
+        dataset_path: Unused, None.
+        indices: Which of the ranges this split owns, int [1].
+        num_samples: Number of samples; sequences are made on demand and never repeat.
         index_split: train, valid or test.
         config: `random_seed`, `sequence_length`, `tokenizer.vocab_size` and
             `create_attention_mask` are read.
@@ -70,7 +70,7 @@ class InductionDataset(MegatronDataset):
     ) -> None:
         super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
         if num_samples is None:
-            raise ValueError("--full-validation has no meaning here: the data has no epoch")
+            raise ValueError("--full-validation needs epochs, which this data lacks: drop the flag")
         (owned,) = indices
         self._range = dataset[owned]
         self._sequences = InductionSequences(
@@ -87,29 +87,29 @@ class InductionDataset(MegatronDataset):
     def build_low_level_dataset(
         dataset_path: str | None, config: GPTDatasetConfig
     ) -> tuple[range, ...]:
-        """The index ranges of train, valid and test."""
+        """Return the index ranges of train, valid and test."""
         starts = [split.value * _SPLIT_SEQUENCES for split in Split]
         return tuple(range(start, start + _SPLIT_SEQUENCES) for start in starts)
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: tuple[range, ...]) -> int:
-        """Number of index ranges."""
+        """Return the number of index ranges."""
         return len(low_level_dataset)
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, idx: int) -> dict[str, Tensor]:
-        """Sample `idx` of this split.
+        """Return sample `idx` of this split.
 
         Returns:
             tokens, labels, position_ids: int64 [seq_length]; loss_mask: float32 [seq_length], all
             ones; induction_mask: float32 [seq_length], 1 at the first repeat, all zero without one;
-            attention_mask: bool [1, seq_length, seq_length], True above the diagonal, unless
+            attention_mask: bool [1, seq_length, seq_length], True above the diagonal, missing with
             --no-create-attention-mask-in-dataloader.
         """
         sequence, repeat = self._sequences[self._range[idx]]
-        tokens = torch.tensor(sequence)  # copies: the block behind `sequence` is reused
+        tokens = torch.tensor(sequence)  # a copy, as `sequence` is a view of a block
         induction_mask = torch.zeros(len(tokens) - 1)
         if repeat != NO_REPEAT:
             induction_mask[repeat] = 1.0
@@ -126,7 +126,7 @@ class InductionDataset(MegatronDataset):
 
 
 def _holds_data(vp_stage: int | None) -> bool:
-    """Whether this rank reads samples: first and last pipeline stage, tensor rank 0."""
+    """Return whether this rank reads samples: first and last pipeline stage, tensor rank 0."""
     first = parallel_state.is_pipeline_first_stage(
         ignore_virtual=vp_stage is None, vp_stage=vp_stage
     )
@@ -137,16 +137,17 @@ def _holds_data(vp_stage: int | None) -> bool:
 def train_valid_test_datasets_provider(
     train_val_test_num_samples: list[int | None], vp_stage: int | None = None
 ) -> list[InductionDataset | None]:
-    """Builds the three splits with Megatron's builder.
+    """Build the three splits with Megatron's builder.
 
     Args:
-        train_val_test_num_samples: samples Megatron wants of each split.
-        vp_stage: virtual pipeline stage, or None.
+        train_val_test_num_samples: How many samples Megatron wants of each split.
+        vp_stage: Virtual pipeline stage, or None.
 
     Returns:
-        [train, valid, test]; None in their place on ranks that get their batch by broadcast.
+        [train, valid, test], each None on ranks that get their batch by broadcast.
     """
-    from megatron.training import get_args, get_tokenizer  # needs Megatron's globals, not imports
+    # Imported here, as nothing else in this module needs megatron.training.
+    from megatron.training import get_args, get_tokenizer
 
     args = get_args()
     config = GPTDatasetConfig(
@@ -169,14 +170,14 @@ train_valid_test_datasets_provider.is_distributed = True  # every rank calls it,
 def vocab_parallel_argmax(
     logits: Tensor, tp_group: torch.distributed.ProcessGroup | None
 ) -> Tensor:
-    """Index of the largest logit over a vocabulary split evenly across `tp_group`.
+    """Return the index of the largest logit over a vocabulary split evenly across `tp_group`.
 
     Args:
         logits: float [n, vocab/TP], this rank's contiguous part, in rank order.
-        tp_group: tensor-parallel group; None for an unsplit vocabulary.
+        tp_group: Tensor-parallel group; None for an unsplit vocabulary.
 
     Returns:
-        int64 [n], the same on every rank; of equal logits the lowest index wins.
+        int64 [n], the same on every rank. Of equal logits the lowest index wins.
     """
     part = logits.shape[-1]
     best, index = logits.float().max(dim=-1)
@@ -185,24 +186,24 @@ def vocab_parallel_argmax(
     index = index + tp_group.rank() * part
     overall = best.clone()
     torch.distributed.all_reduce(overall, op=torch.distributed.ReduceOp.MAX, group=tp_group)
-    # A rank that does not hold the maximum bids one past the end.
+    # A rank that does not hold the maximum offers one past the last index.
     index = torch.where(best == overall, index, part * tp_group.size())
     torch.distributed.all_reduce(index, op=torch.distributed.ReduceOp.MIN, group=tp_group)
     return index
 
 
 def validation_metrics(logits: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """How often the prediction at the first repeat is the recorded successor.
+    """Count how often the prediction at the first repeat is the recorded successor.
 
     Args:
         logits: [b, s, vocab/TP] of this tensor-parallel rank.
         batch: labels int64 [b, s] and induction_mask float32 [b, s], on the logits' device.
 
     Returns:
-        {"induction accuracy": float32 [2]}, the sum of correct predictions and their number over
-        this rank's samples. The entry point sums both over micro-batches and data-parallel ranks.
+        {"induction accuracy": float32 [2]}, the numbers of correct and of all predictions over this
+        rank's samples. The entry point sums both over micro-batches and data-parallel ranks.
 
-    Parallelism: all ranks of the tensor-parallel group must call it together; they get the same.
+    Parallelism: all ranks of the tensor-parallel group must call this together. They get the same.
     """
     scored = batch["induction_mask"] > 0  # the same on every tensor-parallel rank
     tp_group = None

@@ -1,6 +1,6 @@
-"""What is done to a checkout of Megatron-LM: the patches, and a trial of its unmodified script.
+"""Commands for a checkout of Megatron-LM: its patches, and a trial of its unmodified script.
 
-patch      kvshift-patch: applies the patches, checks them, takes them back
+patch      kvshift-patch: applies, checks or reverts the patches
 check      kvshift-check: trains with the checkout's script and compares the losses
-patches/   the patches, a folder a tag
+patches/   the patches, one folder per tag
 """

@@ -1,11 +1,11 @@
-"""Trains Megatron-LM's unmodified pretrain_gpt.py with KV shifting and compares the losses.
+"""Train Megatron-LM's unmodified pretrain_gpt.py with KV shifting and compare the losses.
 
     kvshift-check --megatron-path CHECKOUT
 
 CHECKOUT is a git checkout of a released Megatron-LM. Its script runs on this machine's CPU with
 `--spec`, on two ranks: tensor parallel, then pipeline parallel. The same flags then run through
-this project's entry point on the installed megatron-core. Every step's loss must agree, and the
-vanilla twin's must not. Exit status: 0 if so, 1 if not, 2 if the checkout cannot be used.
+this project's entry point on the installed megatron-core. Every step's loss must agree, and that of
+the baseline model must not. Exit status: 0 if so, 1 if not, 2 if the checkout cannot be used.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from kvshift_megatron.megatron_lm.checkouts import CheckoutError, git, release_of, series
 from kvshift_megatron.utils import launchers
@@ -28,10 +29,10 @@ from kvshift_megatron.utils import launchers
 STEPS = 20
 RANKS = 2
 TIMEOUT = 600.0  # seconds for one run; they take under 60 on two idle cores
-# Relative, fp32. Megatron logs a loss to 7 digits, so that nothing below 1e-6 can be seen.
+# Relative, fp32. Megatron logs a loss to 7 digits, so no difference below 1e-6 can be seen.
 TOLERANCE = 1e-5
-# How far the vanilla twin must be away, or the comparison would say nothing about the shift.
-VANILLA_DISTANCE = 100 * TOLERANCE
+# The baseline model must differ by this much: else the comparison proves nothing about the shift.
+BASELINE_DISTANCE = 100 * TOLERANCE
 
 LAYOUTS = {
     "TP 2": ["--tensor-model-parallel-size", str(RANKS)],
@@ -55,22 +56,22 @@ class Release:
     """What differs between releases on the command line.
 
     Attributes:
-        spec: for `--spec`. Before 0.19 that takes a finished spec only.
-        vocab_size: of the NullTokenizer, for 128 tokens: before 0.18 it adds one for itself.
+        spec: Value of `--spec`, which before 0.19 takes only a static spec.
+        vocab_size: Gives the NullTokenizer 128 tokens. Before 0.18 it adds one of its own.
     """
 
     spec: str
     vocab_size: int = 128
 
 
-_FINISHED = "kvshift_megatron.static_specs local_layer_spec"
+_STATIC_SPEC = "kvshift_megatron.static_specs local_layer_spec"
 RELEASES = {
-    "0.17": Release(_FINISHED, vocab_size=127),
-    "0.18": Release(_FINISHED),
+    "0.17": Release(_STATIC_SPEC, vocab_size=127),
+    "0.18": Release(_STATIC_SPEC),
     "0.19": Release("kvshift_megatron.layer_specs kv_shift_layer_spec"),
 }
 
-# Has every rank say which Megatron it ran, without a change to the script.
+# Has every rank print which Megatron it ran, without a change to the script.
 _WITNESS = """
 import atexit, os, sys
 
@@ -95,12 +96,12 @@ class RunError(RuntimeError):
 
 @dataclass
 class Run:
-    """What one training run said.
+    """What one training run printed.
 
     Attributes:
-        losses: one a step.
-        says_attention: that a layer shifts.
-        megatron: (version, folder) of each rank's core and training.
+        losses: One per step.
+        says_attention: Whether it said that a layer shifts.
+        megatron: (version, folder) of each rank's megatron.core and megatron.training.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -108,7 +109,7 @@ class Run:
     megatron: list[tuple[str, Path]] = field(default_factory=list)
 
     def read(self, line: str) -> bool:
-        """Take one line; True if it held a step's loss."""
+        """Take one line of output; return whether it held a step's loss."""
         self.says_attention |= _ATTENTION in line
         if match := _WITNESSED.match(line):
             version, *folders = match.groups()
@@ -121,30 +122,30 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One layout: the stock script, this project's entry point, and the latter's vanilla twin."""
+    """One layout: the stock script, this project's entry point, and the baseline model."""
 
     release: str
     layout: str
     stock: Run
     ours: Run
-    vanilla: Run
+    baseline: Run
 
     @property
     def difference(self) -> float:
         return largest_difference(self.stock.losses, self.ours.losses)
 
     @property
-    def vanilla_distance(self) -> float:
-        return largest_difference(self.stock.losses, self.vanilla.losses)
+    def baseline_distance(self) -> float:
+        return largest_difference(self.stock.losses, self.baseline.losses)
 
     @property
     def agrees(self) -> bool:
-        # Written so that a NaN does not agree.
-        return self.difference <= TOLERANCE and self.vanilla_distance >= VANILLA_DISTANCE
+        # Both comparisons are False for NaN, which must not agree.
+        return self.difference <= TOLERANCE and self.baseline_distance >= BASELINE_DISTANCE
 
 
 def largest_difference(actual: list[float], expected: list[float]) -> float:
-    """Of any step, relative to `expected`; NaN if one of them is."""
+    """Return the largest difference of any step, relative to `expected`; NaN if any is NaN."""
     differences = [abs(a - b) / abs(b) for a, b in zip(actual, expected, strict=True)]
     return float("nan") if any(d != d for d in differences) else max(differences)
 
@@ -154,27 +155,29 @@ def flags(release: Release, layout: str) -> list[str]:
 
 
 def stock_run(checkout: Path, version: str, layout: str) -> Run:
-    """The checkout's own script, with `--spec`."""
+    """Run the checkout's own script with `--spec`."""
     release = RELEASES[series(version)]
     command = ["-m", "kvshift_megatron.cpu", "--nproc-per-node", str(RANKS), "pretrain_gpt.py"]
     command += [*flags(release, layout), "--spec", *release.spec.split()]
     name = f"stock {version}, {layout}"
     run = train(name, command, checkout, [checkout, *launchers.own_path()])
     if set(run.megatron) != {(version, checkout / "megatron")}:
-        raise RunError(f"{name}: ran {run.megatron}, and not the checkout's Megatron")
+        raise RunError(f"{name}: ran {run.megatron}, not the checkout's Megatron")
     return run
 
 
-def our_run(layout: str, vanilla: bool = False) -> Run:
-    """This project's entry point, on the installed megatron-core."""
+def our_run(layout: str, baseline: bool = False) -> Run:
+    """Run this project's entry point on the installed megatron-core."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     command += ["-m", "kvshift_megatron.pretrain", *flags(Release(spec=""), layout)]
-    command += ["--no-kv-shift"] if vanilla else []
-    name = f"{'vanilla twin' if vanilla else 'this project'}, {layout}"
+    command += ["--no-kv-shift"] if baseline else []
+    name = f"{'baseline model' if baseline else 'this project'}, {layout}"
     with tempfile.TemporaryDirectory() as empty:
         run = train(name, command, Path(empty), launchers.own_path())
-    if run.says_attention is vanilla:
-        raise RunError(f"{name}: the run does not say that it trained this")
+    if run.says_attention is baseline:
+        raise RunError(
+            f"{name}: the log {'says' if baseline else 'does not say'} that layers shift"
+        )
     return run
 
 
@@ -182,15 +185,16 @@ def train(name: str, command: list[str], directory: Path, path: list[Path]) -> R
     """Run `python COMMAND` to its end, on the CPU.
 
     Args:
-        name: for progress and errors.
-        command: arguments of Python.
-        directory: where it runs.
-        path: its PYTHONPATH.
+        name: What progress and errors call the run.
+        command: Python's arguments.
+        directory: Its working directory.
+        path: Its PYTHONPATH.
 
     Raises:
-        RunError: it failed, took too long, or logged other steps than it should.
+        RunError: The run failed, took too long, or logged a wrong number of steps.
     """
-    run, tail, start = Run(), deque(maxlen=30), time.monotonic()
+    run, start = Run(), time.monotonic()
+    tail: deque[str] = deque(maxlen=30)
 
     def on_line(line: str) -> None:
         tail.append(line)
@@ -208,7 +212,7 @@ def train(name: str, command: list[str], directory: Path, path: list[Path]) -> R
     elif len(run.losses) != STEPS:
         problem = f"logged {len(run.losses)} losses instead of {STEPS}"
     elif len(run.megatron) != 2 * RANKS:
-        problem = f"{len(run.megatron)} of {2 * RANKS} imports of Megatron were witnessed"
+        problem = f"{len(run.megatron)} of {2 * RANKS} imports of Megatron were reported"
     if problem:
         raise RunError("\n".join([f"{name}: {problem}", *(f"    {line}" for line in tail)]))
     return run
@@ -217,11 +221,11 @@ def train(name: str, command: list[str], directory: Path, path: list[Path]) -> R
 def run_to_end(
     command: list[str], directory: Path, path: list[Path], on_line: Callable[[str], None]
 ) -> int:
-    """Run Python under TIMEOUT, handing on each line of its output; returns the exit code."""
+    """Run Python for TIMEOUT at most, pass on each line of its output, return the exit code."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, path)),
-        "PYTHONDONTWRITEBYTECODE": "1",  # the checkout stays as it is
+        "PYTHONDONTWRITEBYTECODE": "1",  # leaves the checkout as it is
         "PYTHONUNBUFFERED": "1",
         "KVSHIFT_CPU": "1",
         "OMP_NUM_THREADS": "1",
@@ -237,6 +241,7 @@ def run_to_end(
         errors="replace",
         start_new_session=True,
     )
+    assert process.stdout is not None  # PIPE was asked for
     timer = threading.Timer(TIMEOUT, launchers.stop, [[process]])
     timer.start()
     try:
@@ -250,7 +255,7 @@ def run_to_end(
 
 
 def compare(checkout: Path, version: str) -> list[Comparison]:
-    # A tag and the version inside can differ: core_v0.19.0 calls itself 0.19.1.
+    # The tag and the version inside can differ: core_v0.19.0 calls itself 0.19.1.
     tag = git(checkout, "describe", "--tags", "--always").strip()
     return [
         Comparison(
@@ -258,22 +263,22 @@ def compare(checkout: Path, version: str) -> list[Comparison]:
             layout,
             stock_run(checkout, version, layout),
             our_run(layout),
-            our_run(layout, vanilla=True),
+            our_run(layout, baseline=True),
         )
         for layout in LAYOUTS
     ]
 
 
 def table(comparisons: list[Comparison]) -> str:
-    """Markdown; losses as logged."""
+    """Return the comparisons as a Markdown table, with losses as logged."""
     columns = [
         "Megatron-LM", "layout", f"loss at 1 and {STEPS}, stock", "this project",
-        "largest relative difference", "vanilla twin's", "says attention", "agrees",
+        "largest relative difference", "baseline model's", "says attention", "agrees",
     ]  # fmt: skip
     rows = [columns, ["---"] * len(columns)]
     for c in comparisons:
         ends = [f"{run.losses[0]:.6f}, {run.losses[-1]:.6f}" for run in (c.stock, c.ours)]
-        distances = [f"{c.difference:.1e}", f"{c.vanilla_distance:.1e}"]
+        distances = [f"{c.difference:.1e}", f"{c.baseline_distance:.1e}"]
         says = "yes" if c.stock.says_attention else "no"
         rows.append([c.release, c.layout, *ends, *distances, says, "yes" if c.agrees else "NO"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -281,10 +286,16 @@ def table(comparisons: list[Comparison]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kvshift-check", description=__doc__.partition("\n")[0])
-    parser.add_argument("--megatron-path", type=Path, required=True, metavar="CHECKOUT")
+    parser.add_argument(
+        "--megatron-path",
+        type=Path,
+        required=True,
+        metavar="CHECKOUT",
+        help="a git checkout of a released Megatron-LM",
+    )
     checkout = parser.parse_args(argv).megatron_path.resolve()
 
-    def interrupt(*_):
+    def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
@@ -301,8 +312,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(table(comparisons))
     print(
-        f"Largest difference of any of {STEPS} steps; agreement is {TOLERANCE:g} or less, and at "
-        f"least {VANILLA_DISTANCE:g} from the vanilla twin. Losses are logged to 7 digits."
+        f"Largest difference of any of {STEPS} steps. Runs agree if it is at most {TOLERANCE:g}, "
+        f"and the baseline model's at least {BASELINE_DISTANCE:g}. Losses are logged to 7 digits."
     )
     return 0 if all(comparison.agrees for comparison in comparisons) else 1
 

@@ -1,4 +1,4 @@
-"""Which release a checkout of Megatron-LM is, and whether it is as released."""
+"""Find out which release a checkout of Megatron-LM is, and whether it is unmodified."""
 
 import re
 import subprocess
@@ -11,14 +11,14 @@ class CheckoutError(ValueError):
 
 
 def release_of(checkout: Path, known: Iterable[str]) -> str:
-    """The version that a checkout of Megatron-LM is of, after making sure that it can be used.
+    """Return the version of a checkout of Megatron-LM, after checking that it can be used.
 
     Args:
-        checkout: the folder that holds `megatron/`.
-        known: the series that can be used, such as 0.19.
+        checkout: The folder that holds `megatron/`.
+        known: The series that can be used, such as 0.19.
 
     Raises:
-        CheckoutError: no checkout of Megatron-LM, local modifications, or an unknown release.
+        CheckoutError: It is no checkout of Megatron-LM, is modified, or its release is unknown.
     """
     info = checkout / "megatron" / "core" / "package_info.py"
     for needed in (checkout / "pretrain_gpt.py", info):
@@ -31,32 +31,38 @@ def release_of(checkout: Path, known: Iterable[str]) -> str:
     if modified:
         raise CheckoutError(
             f"{checkout} is modified ({', '.join(line[3:] for line in modified)}): "
-            "restore these files, or pass another checkout"
+            "restore these files or pass another checkout"
         )
     parts = dict(re.findall(r"^(MAJOR|MINOR|PATCH|PRE_RELEASE) = (.+)$", info.read_text(), re.M))
     if not {"MAJOR", "MINOR", "PATCH"} <= parts.keys():
-        raise CheckoutError(f"{info} names no version: pass a released Megatron-LM")
+        raise CheckoutError(f"{info} names no version: pass a checkout of a released Megatron-LM")
     version = "{MAJOR}.{MINOR}.{PATCH}".format(**parts) + parts.get("PRE_RELEASE", "").strip("'\"")
     if series(version) not in known:
         raise CheckoutError(
-            f"{checkout} is of release {version}: this check knows {', '.join(known)}"
+            f"{checkout} is of release {version}: pass a checkout of {', '.join(known)}"
         )
     return version
 
 
 def series(version: str) -> str:
-    """0.19.2 -> 0.19"""
+    """Return the release series of a version: 0.19 for 0.19.2."""
     return ".".join(version.split(".")[:2])
 
 
 def git(checkout: Path, *command: str) -> str:
-    """Standard output of a git command; CheckoutError where it fails."""
+    """Return the standard output of a git command.
+
+    Raises:
+        CheckoutError: The command fails, or git is not installed.
+    """
     try:
         done = subprocess.run(
             ["git", "-C", str(checkout), *command], capture_output=True, text=True, timeout=60
         )
     except FileNotFoundError as error:
-        raise CheckoutError("git is not installed: it says whether a checkout is clean") from error
+        raise CheckoutError(
+            "git is not installed: install it, as it says whether a checkout is modified"
+        ) from error
     if done.returncode != 0:
         raise CheckoutError(f"{checkout} is no git checkout: {done.stderr.strip()}")
     return done.stdout

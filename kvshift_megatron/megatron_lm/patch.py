@@ -1,10 +1,10 @@
-"""Applies this project's patches to a Megatron-LM, checks them, or takes them back.
+"""Apply this project's patches to a Megatron-LM, check them, or revert them.
 
     kvshift-patch apply|check|revert --megatron-path CHECKOUT
 
 CHECKOUT is the folder that holds `megatron/`: a checkout of Megatron-LM at one of the tags that
 `patches/` has a folder for, or, for 0.19, the site-packages of an installed megatron-core. Only
-files that are as released, but for these patches, are touched; all are written, or none.
+files that are as released, apart from these patches, are touched; all are written, or none.
 """
 
 import argparse
@@ -25,17 +25,17 @@ PATCHES = Path(__file__).with_name("patches")
 
 
 class Refused(Exception):
-    """What the user has to put right, in one sentence."""
+    """The user has to fix something first; the message is one sentence."""
 
 
 @dataclass(frozen=True)
 class PatchSet:
     """One folder of `patches/`.
 
-    Args:
-        name: the tag of Megatron-LM that the patches were made from.
-        patches: the patch files, in the order of their numbers.
-        unpatched: path -> SHA-256 of every file that they touch, as released.
+    Attributes:
+        name: The tag of Megatron-LM that the patches were made from.
+        patches: The patch files, in the order of their numbers.
+        unpatched: Path -> SHA-256, as released, of every file that they touch.
     """
 
     name: str
@@ -43,19 +43,19 @@ class PatchSet:
     unpatched: dict[str, str]
 
     def touching(self, path: str) -> tuple[Path, ...]:
-        """The patches that change `path`."""
+        """Return the patches that change `path`."""
         line = f"+++ b/{path}\n"
         return tuple(patch for patch in self.patches if line in patch.read_text())
 
 
 @dataclass(frozen=True)
 class State:
-    """What one file is now.
+    """The state of one file.
 
-    Args:
-        content: its bytes.
-        released: its bytes without the patches; None if it differs from the release in other ways.
-        applied: the patches that it has.
+    Attributes:
+        content: Its bytes.
+        released: Its bytes without the patches; None if it differs from the release in other ways.
+        applied: The patches that it has.
     """
 
     content: bytes
@@ -64,7 +64,7 @@ class State:
 
 
 def main(argv: Sequence[str] | None = None, patches: Path = PATCHES) -> int:
-    """Runs the command line and answers the exit code: 1 with a sentence on standard error."""
+    """Run the command line and return the exit code: 1 with a sentence on standard error."""
     parser = argparse.ArgumentParser(prog="kvshift-patch", description=__doc__.partition("\n")[0])
     parser.add_argument("action", choices=["apply", "check", "revert"])
     parser.add_argument(
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None, patches: Path = PATCHES) -> int:
         type=Path,
         required=True,
         metavar="CHECKOUT",
-        help="The folder that holds `megatron/`.",
+        help="the folder that holds `megatron/`",
     )
     options = parser.parse_args(argv)
     try:
@@ -83,10 +83,10 @@ def main(argv: Sequence[str] | None = None, patches: Path = PATCHES) -> int:
 
 
 def run(action: str, root: Path, patches: Path = PATCHES) -> int:
-    """Does one action and answers the exit code.
+    """Do one action and return the exit code.
 
     Raises:
-        Refused: nothing was changed; the message says why.
+        Refused: Nothing was changed; the message says why.
     """
     version = read_version(root)
     chosen = find_set(version, patches)
@@ -97,10 +97,10 @@ def run(action: str, root: Path, patches: Path = PATCHES) -> int:
     changed = [path for path, state in states.items() if state.released is None]
     if changed:
         raise Refused(
-            f"{', '.join(changed)}: not as megatron-core {version} has it, even without these "
-            f"patches, so that nothing was {_PAST[action]}: restore it, or put the patch in by hand"
+            f"{', '.join(changed)}: differs from megatron-core {version} by more than these "
+            f"patches, so nothing was {_PAST[action]}: restore it, or apply the patch by hand"
         )
-    target = {path: state.released for path, state in states.items()}
+    target = {p: state.released for p, state in states.items() if state.released is not None}
     if action == "apply":
         for patch in chosen.patches:
             target = git_apply(target, patch)
@@ -118,7 +118,7 @@ _ALREADY = {"apply": "every patch is applied already", "revert": "no patch is ap
 
 
 def read_version(root: Path) -> str:
-    """The version that `megatron/core/package_info.py` states, without importing it."""
+    """Return the version that `megatron/core/package_info.py` states, without importing it."""
     file = root / "megatron" / "core" / "package_info.py"
     try:
         text = file.read_text(encoding="utf-8")
@@ -127,15 +127,16 @@ def read_version(root: Path) -> str:
             f"{root} holds no megatron/core/package_info.py: give --megatron-path the folder that "
             "holds `megatron/`"
         ) from error
-    parts = [re.search(rf"^{name} = (\d+)", text, re.M) for name in ("MAJOR", "MINOR", "PATCH")]
-    if None in parts:
-        raise Refused(f"{file} states no version")
+    names = ("MAJOR", "MINOR", "PATCH")
+    parts = [match[1] for name in names if (match := re.search(rf"^{name} = (\d+)", text, re.M))]
+    if len(parts) < len(names):
+        raise Refused(f"{file} states no version: pass a released Megatron-LM")
     pre = re.search(r"^PRE_RELEASE = ['\"](.*)['\"]", text, re.M)
-    return ".".join(part[1] for part in parts) + (pre[1] if pre else "")
+    return ".".join(parts) + (pre[1] if pre else "")
 
 
 def find_set(version: str, patches: Path = PATCHES) -> PatchSet:
-    """The patches for `version`."""
+    """Return the patches for `version`."""
     known = []
     for manifest in sorted(patches.glob("*/manifest.toml")):
         values = tomllib.loads(manifest.read_text(encoding="utf-8"))
@@ -144,20 +145,20 @@ def find_set(version: str, patches: Path = PATCHES) -> PatchSet:
             return PatchSet(folder.name, tuple(sorted(folder.glob("*.patch"))), values["unpatched"])
         known += values["versions"]
     raise Refused(
-        f"megatron-core {version} has no patches; they are made for {', '.join(known) or 'nothing'}"
+        f"megatron-core {version} has no patches; they exist for {', '.join(known) or 'no release'}"
     )
 
 
 def state_of(root: Path, path: str, chosen: PatchSet) -> State:
-    """Whether a file is as released, but for which patches."""
+    """Find out which patches a file has, and whether it is otherwise as released."""
     file = root / path
     try:
         content = file.read_bytes()
     except FileNotFoundError as error:
-        where = "" if "/" in path else ", and a wheel has only part of that repository"
+        why = "" if "/" in path else ", as a wheel has only part of that repository"
         raise Refused(
             f"{file} does not exist: these patches need a checkout of Megatron-LM at "
-            f"{chosen.name}{where}"
+            f"{chosen.name}{why}"
         ) from error
     except OSError as error:
         raise Refused(f"{file} cannot be read: {error.strerror}") from error
@@ -181,34 +182,38 @@ def _without(content: bytes, path: str, applied: Sequence[Path]) -> bytes | None
 
 
 def report(states: dict[str, State], chosen: PatchSet) -> int:
-    """Prints what every patch and file is; 0 if all are applied, or none is."""
+    """Print the state of every patch and file; return 0 if all patches are applied, or none.
+
+    Raises:
+        Refused: Some patches are applied and others not, or a file differs in other ways.
+    """
     seen = set()
     for path, state in states.items():
         if state.released is None:
             seen.add("dirty")
-            print(f"  dirty        {path}: not as released, even without these patches")
+            print(f"  dirty        {path}: differs from the release by more than these patches")
             continue
         for patch in chosen.touching(path):
             word = "applied" if patch in state.applied else "not applied"
             seen.add(word)
             print(f"  {word:12} {patch.name}: {path}")
     if len(seen) > 1 or "dirty" in seen:
-        raise Refused("neither as released nor fully patched; see the list")
+        raise Refused("neither as released nor fully patched: see the list above")
     return 0
 
 
 def git_apply(files: dict[str, bytes], patch: Path, *options: str) -> dict[str, bytes]:
-    """The contents of `files` after `git apply` of one patch, in a folder of their own.
+    """Return the contents of `files` after `git apply` of one patch, in a temporary folder.
 
     Raises:
-        Refused: the patch does not apply, or there is no git.
+        Refused: The patch does not apply, or there is no git.
     """
     with tempfile.TemporaryDirectory() as folder:
         copies = {path: Path(folder, path) for path in files}
         for path, copy in copies.items():
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(files[path])
-        # No repository or setting of the user's may have a say in how the patch is applied.
+        # No repository around the folder and no setting of the user's may change the result.
         environment = {name: os.environ[name] for name in os.environ if name[:4] != "GIT_"}
         environment["GIT_CEILING_DIRECTORIES"] = str(Path(folder).resolve().parent)
         environment |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
@@ -218,27 +223,29 @@ def git_apply(files: dict[str, bytes], patch: Path, *options: str) -> dict[str, 
                 command, cwd=folder, env=environment, capture_output=True, text=True
             )
         except FileNotFoundError as error:
-            raise Refused("git is needed to apply patches, and was not found") from error
+            raise Refused("git, which applies the patches, was not found: install it") from error
         if done.returncode:
             why = done.stderr.strip().splitlines()
-            raise Refused(f"{patch.name} does not apply: {why[0] if why else 'git says no more'}")
+            raise Refused(
+                f"{patch.name} does not apply: {why[0] if why else 'git gives no reason'}"
+            )
         return {path: copy.read_bytes() for path, copy in copies.items()}
 
 
 def replace_files(root: Path, new: dict[str, bytes]) -> None:
-    """Gives files new contents, all or none; their modes stay.
+    """Give files new contents, all or none; their modes stay.
 
-    By rename, so that nobody reads half a file, and hard links (of uv's cache, say) stay as
-    they are.
+    They are renamed into place, so that nobody reads half a file and hard links (for example to
+    uv's cache) keep their contents.
 
     Raises:
-        Refused: a file could not be written, and all are what they were.
+        Refused: A file could not be written; all are as they were.
     """
     staged, saved, replaced = {}, {}, []
     try:
         for path, data in new.items():
             file = (root / path).resolve()
-            # Both before the first rename: from there on nothing but renaming can fail.
+            # Both copies exist before the first rename: after it, only a rename can fail.
             saved[file] = _stage(file, file.read_bytes())
             staged[file] = _stage(file, data)
         for file, copy in staged.items():
@@ -256,7 +263,7 @@ def replace_files(root: Path, new: dict[str, bytes]) -> None:
 
 
 def _stage(file: Path, data: bytes) -> Path:
-    """A file beside `file`, with its mode and the new contents."""
+    """Write a file beside `file`, with its mode and the new contents; return its path."""
     handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
     with os.fdopen(handle, "wb") as stream:
         stream.write(data)

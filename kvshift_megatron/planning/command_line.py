@@ -2,10 +2,10 @@
 
     kvshift-plan MODEL LAYOUT [--nproc N] [--set FLAG[=VALUE]] [--gpu NAME]
 
-MODEL and LAYOUT are those of kvshift_megatron/recipes. Builds the real model for every pipeline
-stage on the meta device, runs Megatron's own training step there, and prints what was counted:
-memory, messages, FLOPs; and an estimate of the step's time. Needs no GPU. Exit status: 0 it fits,
-1 it does not, 2 for a mistake.
+MODEL and LAYOUT are those of kvshift_megatron/recipes. The command builds the real model for every
+pipeline stage on the meta device, runs Megatron's own training step there, and prints what it
+counted (memory, messages, FLOPs) and an estimate of the step's time. It needs no GPU. Exit status:
+0 if the layout fits, 1 if it does not, 2 for a mistake.
 """
 
 import argparse
@@ -19,20 +19,20 @@ from pathlib import Path
 from kvshift_megatron.planning import gpus
 from kvshift_megatron.planning.estimate import Assumptions, estimate
 from kvshift_megatron.recipes import recipe, validate
-from kvshift_megatron.recipes.toml_flags import command_line
+from kvshift_megatron.recipes.toml_flags import Flags, command_line
 from kvshift_megatron.utils.atomic_files import replace
 
 _LISTED = 12
 _FINALISTS = 3
-# Built at most, where some do not fit after all.
+# The most candidates that are built in search of _FINALISTS that fit.
 _TRIED = 10
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="kvshift-plan",
-        description="What a configuration needs of a cluster: memory, messages, FLOPs, time.",
+        description="Print what a configuration needs of a cluster: memory, messages, FLOPs, time.",
     )
     recipe.add_arguments(parser)
     parser.add_argument("--gpu", default="h100-80gb", help=f"one of {', '.join(gpus.GPUS)}")
@@ -52,8 +52,10 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
             metavar="NUMBER",
             help=f"assumed; default {field.default:g}",
         )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw memory by stage there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to this file")
+    parser.add_argument(
+        "--png", type=Path, metavar="FILE", help="draw memory by stage into this file"
+    )
     parser.add_argument(
         "--search",
         action="store_true",
@@ -64,7 +66,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     arguments = parse_arguments(argv)
     try:
         return _run(arguments)
@@ -78,7 +80,7 @@ def _run(arguments: Namespace) -> int:
     from kvshift_megatron.planning.layout import Layout
     from kvshift_megatron.planning.picture import draw
     from kvshift_megatron.planning.plan import plan
-    from kvshift_megatron.planning.report import report, twin_difference
+    from kvshift_megatron.planning.report import added_by_kv_shift, report
 
     start = time.monotonic()
     if arguments.jobs < 1:
@@ -102,7 +104,7 @@ def _run(arguments: Namespace) -> int:
     times = estimate(planned, gpu, assumed)
     print(
         f"\nPlanned in {time.monotonic() - start:.0f} s, at most "
-        f"{planned['peak_rss'] / 2**30:.1f} GiB a process, {arguments.jobs} at a time."
+        f"{planned['peak_rss'] / 2**30:.1f} GiB per process, {arguments.jobs} at a time."
     )
     if arguments.json is not None:
         everything = {
@@ -112,9 +114,9 @@ def _run(arguments: Namespace) -> int:
             "assumed": dataclasses.asdict(assumed),
             "estimate": times,
             "twin_estimate": (
-                estimate(planned, gpu, assumed, twin=True) if planned["twin_stages"] else None
+                estimate(planned, gpu, assumed, baseline=True) if planned["twin_stages"] else None
             ),
-            "added_by_kv_shift": twin_difference(planned) if planned["twin_stages"] else None,
+            "added_by_kv_shift": added_by_kv_shift(planned) if planned["twin_stages"] else None,
             **planned,
         }
         text = json.dumps(everything, indent=1) + "\n"
@@ -124,21 +126,21 @@ def _run(arguments: Namespace) -> int:
     return 0 if times["fits"] else 1
 
 
-def _best(run, gpu: gpus.GPU, assumed: Assumptions, jobs: int):
-    """Prints the layouts that fit; returns the run with the best of those built for real."""
+def _best(run: recipe.Run, gpu: gpus.GPU, assumed: Assumptions, jobs: int) -> recipe.Run:
+    """Print the layouts that fit; return the run with the best of those whose stages were built."""
     from kvshift_megatron.planning.plan import plan
     from kvshift_megatron.planning.search import search
 
     args = validate.parse(run)
     found = search(command_line, run.flags, args, run.nproc, gpu, assumed, jobs)
-    print(f"Layouts that should fit, best first by the quick models ({len(found)} in all):")
+    print(f"Layouts that should fit, fastest first by the quick models ({len(found)} in all):")
     for candidate, times in found[:_LISTED]:
         print(
             f"  {times['step']:9.4g} s, {times['free_bytes'] / 1e9:5.1f} GB free: "
             f"{candidate.describe()}"
         )
     print("The first of them, every stage built:")
-    fitting = []
+    fitting: list[tuple[float, int, Flags]] = []
     for candidate, _ in found[:_TRIED]:
         flags = candidate.flags(run.flags, args.num_layers)
         try:
@@ -158,8 +160,8 @@ def _best(run, gpu: gpus.GPU, assumed: Assumptions, jobs: int):
             break
     if not fitting:
         raise ValueError(
-            f"none of the first {_TRIED} layouts fits when it is built: take more GPUs with --nproc"
+            f"none of the first {_TRIED} layouts fits once built: take more GPUs with --nproc"
         )
     flags = min(fitting)[-1]
     print()
-    return dataclasses.replace(run, flags=flags, layout="the layout that was found")
+    return dataclasses.replace(run, flags=flags, layout="the layout found")

@@ -1,8 +1,9 @@
-"""The counters of a training step, at torch's dispatcher: below every Python name for a call."""
+"""Count a training step at torch's dispatcher, below every Python name that a call may go by."""
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from kvshift_megatron.planning.traffic import Traffic
 
 aten = torch.ops.aten
 
-# torch's FlopCounterMode has formulas for the GPU's attention kernels only.
-_ATTENTION_ON_CPU = {
+# torch's FlopCounterMode has formulas only for the GPU's attention kernels.
+_ATTENTION_ON_CPU: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_: sdpa_flop_count(
         q.shape, k.shape, v.shape
     ),
@@ -26,20 +27,20 @@ _ATTENTION_ON_CPU = {
 
 
 class StepCounter(TorchDispatchMode):
-    """Counts a step's traffic, arithmetic and allocations.
+    """Count a step's traffic, arithmetic and allocations.
 
     Args:
-        storages: is told of every result.
+        storages: Is shown every result.
 
     Attributes:
-        traffic: see Traffic.
-        work: (during, what) -> number; `what` is matmul and attention (FLOPs by the formulas of
+        traffic: See Traffic.
+        work: (during, what) -> number. `what` is matmul or attention (FLOPs by the formulas of
             torch's FlopCounterMode, attention as if nothing were masked) or elementwise (elements
-            that pointwise operations return). `during` is forward, backward (with what it
-            recomputes), optimizer, or schedule for what lies between.
+            that pointwise operations return). `during` is forward, backward (including what it
+            recomputes), optimizer, or schedule for everything between.
     """
 
-    def __init__(self, storages: LiveStorages):
+    def __init__(self, storages: LiveStorages) -> None:
         super().__init__()
         self.traffic = Traffic()
         self.work: Counter[tuple[str, str]] = Counter()
@@ -48,14 +49,16 @@ class StepCounter(TorchDispatchMode):
 
     @contextlib.contextmanager
     def during(self, name: str) -> Iterator[None]:
-        """Names what runs in the block."""
+        """Count what runs in the block under this name."""
         before, self._during = self._during, name
         try:
             yield
         finally:
             self._during = before
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         during = "backward" if torch._C._current_graph_task_id() != -1 else self._during
@@ -70,7 +73,7 @@ class StepCounter(TorchDispatchMode):
             self.work[during, kind] += flop_registry[packet](*args, **kwargs, out_val=result)
         outputs = result if isinstance(result, tuple | list) else (result,)
         outputs = [output for output in outputs if isinstance(output, Tensor)]
-        # The fused shift is an operator of this package's own.
+        # This package's fused shift is an operator without torch's pointwise tag.
         if torch.Tag.pointwise in func.tags or func.namespace == "kvshift_megatron":
             self.work[during, "elementwise"] += sum(output.numel() for output in outputs)
         for output in outputs:

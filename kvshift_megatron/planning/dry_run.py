@@ -1,4 +1,4 @@
-"""One rank's training steps in a process of its own, on the meta device."""
+"""Run one rank's training steps in a process of its own, on the meta device."""
 
 import contextlib
 import io
@@ -14,12 +14,13 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kvshift_megatron import cpu
 from kvshift_megatron.planning.dry_run_flags import dry_run_flags, undo_cpu_choices
 from kvshift_megatron.planning.observe import EnoughSteps, StepObserver
 
-# What a report or an estimate needs of Megatron's validated arguments.
+# The validated arguments of Megatron that a report or an estimate needs.
 _SIZES = (
     "global_batch_size",
     "micro_batch_size",
@@ -30,17 +31,17 @@ _SIZES = (
     "overlap_param_gather",
     "use_distributed_optimizer",
 )
-_SECONDS = 600  # for one rank; the largest take some tens
+_SECONDS = 600  # for one rank; the largest models take less than a minute
 
 
 @dataclass(frozen=True)
 class DryRank:
-    """What a process counts.
+    """What one process counts.
 
     Attributes:
-        flags: of kvshift_megatron.pretrain, as words.
-        world_size, rank: of the layout.
-        micro_batches: of each step; see StepObserver.
+        flags: Command line of kvshift_megatron.pretrain, as words.
+        world_size, rank: The rank's place in the layout.
+        micro_batches: Micro-batches of each step; see StepObserver.
         kernels: gpu or cpu; see kernels.py.
     """
 
@@ -52,8 +53,8 @@ class DryRank:
 
 
 def prepare() -> None:
-    """Imports what every process needs, once."""
-    # On a machine with a GPU too: nothing of a plan runs there.
+    """Import what every process needs, so that the children inherit it."""
+    # The CPU layer is forced even if there is a GPU: no part of a plan runs on one.
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cpu.enable(force=True)
@@ -68,14 +69,14 @@ def prepare() -> None:
 
 
 def count(ranks: list[DryRank], jobs: int = 2) -> list[dict]:
-    """Runs them, `jobs` at a time.
+    """Run the ranks' steps, `jobs` at a time.
 
     Returns:
-        for each rank {static, steps, args, seconds, peak_rss}; see StepObserver, `args` being those
-        of Megatron's validated arguments that a plan needs.
+        For each rank {static, steps, args, seconds, peak_rss}. For the first two see StepObserver;
+        `args` are those of Megatron's validated arguments that a plan needs.
 
     Raises:
-        ValueError: a rank's run failed; the message ends with its last line.
+        ValueError: A rank's run failed; the message holds its error.
     """
     prepare()
     with tempfile.TemporaryDirectory(prefix="kvshift_plan_") as folder:
@@ -86,7 +87,7 @@ def count(ranks: list[DryRank], jobs: int = 2) -> list[dict]:
                 while waiting and len(running) < jobs:
                     number, rank = waiting.pop()
                     running[_start(rank, Path(folder) / str(number))] = (number, time.monotonic())
-                # All at once: those that have ended are no longer there to be killed.
+                # Remove all of them before one can raise: an ended child must not be killed below.
                 for number in [running.pop(pid)[0] for pid in list(_ended(running))]:
                     _raise_if_failed(Path(folder) / str(number), ranks[number])
                 time.sleep(0.02)
@@ -109,7 +110,7 @@ def _start(rank: DryRank, output: Path) -> int:
         log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        # The parent's may be something else than these two.
+        # The parent's streams may not be file descriptors 1 and 2.
         sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
         counted = _run(rank)
         output.with_suffix(".json").write_text(json.dumps(counted))
@@ -118,7 +119,7 @@ def _start(rank: DryRank, output: Path) -> int:
         output.with_suffix(".error").write_text(f"{type(error).__name__}: {error}")
     sys.stdout.flush()
     sys.stderr.flush()
-    # What ends the parent, such as a test's handlers, is not the child's to run.
+    # Without the parent's exit handlers, such as a test runner's.
     os._exit(0)
 
 
@@ -136,18 +137,18 @@ def _raise_if_failed(output: Path, rank: DryRank) -> None:
     if output.with_suffix(".json").exists():
         return
     error = output.with_suffix(".error")
-    reason = error.read_text() if error.exists() else f"it was ended ({_SECONDS} s at most)"
+    reason = error.read_text() if error.exists() else f"it was killed (limit: {_SECONDS} s)"
     log = output.with_suffix(".log")
     if "KVSHIFT_PLAN_LOG" in os.environ and log.exists():
         Path(os.environ["KVSHIFT_PLAN_LOG"]).write_text(log.read_text())
     raise ValueError(
-        f"rank {rank.rank} of {rank.world_size} cannot be planned: {reason} (KVSHIFT_PLAN_LOG=FILE "
-        "keeps what it printed)"
+        f"rank {rank.rank} of {rank.world_size} cannot be planned: {reason} (set "
+        "KVSHIFT_PLAN_LOG=FILE to keep its output)"
     )
 
 
 def _run(rank: DryRank) -> dict:
-    """In the child: Megatron's own `pretrain` until enough steps have been counted."""
+    """Run Megatron's own `pretrain`, in the child, until enough steps have been counted."""
     import resource
 
     start = time.monotonic()
@@ -174,10 +175,11 @@ def _run(rank: DryRank) -> dict:
     kernels.use(rank.kernels)
     task = load_task(args.task_module)
 
-    def datasets_provider(_, vp_stage=None):
+    def provide_datasets(_: Any, vp_stage: int | None = None) -> tuple[Iterator, ...]:
         return (meta_device.samples(args, tuple(task.batch_keys)),) * 3
 
-    datasets_provider.is_distributed = True
+    datasets_provider: Any = provide_datasets
+    datasets_provider.is_distributed = True  # Megatron then calls it on every rank
     observer = StepObserver(list(rank.micro_batches))
     try:
         with (
@@ -204,7 +206,7 @@ def _run(rank: DryRank) -> dict:
 
 
 def _facts(args: Namespace) -> dict:
-    """Sizes, and Megatron's own figures: FLOPs of a step, and its theoretical memory."""
+    """Return the sizes, and Megatron's own figures: FLOPs of a step and its theoretical memory."""
     from kvshift_megatron.planning.megatron_figures import megatron_figures
 
     return {name: getattr(args, name) for name in _SIZES} | megatron_figures(args)

@@ -1,8 +1,8 @@
-"""The command line of a dry run: the user's, less what only a GPU can do."""
+"""Make the command line of a dry run: the user's, less what only a GPU can do."""
 
 from argparse import Namespace
 
-# They change speed, and nothing that is counted. Flag -> how many values it takes.
+# Flags that change nothing that is counted. Flag -> how many values it takes; -1: any number.
 _LEFT_OUT = {
     "--transformer-impl": 1,
     "--distributed-backend": 1,
@@ -29,36 +29,35 @@ _LEFT_OUT = {
 
 _ADDED = (
     "--fake-process-group",
-    # Compiled functions would be compiled; what they keep for the backward pass is the same.
+    # Compile nothing: what a function keeps for the backward pass is the same either way.
     "--disable-jit-fuser",
     # Batches come from meta_device.samples.
     "--dataloader-type", "external",
-    # No value is there to be validated.
+    # Megatron would validate values, and meta tensors have none.
     "--rerun-mode", "disabled",
     "--log-interval", "1000000",
 )  # fmt: skip
 
 _REFUSED = {
-    "--sft": "where packed documents end is known from the data only; plan without packing",
-    "--dataloader-inter-document-masking": "where packed documents end is known from the data "
-    "only; plan without packing",
-    "--num-experts": "how many tokens each expert gets is known from the data only; only dense "
-    "models can be planned",
-    "--use-tp-pp-dp-mapping": "only Megatron's default order of ranks can be planned",
+    "--sft": "only the data tells where packed documents end; plan without packing",
+    "--dataloader-inter-document-masking": "only the data tells where packed documents end; plan "
+    "without packing",
+    "--num-experts": "only the data tells how many tokens each expert gets; plan a dense model",
+    "--use-tp-pp-dp-mapping": "only Megatron's default order of ranks can be planned; drop it",
     "--rampup-batch-size": "plan the final batch size, with --global-batch-size",
-    "--use-precision-aware-optimizer": "its optimizer is Transformer Engine's, which cannot be "
+    "--use-precision-aware-optimizer": "it needs Transformer Engine's optimizer, which cannot be "
     "built here; plan without it for an upper bound",
 }
 
 
 def dry_run_flags(words: tuple[str, ...]) -> list[str]:
-    """The command line that a dry run parses.
+    """Return the command line that a dry run parses.
 
     Args:
-        words: of the command line of kvshift_megatron.pretrain.
+        words: Command line of kvshift_megatron.pretrain.
 
     Raises:
-        ValueError: a flag whose cost cannot be counted without a GPU or data.
+        ValueError: The cost of a flag cannot be counted without a GPU or data.
     """
     kept, skip = [], 0
     for word in words:
@@ -78,15 +77,16 @@ def dry_run_flags(words: tuple[str, ...]) -> list[str]:
 
 
 def undo_cpu_choices(args: Namespace, words: tuple[str, ...], kernels: str) -> None:
-    """Takes back what the CPU layer chose for a CPU, in validated arguments.
+    """Undo what the CPU layer chose for a CPU.
 
     Args:
-        words: the user's, whose choices stay.
+        args: Megatron's validated arguments.
+        words: The user's command line, whose choices stay.
         kernels: gpu or cpu.
     """
-    # Weights go to the "GPU" at once; on the host they would take memory.
+    # Create the weights on the "GPU": on the host they would take memory.
     args.use_cpu_initialization = False
-    # Megatron switches it off for a fake process group; it adds a message to a step.
+    # Megatron turns the check off for a fake process group, but it adds a message to each step.
     args.check_for_nan_in_loss_and_grad = "--no-check-for-nan-in-loss-and-grad" not in words
     if kernels == "gpu" and "--no-bias-swiglu-fusion" not in words:
         args.bias_swiglu_fusion = True

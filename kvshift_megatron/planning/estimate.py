@@ -1,18 +1,18 @@
-"""The one thing that is not counted: how long a step takes. A model, and here is all of it.
+"""Estimate how long a step takes, the one figure that is not counted. This is the whole model:
 
     micro-batch  = (matmul FLOPs + half of the attention FLOPs, which the counter takes as if
                    nothing were masked) / (peak x matmul_efficiency)
                    + bytes of pointwise operations / (memory bandwidth x memory_efficiency)
                    + messages of TP, CP and PP, none of them hidden
-    pipeline     = micro-batch x (micro-batches + (PP - 1) / chunks a stage), of the slowest stage
+    pipeline     = micro-batch x (micro-batches + (PP - 1) / chunks per stage), of the slowest stage
     data         = gradients and parameters over DP; with overlap_grad_reduce only what the backward
-                   of the last micro-batch does not hide, with overlap_param_gather likewise for the
-                   forward of the first
+                   pass of the last micro-batch does not hide, with overlap_param_gather likewise
+                   for the forward pass of the first
     optimizer    = its bytes / (memory bandwidth x memory_efficiency), and the remaining messages
 
-A message takes latency + its bytes on the wire / (link x link_efficiency); the link is NVLink where
-the group lies within a node, else the network. MFU is Megatron's num_floating_point_operations over
-the step's time and the GPUs' peak.
+A message takes latency + its bytes on the wire / (link x link_efficiency). The link is NVLink if
+the group lies within a node, else the network. MFU is Megatron's num_floating_point_operations
+divided by the step's time and the GPUs' peak.
 """
 
 from dataclasses import dataclass
@@ -20,18 +20,18 @@ from dataclasses import dataclass
 from kvshift_megatron.planning.gpus import GPU
 from kvshift_megatron.planning.wire import wire_bytes
 
-# Bytes that a pointwise operation moves for each element: two 16-bit operands, one result.
+# Bytes that a pointwise operation moves per element: two 16-bit operands and one result.
 _POINTWISE_BYTES = 6
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What hardware reaches of its data sheet; change them to what was measured.
+    """How much of its data sheet the hardware reaches; change these to what was measured.
 
     Attributes:
-        matmul_efficiency, memory_efficiency, link_efficiency: fractions of the peak.
-        latency: seconds a message, whatever its size.
-        reserve: bytes of a GPU that are not the model's: CUDA's context, NCCL's buffers, the
+        matmul_efficiency, memory_efficiency, link_efficiency: Fractions of the peak.
+        latency: Seconds per message, whatever its size.
+        reserve: Bytes of a GPU that the model cannot have: CUDA's context, NCCL's buffers, the
             workspaces of libraries, the allocator's gaps.
     """
 
@@ -42,19 +42,22 @@ class Assumptions:
     reserve: float = 6e9
 
 
-def estimate(planned: dict, gpu: GPU, assumed: Assumptions = Assumptions(), twin: bool = False):
-    """Seconds of a step, by part.
+def estimate(
+    planned: dict, gpu: GPU, assumed: Assumptions = Assumptions(), baseline: bool = False
+) -> dict[str, float]:
+    """Estimate the seconds of a step, by part.
 
     Args:
-        planned: what plan returned.
-        gpu, assumed: hardware.
-        twin: of the vanilla twin.
+        planned: What plan returned.
+        gpu, assumed: The hardware, and how much of its data sheet it reaches.
+        baseline: Estimate the baseline model's step.
 
     Returns:
-        matmul, pointwise, messages (each a micro-batch, slowest stage), bubble, data, optimizer,
-        step: seconds; mfu; tokens_per_second of all ranks; fits and free_bytes of the fullest rank.
+        In seconds: matmul, pointwise, messages and work, their sum (each of a micro-batch on the
+        slowest stage), bubble, data, optimizer and step. Besides these: mfu, tokens_per_second (of
+        all ranks), fits and free_bytes (of the fullest rank).
     """
-    stages = planned["twin_stages"] if twin else planned["stages"]
+    stages = planned["twin_stages"] if baseline else planned["stages"]
     layout, figures = planned["layout"], planned["figures"]
     parts = max((_stage(stage, planned, gpu, assumed) for stage in stages), key=lambda p: p["work"])
     bubble = parts["work"] * (layout["pp"] - 1) / stages[0]["chunks"]
@@ -84,7 +87,7 @@ def _stage(stage: dict, planned: dict, gpu: GPU, assumed: Assumptions) -> dict[s
         pointwise[during] = (
             work.get("elementwise", 0) * _POINTWISE_BYTES / bandwidth / micro_batches
         )
-    pointwise.pop("optimizer", None)  # counted by its bytes below
+    pointwise.pop("optimizer", None)  # its bytes are counted below
     messages, scatter, gather, rest = 0.0, 0.0, 0.0, 0.0
     for row in stage["traffic"]:
         seconds = _seconds(row, layout, gpu, assumed)
@@ -101,7 +104,7 @@ def _stage(stage: dict, planned: dict, gpu: GPU, assumed: Assumptions) -> dict[s
     if figures["overlap_param_gather"]:
         gather = max(0.0, gather - matmul.get("forward", 0.0))
     state = stage["main_parameter_bytes"] + stage["moment_bytes"] + stage["other_optimizer_bytes"]
-    # Read and written once, with the part of the gradients that belongs to it.
+    # The state is read and written once. The last term is this rank's part of the gradients.
     moved = 2 * state + stage["moment_bytes"]
     return {
         "matmul": sum(matmul.values()),
@@ -114,18 +117,18 @@ def _stage(stage: dict, planned: dict, gpu: GPU, assumed: Assumptions) -> dict[s
 
 
 def _seconds(row: dict, layout: dict, gpu: GPU, assumed: Assumptions) -> float:
-    """Of all messages of a row, one after the other."""
-    # Ranks between neighbours of the group.
+    """Return the seconds that all messages of a row take, one after the other."""
+    # Distance between neighbouring ranks of the group.
     stride = {
         "TP": 1,
         "CP": layout["tp"],
-        "DP": layout["tp"],  # with context parallelism a group of both
+        "DP": layout["tp"],  # with context parallelism the group spans DP and CP
         "PP": layout["tp"] * layout["cp"] * layout["dp"],
-        # The first stage and the last.
+        # From the first stage to the last.
         "embedding": layout["tp"] * layout["cp"] * layout["dp"] * max(1, layout["pp"] - 1),
     }.get(row["group"], 1)
     within_node = stride * row["ranks"] <= gpu.node or layout["world_size"] <= gpu.node
-    # A ring leaves a node through the adapters of all its ranks there; a message through one.
+    # A ring leaves a node through the adapters of all its ranks there; a send, through one.
     adapters = 1 if row["operation"] == "send" else max(1, gpu.node // stride)
     link = gpu.nvlink if within_node else min(gpu.nvlink, adapters * gpu.network)
     return row["messages"] * assumed.latency + wire_bytes(row) / (link * assumed.link_efficiency)

@@ -1,4 +1,4 @@
-"""Where a rank stands in a layout, which ranks differ, and how many micro-batches show a step."""
+"""Place ranks in a layout, and choose which ranks and how many micro-batches to count."""
 
 from argparse import Namespace
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism; ranks count TP fastest, then CP, then data, then pipeline.
+    """Degrees of parallelism. Ranks count TP fastest, then CP, then DP, then PP.
 
     Attributes:
-        interleaved: whether a pipeline stage holds several model chunks.
-        micro_batches: of each rank and step.
+        interleaved: Whether a pipeline stage holds several model chunks.
+        micro_batches: Micro-batches per rank and step.
     """
 
     tp: int
@@ -22,23 +22,23 @@ class Layout:
 
     @classmethod
     def of(cls, args: Namespace, world_size: int) -> "Layout":
-        """From parsed, unvalidated arguments.
+        """Make the layout of parsed arguments, which need not be validated.
 
         Raises:
-            ValueError: the layout does not divide the ranks or the batch.
+            ValueError: The layout does not divide the ranks or the batch.
         """
         tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
         pp = args.pipeline_model_parallel_size
         if world_size % (tp * cp * pp):
             raise ValueError(
-                f"{world_size} processes are not divided by TP {tp} x CP {cp} x PP {pp}: change "
+                f"{world_size} processes are not divisible by TP {tp} x CP {cp} x PP {pp}: change "
                 "--nproc or the layout"
             )
         dp = world_size // (tp * cp * pp)
         if args.global_batch_size % (args.micro_batch_size * dp):
             raise ValueError(
-                f"global-batch-size is {args.global_batch_size}, which micro-batch-size x DP = "
-                f"{args.micro_batch_size * dp} must divide"
+                f"global-batch-size is {args.global_batch_size}: it must be divisible by "
+                f"micro-batch-size x DP = {args.micro_batch_size * dp}"
             )
         return cls(
             tp,
@@ -61,14 +61,15 @@ class Layout:
         return self.tp * self.cp * self.dp * self.pp
 
     def rank(self, stage: int, dp: int = 0, cp: int = 0, tp: int = 0) -> int:
-        """The global rank at these places."""
+        """Return the global rank at this place in each group."""
         return tp + self.tp * (cp + self.cp * (dp + self.dp * stage))
 
     def probes(self, stage: int) -> dict[str, int]:
-        """Ranks of a stage that could differ from its first one, by what they are called.
+        """Return the ranks of a stage that could differ from its first one, by name.
 
-        The ends of every axis: a context-parallel rank has one neighbour at the ends and two
-        between, and the last data-parallel rank's part of the optimizer may be padding.
+        They are the ends of every axis, and the first context-parallel rank with two neighbours. At
+        the ends such a rank has one neighbour, and part of what the last data-parallel rank has of
+        the optimizer may be padding.
         """
         found = {}
         if self.tp > 1:
@@ -81,13 +82,13 @@ class Layout:
         return found
 
     def warm_up(self) -> int:
-        """Micro-batches of the first step, which only gives the optimizer its state."""
+        """Return the micro-batches of the first step, which only creates the optimizer's state."""
         return min(self.micro_batches, self.pp if self.interleaved else 1)
 
     def counted_steps(self, stage: int) -> tuple[int, ...]:
-        """Micro-batches of the steps that are counted: one that is the real step, or two.
+        """Return the micro-batches of the steps to count: of the real step, or of two short ones.
 
-        What a step costs is linear in its micro-batches once the pipeline of this stage is full, so
+        Once the pipeline of this stage is full, a step's cost is linear in its micro-batches, so
         two short steps give the cost of a long one.
         """
         if self.interleaved:
@@ -99,5 +100,5 @@ class Layout:
         return (first, first + unit)
 
     def describe(self) -> str:
-        """TP 4 x CP 1 x PP 1 x DP 60."""
+        """Return it in words, such as TP 4 x CP 1 x PP 1 x DP 60."""
         return f"TP {self.tp} x CP {self.cp} x PP {self.pp} x DP {self.dp}"

@@ -1,4 +1,4 @@
-"""What Megatron itself says about a run, to stand beside what was counted."""
+"""Megatron's own figures of a run, to compare with what was counted."""
 
 import contextlib
 import copy
@@ -7,21 +7,22 @@ from argparse import Namespace
 
 
 def megatron_figures(args: Namespace) -> dict:
-    """Megatron's own formulas.
+    """Evaluate Megatron's own formulas.
 
     Args:
-        args: validated.
+        args: Megatron's validated arguments.
 
     Returns:
-        flops_per_step: num_floating_point_operations of a global batch, all ranks together;
-        theoretical_state_bytes and theoretical_activation_bytes: of its theoretical memory report,
-        for the rank that holds most (the first stage); its activation formula is for full GPT
-        layers with attention kernels that keep no scores, in 16 bits.
+        megatron_flops_per_step: num_floating_point_operations of a global batch, all ranks
+        together; megatron_state_bytes and megatron_activation_bytes: from its theoretical memory
+        report, for the rank that holds most (the first stage), or None if Megatron reports none.
+        Its activation formula is for full GPT layers in 16 bits, with attention kernels that keep
+        no scores.
     """
     from megatron.training.theoretical_memory_usage import report_theoretical_memory
     from megatron.training.training import num_floating_point_operations
 
-    # Both write into what they are given.
+    # Both functions change the arguments they are given.
     args = copy.copy(args)
     micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     with contextlib.redirect_stdout(io.StringIO()):

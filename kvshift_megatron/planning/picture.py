@@ -1,4 +1,4 @@
-"""Memory by pipeline stage, as a picture."""
+"""Draw memory by pipeline stage."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from kvshift_megatron.planning.estimate import Assumptions
 from kvshift_megatron.planning.gpus import GPU
 from kvshift_megatron.utils.atomic_files import replace
 
-# From what is always there to what comes and goes.
+# From the bottom of a bar: what is always there first, what comes and goes last.
 _PARTS = (
     ("parameters", ("parameter_bytes",), "#2f4b7c"),
     ("gradients", ("gradient_bytes",), "#6a76ad"),
@@ -16,16 +16,18 @@ _PARTS = (
 )
 
 
-def draw(planned: dict, title: str, gpu_name: str, gpu: GPU, assumed: Assumptions, path: Path):
-    """Writes a PNG: one bar a stage, the GPU's memory and what is left of it after the reserve."""
+def draw(
+    planned: dict, title: str, gpu_name: str, gpu: GPU, assumed: Assumptions, path: Path
+) -> None:
+    """Write a PNG: a bar per stage, the GPU's memory, and what the reserve leaves of it."""
     from matplotlib.figure import Figure
 
-    stages, twins = planned["stages"], planned["twin_stages"]
+    stages, baseline = planned["stages"], planned["twin_stages"]
     figure = Figure(figsize=(max(5.5, 1.2 * len(stages) + 3.5), 4.2), layout="constrained")
     axes = figure.add_subplot()
-    width = 0.38 if twins else 0.6
-    kinds = [(stages, -width / 2 if twins else 0.0, 1.0)]
-    kinds += [(twins, width / 2, 0.45)] if twins else []
+    width = 0.38 if baseline else 0.6
+    kinds = [(stages, -width / 2 if baseline else 0.0, 1.0)]
+    kinds += [(baseline, width / 2, 0.45)] if baseline else []
     highest = 0.0
     for bars, shift, alpha in kinds:
         places = [place + shift for place in range(len(bars))]
@@ -47,9 +49,9 @@ def draw(planned: dict, title: str, gpu_name: str, gpu: GPU, assumed: Assumption
     axes.set_xlim(-0.7, len(stages) - 0.3)
     axes.set_ylim(0, max(memory, highest) * 1.12)
     axes.set_xticks(range(len(stages)), [f"stage {stage['stage']}" for stage in stages])
-    if twins:
-        axes.set_xlabel("left: with KV shifting; right, paler: the vanilla twin", fontsize=8)
-    axes.set_ylabel("GB a GPU")
+    if baseline:
+        axes.set_xlabel("left: with KV shifting; right, paler: the baseline model", fontsize=8)
+    axes.set_ylabel("GB per GPU")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()

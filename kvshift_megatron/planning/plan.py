@@ -1,6 +1,7 @@
-"""All pipeline stages of a layout, with KV shifting and without."""
+"""Count all pipeline stages of a layout, with KV shifting and without."""
 
 from collections import Counter
+from collections.abc import Hashable
 
 from kvshift_megatron.planning import dry_run
 from kvshift_megatron.planning.dry_run import DryRank
@@ -23,48 +24,49 @@ def plan(
     kernels: str = "gpu",
     stages_only: bool = False,
 ) -> dict:
-    """Counts a layout.
+    """Count a layout.
 
     Args:
-        words: flags of kvshift_megatron.pretrain.
-        layout: what these flags ask for.
-        jobs: processes at a time.
+        words: Command line of kvshift_megatron.pretrain.
+        layout: The layout that these flags ask for.
+        jobs: Processes at a time.
         kernels: gpu or cpu; see kernels.py.
-        stages_only: leaves out the twin and the ranks that could differ.
+        stages_only: Leave out the baseline model and the ranks that could differ.
 
     Returns:
         layout, figures (Megatron's own, and sizes), stages and twin_stages (see stage_plan; the
-        twin is None where the flags ask for the vanilla model), other_ranks: {name: what differs
-        from the first rank of the stage}, seconds and peak_rss of the processes.
+        latter is of the baseline model, and None if it was not counted), other_ranks: {name: what
+        differs from the first rank of the stage}, seconds and peak_rss of the processes.
 
     Raises:
-        ValueError: a setting that cannot be planned, or that Megatron refuses, in its words.
+        ValueError: A setting cannot be planned, or Megatron refuses it, in its words.
     """
-    ranks, twins, probes = [], [], {}
-    shifting = "--no-kv-shift" not in words and not stages_only
+    ranks, baseline_ranks, probes = [], [], {}
+    with_baseline = "--no-kv-shift" not in words and not stages_only
     for stage in range(layout.pp):
         steps = (layout.warm_up(), *layout.counted_steps(stage))
         rank = layout.rank(stage)
         ranks.append(DryRank(tuple(words), layout.world_size, rank, steps, kernels))
-        if shifting:
-            twin = tuple(_without_shift(words))
-            twins.append(DryRank(twin, layout.world_size, rank, steps, kernels))
+        if with_baseline:
+            baseline_words = tuple(_without_shift(words))
+            baseline_ranks.append(DryRank(baseline_words, layout.world_size, rank, steps, kernels))
         if stage in (0, layout.pp // 2, layout.pp - 1) and not stages_only:
             for name, rank in layout.probes(stage).items():
                 probes[stage, name] = DryRank(
                     tuple(words), layout.world_size, rank, steps[:1], kernels
                 )
-    counted = dry_run.count([*ranks, *twins, *probes.values()], jobs)
-    first, second = counted[: layout.pp], counted[layout.pp :][: len(twins)]
-    others = dict(zip(probes, counted[layout.pp + len(twins) :]))
+    counted = dry_run.count([*ranks, *baseline_ranks, *probes.values()], jobs)
+    shifting, rest = counted[: layout.pp], counted[layout.pp :]
+    baseline, others = rest[: len(baseline_ranks)], rest[len(baseline_ranks) :]
     return {
         "layout": vars(layout) | {"world_size": layout.world_size},
-        "figures": first[0]["args"],
-        "stages": [stage_plan(layout, stage, one) for stage, one in enumerate(first)],
-        "twin_stages": [stage_plan(layout, stage, one) for stage, one in enumerate(second)] or None,
+        "figures": shifting[0]["args"],
+        "stages": [stage_plan(layout, stage, one) for stage, one in enumerate(shifting)],
+        "twin_stages": [stage_plan(layout, stage, one) for stage, one in enumerate(baseline)]
+        or None,
         "other_ranks": {
-            f"stage {stage}, {name}": differences(first[stage], other)
-            for (stage, name), other in others.items()
+            f"stage {stage}, {name}": differences(shifting[stage], other)
+            for (stage, name), other in zip(probes, others)
         },
         "seconds": sum(one["seconds"] for one in counted),
         "peak_rss": max(one["peak_rss"] for one in counted),
@@ -72,14 +74,14 @@ def plan(
 
 
 def stage_plan(layout: Layout, stage: int, counted: dict) -> dict:
-    """What one stage's rank holds, computes and sends in a step.
+    """Return what the rank of one stage holds, computes and sends in a step.
 
     Returns:
-        rank, the entries of static_bytes, state_bytes (their sum), saved_per_micro_batch (bytes
-        that autograd keeps, all chunks of the stage), saved_peak (of all micro-batches in flight),
-        in_flight (their ratio), transient_bytes (what else was alive at the peak), peak_bytes,
-        optimizer_peak_bytes (of torch's optimizer; a GPU's fused one allocates less), work
-        and traffic of a step (see StepCounter and Traffic.rows).
+        stage, rank, chunks, the entries of static_bytes, state_bytes (their sum),
+        saved_per_micro_batch (bytes that autograd keeps, all chunks of the stage), saved_peak (of
+        all micro-batches in flight), in_flight (the ratio of the two), transient_bytes (what else
+        was alive at the peak), peak_bytes, optimizer_peak_bytes (with torch's optimizer; a GPU's
+        fused one allocates less), work and traffic of a step (see StepCounter and Traffic.rows).
     """
     steps = counted["steps"][1:] or counted["steps"]
     static = counted["static"]
@@ -105,7 +107,7 @@ def stage_plan(layout: Layout, stage: int, counted: dict) -> dict:
 
 
 def _work(steps: list[dict], micro_batches: int) -> dict[str, dict[str, int]]:
-    flat = []
+    flat: list[Counter[tuple[str, str]]] = []
     for step in steps:
         flat.append(Counter())
         for during, part in step["work"].items():
@@ -134,23 +136,23 @@ def _traffic(steps: list[dict], micro_batches: int) -> list[dict]:
 
 
 def _at(numbers: list[Counter], steps: list[dict], micro_batches: int) -> Counter:
-    """The numbers of a step of `micro_batches`, on the line through the counted steps."""
+    """Return the numbers of a step of `micro_batches`, on the line through the counted steps."""
     if len(steps) == 1:
         return numbers[0]
     (low, high), (first, second) = (step["micro_batches"] for step in steps), numbers
     further = micro_batches - high
 
-    def at(name) -> int:
+    def at(name: Hashable) -> int:
         return second[name] + (second[name] - first[name]) * further // (high - low)
 
     return Counter({name: at(name) for name in first | second})
 
 
 def differences(base: dict, other: dict) -> dict[str, tuple]:
-    """What a rank has otherwise than the first one of its stage: {name: (first, other)}.
+    """Return how a rank differs from the first one of its stage: {name: (first, other)}.
 
     Args:
-        base, other: what dry_run.count returned; their first steps are compared.
+        base, other: What dry_run.count returned for the two. Their first steps are compared.
     """
     pairs = {name: (base["static"][name], other["static"][name]) for name in base["static"]}
     first, second = base["steps"][0], other["steps"][0]
@@ -172,7 +174,7 @@ def differences(base: dict, other: dict) -> dict[str, tuple]:
 
 
 def _without_shift(words: list[str]) -> list[str]:
-    """The vanilla twin's flags."""
+    """Return the baseline model's command line."""
     kept, skip = [], False
     for word in words:
         if word.startswith("--"):

@@ -1,15 +1,17 @@
-"""Layouts that fit, best first.
+"""Find layouts that fit, fastest first.
 
-Quick models first: one and two layers of the real model on one replica (TP x CP ranks), for each
-TP, CP and recompute; their difference is a layer, the remainder the embedding and the output. A
-layout is these added up, its time by estimate.py. That leaves out what a pipeline's stages differ
-in, so the finalists are planned as they are: every stage built at the true world size.
+Quick models come first: one and two layers of the real model on one replica (TP x CP ranks), for
+each TP, CP and recompute. Their difference is a layer; the remainder is the embedding and the
+output. A layout is the sum of these, and estimate.py gives its time. As this leaves out how the
+stages of a pipeline differ, the finalists are planned in full: every stage built at the true world
+size.
 """
 
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from kvshift_megatron.planning import dry_run
 from kvshift_megatron.planning.dry_run import DryRank
@@ -17,8 +19,7 @@ from kvshift_megatron.planning.estimate import Assumptions, estimate
 from kvshift_megatron.planning.gpus import GPU
 from kvshift_megatron.planning.layout import Layout
 from kvshift_megatron.planning.plan import stage_plan
-
-Flags = dict[str, object]
+from kvshift_megatron.recipes.toml_flags import Flags
 
 RECOMPUTE: dict[str, Flags] = {
     "none": {},
@@ -52,11 +53,11 @@ _REPLICA = 32  # ranks of TP x CP
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layout.
+    """A layout with its micro-batch size and recompute.
 
     Attributes:
-        chunks: model chunks a pipeline stage.
-        recompute: a key of RECOMPUTE.
+        chunks: Model chunks per pipeline stage.
+        recompute: A key of RECOMPUTE.
     """
 
     layout: Layout
@@ -65,14 +66,14 @@ class Candidate:
     recompute: str
 
     def describe(self) -> str:
-        """One line, without the numbers."""
+        """Return it in words, without its figures."""
         return (
             f"{self.layout.describe()} x {self.chunks} chunks, micro-batch "
             f"{self.micro_batch_size} x {self.layout.micro_batches}, recompute {self.recompute}"
         )
 
     def flags(self, flags: Flags, num_layers: int) -> Flags:
-        """A run's flags with this layout in place of its own."""
+        """Return a run's flags with this layout in place of its own."""
         kept = {name: value for name, value in flags.items() if name not in _REPLACED}
         layout = self.layout
         kept |= {
@@ -88,12 +89,12 @@ class Candidate:
 
 
 def candidates(args: Namespace, world_size: int, node: int) -> Iterator[Candidate]:
-    """All layouts that divide what they must.
+    """Yield all layouts whose sizes divide the model, the batch and the ranks.
 
     Args:
-        args: parsed, of the model; its layout is not looked at.
-        world_size: ranks.
-        node: GPUs a node, within which TP stays.
+        args: The model's parsed arguments, whose layout is ignored.
+        world_size: Number of ranks.
+        node: GPUs per node; TP stays within a node.
     """
     heads = args.num_attention_heads
     groups = args.num_query_groups if args.group_query_attention else heads
@@ -128,18 +129,18 @@ def search(
     assumed: Assumptions,
     jobs: int,
 ) -> list[tuple[Candidate, dict]]:
-    """Layouts that fit by the quick models, fastest first.
+    """Return the layouts that fit by the quick models, fastest first.
 
     Args:
-        words_of: makes a command line of flags.
-        flags, args: of the run, as a table and parsed.
-        world_size, gpu, assumed, jobs: as for plan and estimate.
+        words_of: Makes a command line of flags.
+        flags, args: The run's flags, as a table and parsed.
+        world_size, gpu, assumed, jobs: As for plan and estimate.
 
     Returns:
         [(layout, its estimate)].
 
     Raises:
-        ValueError: nothing fits.
+        ValueError: Nothing fits.
     """
     possible = list(candidates(args, world_size, gpu.node))
     kinds = sorted({(c.layout.tp, c.layout.cp, c.recompute) for c in possible})
@@ -160,18 +161,22 @@ def search(
             found.append((candidate, times))
     if not found:
         raise ValueError(
-            f"none of {len(possible)} layouts on {world_size} GPUs fits: take more GPUs or GPUs "
-            "with more memory, or a batch that more of them divide"
+            f"none of {len(possible)} layouts on {world_size} GPUs fits: take more GPUs, GPUs with "
+            "more memory, or a batch that is divisible by more of them"
         )
     return sorted(found, key=lambda pair: pair[1]["step"])
 
 
 def _parts(one: dict, two: dict) -> tuple[dict, dict, dict]:
-    """(a layer, everything else, Megatron's arguments): flat numbers, as _flat gives them."""
+    """Split the counts of one and of two layers.
+
+    Returns:
+        (a layer, everything else, Megatron's figures). The first two as _flat returns them.
+    """
     layout = Layout(1, 1, 1, 1, False, 1)
     first, second = (_flat(stage_plan(layout, 0, run)) for run in (one, two))
     layer = {name: second.get(name, 0) - first.get(name, 0) for name in second | first}
-    # What is alive besides is one layer's at a time.
+    # Transient memory belongs to one layer at a time.
     layer["transient_bytes"] = 0
     rest = {name: first.get(name, 0) - layer[name] for name in layer}
     return layer, rest, two["args"]
@@ -190,23 +195,27 @@ def _flat(stage: dict) -> Counter:
     return numbers
 
 
-def _added_up(candidate: Candidate, layer: dict, rest: dict, figures: dict, args: Namespace):
-    """A layout's fullest and slowest stage, as plan would give it."""
+def _added_up(
+    candidate: Candidate, layer: dict, rest: dict, figures: dict, args: Namespace
+) -> dict:
+    """Return a layout's fullest and slowest stage, in the form of plan's result."""
     layout, size = candidate.layout, candidate.micro_batch_size
     layers = args.num_layers // layout.pp
     one = {name: layers * layer[name] + rest[name] for name in layer}
     count = layout.micro_batches
-    in_flight = min(count, layout.pp)
+    in_flight: float = min(count, layout.pp)
     if candidate.chunks > 1:
         most = 2 * (layout.pp - 1) + (candidate.chunks - 1) * layout.pp + 1
         in_flight = min(count * candidate.chunks, most) / candidate.chunks
     shards = layout.dp * layout.cp if figures["use_distributed_optimizer"] else 1
     replica_shards = layout.cp if figures["use_distributed_optimizer"] else 1
-    stage = {"chunks": candidate.chunks}
+    stage: dict[str, Any] = {"chunks": candidate.chunks}
     for name in ("main_parameter_bytes", "moment_bytes", "other_optimizer_bytes"):
         stage[name] = one[name] * replica_shards / shards
     saved = size * (in_flight * layers * layer["saved"] + rest["saved"])
-    stage |= {"work": (work := {}), "traffic": (traffic := [])}
+    work: dict[str, dict[str, float]] = {}
+    traffic: list[dict] = []
+    stage |= {"work": work, "traffic": traffic}
     stage["peak_bytes"] = (
         one["parameter_bytes"]
         + one["gradient_bytes"]
@@ -246,7 +255,7 @@ def _row(group: str, operation: str, ranks: int, messages: int, size: float) -> 
 
 
 def _model_flops(one: dict, args: Namespace, candidate: Candidate) -> float:
-    """Of a global batch; nearly, as the output layer counts once a stage here."""
+    """Return nearly the FLOPs of a global batch: the output layer counts once per stage here."""
     forward = one["work", "forward", "matmul"] + one["work", "forward", "attention"] / 2
     layout = candidate.layout
     return 3 * forward * args.global_batch_size * layout.tp * layout.cp * layout.pp

@@ -1,6 +1,7 @@
-"""What a rank holds from step to step: parameters, gradients, the optimizer's state."""
+"""Measure what a rank holds from step to step: parameters, gradients, the optimizer's state."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,17 +9,18 @@ from torch import Tensor
 from kvshift_megatron.planning.memory import unique_bytes
 
 
-def static_bytes(model: list[torch.nn.Module], optimizer) -> dict[str, int]:
-    """Bytes by storage, so that padding and shared storages count as they are.
+def static_bytes(model: Sequence[Any], optimizer: Any) -> dict[str, int]:
+    """Return bytes by storage: padding counts, and a shared storage counts once.
 
     Args:
-        model: this rank's chunks, wrapped for data parallelism.
-        optimizer: Megatron's; after its first step, before which there is no state.
+        model: This rank's chunks, wrapped for data parallelism.
+        optimizer: Megatron's optimizer after its first step, which creates its state.
 
     Returns:
-        parameters: elements without padding; parameter_bytes: with DDP's padding, and buffers;
-        gradient_bytes: DDP's gradient buffers, padding included; main_parameter_bytes: the
-        optimizer's own copies; moment_bytes: Adam's two; other_optimizer_bytes: the rest.
+        parameters: elements without padding; parameter_bytes: parameters with DDP's padding, and
+        buffers; gradient_bytes: DDP's gradient buffers with their padding; main_parameter_bytes:
+        the optimizer's own copies; moment_bytes: Adam's two moments; other_optimizer_bytes: the
+        rest of the optimizer's state.
     """
     modules = [chunk.module for chunk in model]
     parameters = [p for module in modules for p in module.parameters()]
@@ -39,8 +41,8 @@ def static_bytes(model: list[torch.nn.Module], optimizer) -> dict[str, int]:
     }
 
 
-def static_tensors(model: list[torch.nn.Module], optimizer) -> Iterator[Tensor]:
-    """All tensors that `static_bytes` counts."""
+def static_tensors(model: Sequence[Any], optimizer: Any) -> Iterator[Tensor]:
+    """Yield all tensors that `static_bytes` counts."""
     for chunk in model:
         yield from chunk.module.buffers()
         for parameter in chunk.module.parameters():
@@ -51,19 +53,19 @@ def static_tensors(model: list[torch.nn.Module], optimizer) -> Iterator[Tensor]:
     yield from (tensor for _, tensor in _state(optimizer))
 
 
-def _inner(optimizer) -> Iterator[torch.optim.Optimizer]:
+def _inner(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if part.optimizer is not None:  # a rank may have nothing to optimize
+        if part.optimizer is not None:  # a rank may hold no parameters to optimize
             yield part.optimizer
 
 
-def _main_parameters(optimizer) -> Iterator[Tensor]:
+def _main_parameters(optimizer: Any) -> Iterator[Tensor]:
     for inner in _inner(optimizer):
         for group in inner.param_groups:
             yield from group["params"]
 
 
-def _state(optimizer) -> Iterator[tuple[str, Tensor]]:
+def _state(optimizer: Any) -> Iterator[tuple[str, Tensor]]:
     for inner in _inner(optimizer):
         for state in inner.state.values():
             yield from ((name, t) for name, t in state.items() if isinstance(t, Tensor))

@@ -1,13 +1,14 @@
-"""What a rank sends: every c10d operation, its group and its bytes."""
+"""Count what a rank sends: every c10d operation, its group and its bytes."""
 
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Operation -> (what it is called in a report, which argument holds what this rank contributes).
+# Operation -> (its name in a report, the argument that holds what this rank contributes).
 _OPERATIONS = {
     "allreduce_": ("all-reduce", 0),
     "allreduce_coalesced_": ("all-reduce", 0),
@@ -25,10 +26,10 @@ _OPERATIONS = {
     "scatter_": ("scatter", 1),
     "send": ("send", 0),
 }
-# They move no payload of this rank's.
+# Operations in which this rank sends nothing of its own.
 _SILENT = {"recv_", "recv_any_source_", "barrier", "monitored_barrier_"}
 
-# The beginning of Megatron's name for a group -> what it is called in a report.
+# The beginning of Megatron's name for a group -> its name in a report.
 _GROUPS = (
     ("TENSOR_MODEL_PARALLEL", "TP"),
     ("CONTEXT_PARALLEL", "CP"),
@@ -45,7 +46,7 @@ _GROUPS = (
 
 @dataclass(frozen=True)
 class Kind:
-    """One row of the traffic: where from in the step, over which group, which operation."""
+    """One row of the traffic: part of the step, group, operation and number of ranks."""
 
     during: str
     group: str
@@ -54,20 +55,20 @@ class Kind:
 
 
 class Traffic:
-    """Adds up the messages of a rank.
+    """Add up the messages of a rank.
 
     Attributes:
         totals: Kind -> [messages, bytes that this rank contributes].
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.totals: dict[Kind, list[int]] = defaultdict(lambda: [0, 0])
 
-    def add(self, func, args: tuple, during: str) -> None:
-        """Record one operation of the c10d namespace; groups of one rank send nothing.
+    def add(self, func: Any, args: tuple, during: str) -> None:
+        """Record one operation of the c10d namespace. Groups of one rank send nothing.
 
         Raises:
-            ValueError: an operation that the table lacks: what it sends would be missing.
+            ValueError: The table lacks the operation, so its messages would be missing.
         """
         name = func.overloadpacket.__name__
         if name in _SILENT:
@@ -87,7 +88,7 @@ class Traffic:
         total[1] += sum(tensor.nbytes for tensor in tensors)
 
     def rows(self) -> list[dict]:
-        """[{during, group, operation, ranks, messages, bytes}], in a fixed order."""
+        """Return [{during, group, operation, ranks, messages, bytes}], in a fixed order."""
         return [
             asdict(kind) | {"messages": messages, "bytes": size}
             for kind, (messages, size) in sorted(self.totals.items(), key=lambda row: str(row[0]))
@@ -95,7 +96,7 @@ class Traffic:
 
 
 def group_of(args: tuple) -> dist.ProcessGroup:
-    """The process group among an operation's arguments."""
+    """Return the process group among an operation's arguments."""
     for argument in args:
         if isinstance(argument, torch.ScriptObject):
             try:
@@ -106,14 +107,14 @@ def group_of(args: tuple) -> dist.ProcessGroup:
 
 
 def group_name(group: dist.ProcessGroup) -> str:
-    """TP, CP, ... of one of Megatron's groups; world for the default one."""
+    """Return the report's name of a group: TP, CP, ..., or world for the default one."""
     for beginning, name in _GROUPS:
         if group.group_desc.startswith(beginning):
             return name
     return "world" if group.group_desc in ("default_pg", "undefined", "") else group.group_desc
 
 
-def _tensors(argument) -> list[Tensor]:
+def _tensors(argument: Any) -> list[Tensor]:
     if isinstance(argument, Tensor):
         return [argument]
     return [tensor for part in argument for tensor in _tensors(part)]

@@ -1,6 +1,6 @@
-"""What messages take on the wire. Without torch: estimates and reports need no more."""
+"""Bytes of messages on the wire. Imports no torch, as estimates and reports do not need it."""
 
-# Bytes a rank puts on the wire for one byte of its contribution, in a group of n ranks, with ring
+# Bytes that a rank puts on the wire per byte of its contribution, in a group of n ranks, with ring
 # algorithms (an all-reduce is a reduce-scatter and an all-gather).
 _WIRE = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -11,5 +11,5 @@ _WIRE = {
 
 
 def wire_bytes(row: dict) -> float:
-    """Bytes that a rank puts on the wire for a row of `traffic.Traffic.rows`."""
+    """Return the bytes that a rank puts on the wire for a row of `traffic.Traffic.rows`."""
     return row["bytes"] * _WIRE.get(row["operation"], lambda n: 1.0)(row["ranks"])

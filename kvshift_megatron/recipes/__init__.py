@@ -1,1 +1,1 @@
-"""The paper's models, layouts for them, and the command that joins the two."""
+"""The paper's models, layouts for them, and the command that combines the two."""

@@ -1,10 +1,10 @@
-"""A model's file and a layout's file, joined into one set of Megatron flags.
+"""Combine a model's file and a layout's file into one set of Megatron flags.
 
 models/NAME.toml   [run] tokens; [flags] the model and its training recipe
 layouts/NAME.toml  [run] nproc; [common] flags of all models; [models.NAME] flags of one model
 
-No flag may be in both: a model says what is trained, a layout only how. The keys of [flags],
-[common] and [models.NAME] are Megatron's flags without the dashes.
+No flag may be in both files: a model says what is trained, a layout only how. The keys of [flags],
+[common] and [models.NAME] are Megatron's flags without their dashes.
 """
 
 import argparse
@@ -25,10 +25,10 @@ class Run:
     """What is launched.
 
     Attributes:
-        model: name of the model's file.
-        layout: name of the layout's file.
-        nproc: processes in all, one a GPU.
-        flags: Megatron's, overrides applied.
+        model: Name of the model's file.
+        layout: Name of the layout's file.
+        nproc: Processes in all, one per GPU.
+        flags: Megatron's flags, with overrides applied.
     """
 
     model: str
@@ -38,7 +38,7 @@ class Run:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What names a run on a command line: model, layout, --nproc and --set."""
+    """Add the arguments that name a run: model, layout, --nproc and --set."""
     parser.add_argument("model", help=_names(MODELS))
     parser.add_argument("layout", help=_names(LAYOUTS))
     parser.add_argument("--nproc", type=int, help="processes in all, instead of the layout's")
@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FLAG[=VALUE]",
-        help="a flag of Megatron or of KV shifting, without its dashes; wins over both files, and "
-        "FLAG=false leaves it out",
+        help="a flag of Megatron or of KV shifting, without its dashes; overrides both files, and "
+        "FLAG=false leaves the flag out",
     )
 
 
@@ -58,16 +58,16 @@ def _names(directory: Path) -> str:
 
 
 def load(model: str, layout: str, overrides: Flags | None = None, nproc: int | None = None) -> Run:
-    """Reads and joins the two.
+    """Read the two files and combine them.
 
     Args:
-        model: a name in models/, or a path.
-        layout: a name in layouts/, or a path.
-        overrides: flags that win over both files.
-        nproc: replaces the layout's.
+        model: A name in models/, or a path.
+        layout: A name in layouts/, or a path.
+        overrides: Flags that override both files.
+        nproc: Replaces the layout's number of processes.
 
     Raises:
-        ValueError: naming the file, flag or table that is missing, unknown or wrong.
+        ValueError: A file, flag or table is missing, unknown or wrong; the message names it.
     """
     model_path = megatron_flags.find(model, MODELS, "model")
     layout_path = megatron_flags.find(layout, LAYOUTS, "layout")
@@ -86,7 +86,8 @@ def load(model: str, layout: str, overrides: Flags | None = None, nproc: int | N
     layout_flags = layout_tables["common"] | layout_tables["models"][name]
     if both := sorted(set(model_flags) & set(layout_flags)):
         raise ValueError(
-            f"{layout_path.name} sets {', '.join(both)}, as {model_path.name} does: keep it in one"
+            f"{layout_path.name} sets {', '.join(both)}, as {model_path.name} does: keep each flag "
+            "in one file"
         )
     flags = model_flags | layout_flags | (overrides or {})
     if "train-iters" not in flags:
@@ -98,10 +99,10 @@ def load(model: str, layout: str, overrides: Flags | None = None, nproc: int | N
 
 
 def parse_override(text: str) -> tuple[str, object]:
-    """--set's argument: FLAG=VALUE, with TOML's values or bare words; FLAG alone is a switch.
+    """Parse --set's argument: FLAG=VALUE with a TOML value or a bare word, or FLAG, a switch.
 
     Raises:
-        ValueError: there is no flag in it.
+        ValueError: The text names no flag.
     """
     name, equals, value = text.removeprefix("--").partition("=")
     if not name:
@@ -112,7 +113,7 @@ def parse_override(text: str) -> tuple[str, object]:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return name, value
-    # A number stays as it was written.
+    # Numbers keep their spelling.
     return name, parsed if isinstance(parsed, bool | list) else value.strip("\"'")
 
 
@@ -126,7 +127,7 @@ def _check_tables(file: str, tables: dict, expected: set[str], number: str) -> N
 
 
 def _steps(tokens: int, flags: Flags) -> int:
-    """Steps until at least `tokens` have been read."""
+    """Return the steps that read at least `tokens`."""
     sizes = []
     for name in ("global-batch-size", "seq-length"):
         try:

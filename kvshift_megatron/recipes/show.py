@@ -1,11 +1,11 @@
-"""Prints the Megatron flags of a model on a layout, one a line.
+"""Print the Megatron flags of a model on a layout, one per line.
 
     kvshift-recipe MODEL LAYOUT [--check] [--nproc N] [--set FLAG[=VALUE] ...]
 
-The lines are the command line of `kvshift_megatron.pretrain`, less the data and where to save. The
-sizes that follow from them go to standard error. Sizes and KV shifting's flags are always checked;
-`--check` asks Megatron's parser about all flags, which takes seconds. Exit status: 0, or 2 for a
-mistake.
+The lines are a command line for `kvshift_megatron.pretrain`, without the data and the place to save
+to. The sizes that follow from them go to standard error. Sizes and KV shifting's flags are always
+checked; `--check` also has Megatron's parser check all flags, which takes seconds. Exit status: 0,
+or 2 for a mistake.
 """
 
 import argparse
@@ -18,20 +18,20 @@ from kvshift_megatron.recipes.toml_flags import option
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="kvshift-recipe", description=__doc__.partition("\n")[0])
     recipe.add_arguments(parser)
     parser.add_argument(
         "--check",
         action="store_true",
-        help="have Megatron's parser check every flag's name and value too (imports Megatron: "
-        "seconds)",
+        help="also have Megatron's parser check every flag's name and value (imports Megatron, "
+        "which takes seconds)",
     )
     return parser.parse_args(argv)
 
 
 def summary(run: recipe.Run, args: Namespace) -> str:
-    """One line with the sizes that follow from the flags."""
+    """Return the sizes that follow from the flags, in one line."""
     dp = data_parallel_size(run.nproc, args)
     micro_batches = args.global_batch_size // (args.micro_batch_size * dp)
     return (
@@ -44,7 +44,7 @@ def summary(run: recipe.Run, args: Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     arguments = parse_arguments(argv)
     try:
         overrides = dict(recipe.parse_override(text) for text in arguments.set)

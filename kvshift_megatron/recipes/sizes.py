@@ -1,10 +1,10 @@
-"""The sizes of a run, and what must divide what: arithmetic on its flags, without Megatron."""
+"""Check that the sizes of a run divide each other: arithmetic on its flags, without Megatron."""
 
 from argparse import Namespace
 
 from kvshift_megatron.recipes.toml_flags import Flags
 
-# What Megatron's parser gives where the flag is left out.
+# Megatron's defaults.
 NUMBERS = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
@@ -26,10 +26,10 @@ OTHERS = {
 
 
 def arguments(flags: Flags) -> Namespace:
-    """The flags under the names that Megatron's parser gives them.
+    """Return the flags under the names that Megatron's parser gives them.
 
     Raises:
-        ValueError: a size that is no whole number.
+        ValueError: A size is no whole number.
     """
     given = {name.replace("-", "_"): value for name, value in flags.items() if value is not False}
     numbers = {name: _whole(name, given[name]) for name in NUMBERS if name in given}
@@ -37,11 +37,11 @@ def arguments(flags: Flags) -> Namespace:
 
 
 def check_sizes(nproc: int, args: Namespace) -> None:
-    """Raise ValueError where a size is not divided by what must divide it.
+    """Raise ValueError if a size is not divisible by what must divide it.
 
     Args:
-        nproc: processes in all.
-        args: Megatron's, or what `arguments` makes of flags.
+        nproc: Processes in all.
+        args: Megatron's arguments, or what `arguments` returns.
     """
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     cp, heads = args.context_parallel_size, args.num_attention_heads
@@ -59,7 +59,7 @@ def check_sizes(nproc: int, args: Namespace) -> None:
 
 
 def data_parallel_size(nproc: int, args: Namespace) -> int:
-    """Replicas of the model, each with its share of the batch."""
+    """Return the number of model replicas, each of which takes its share of the batch."""
     return nproc // (
         args.tensor_model_parallel_size
         * args.pipeline_model_parallel_size
@@ -69,7 +69,7 @@ def data_parallel_size(nproc: int, args: Namespace) -> int:
 
 def _divides(whole_name: str, whole: int | None, parts_name: str, parts: int | None) -> None:
     if not whole or not parts or whole % parts:
-        raise ValueError(f"{whole_name} is {whole}, which {parts_name} = {parts} must divide")
+        raise ValueError(f"{whole_name} is {whole}: it must be divisible by {parts_name} = {parts}")
 
 
 def _whole(name: str, value: object) -> int:

@@ -1,16 +1,17 @@
-"""Megatron flags in TOML tables, without the dashes: how they are found, read and written out."""
+"""Find and read TOML tables of Megatron flags (without dashes), and write them as command lines."""
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
-Flags = dict[str, object]
+Flags = dict[str, Any]
 
 
 def find(name: str, directory: Path, setting: str) -> Path:
-    """The TOML file that the user means: a name in `directory`, or a path.
+    """Return the TOML file that the user means by a name in `directory`, or by a path.
 
     Raises:
-        ValueError: there is no such file; the message begins with `setting`.
+        ValueError: There is no such file; the message begins with `setting`.
     """
     path = directory / f"{name}.toml"
     if not path.is_file():
@@ -22,10 +23,10 @@ def find(name: str, directory: Path, setting: str) -> Path:
 
 
 def read(path: Path) -> dict:
-    """The file's tables.
+    """Return the file's tables.
 
     Raises:
-        ValueError: naming the file, if it is not TOML.
+        ValueError: The file is not TOML; the message names it.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -34,7 +35,7 @@ def read(path: Path) -> dict:
 
 
 def option(name: str, value: object) -> list[str]:
-    """One flag's words: true is a bare flag, false leaves it out, a list is spread."""
+    """Return one flag's words: true gives a bare flag, false no flag, a list several values."""
     if value is False:
         return []
     values = value if isinstance(value, list) else [] if value is True else [value]
@@ -42,5 +43,5 @@ def option(name: str, value: object) -> list[str]:
 
 
 def command_line(flags: Flags) -> list[str]:
-    """All words in the table's order."""
+    """Return the words of all flags, in the table's order."""
     return [word for name, value in flags.items() for word in option(name, value)]

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a machine is asked for."""
+"""Find mistakes in a run's flags before it takes a machine."""
 
 import argparse
 import contextlib
@@ -19,34 +19,34 @@ from kvshift_megatron.recipes.toml_flags import command_line
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong without the two thousand lines of Megatron's usage."""
+    """Raises an error without the two thousand lines of Megatron's usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (known are Megatron's flags and KV shifting's)")
+        raise ValueError(f"{message} (only flags of Megatron and of KV shifting are known)")
 
 
 def check(run: Run) -> Namespace:
-    """Checks names and kinds of all flags, divisions, and what KV shifting refuses.
+    """Check names and types of all flags, that sizes divide, and what KV shifting refuses.
 
-    Imports Megatron, which takes seconds; it checks the rest when it starts.
+    This imports Megatron, which takes seconds. Megatron checks the rest when it starts.
 
     Returns:
         The parsed flags.
 
     Raises:
-        ValueError: one sentence with the flag and what is wrong, such as what must divide what.
+        ValueError: A flag is wrong; the message names it and what is wrong, in one sentence.
     """
     return _checked(run, parse(run))
 
 
 def check_without_megatron(run: Run) -> Namespace:
-    """What `check` does, but for the names and kinds of Megatron's flags.
+    """Check what `check` does, except the names and types of Megatron's flags.
 
     Returns:
-        The flags; their numbers are numbers as far as `sizes` lists them.
+        The flags. Only those that `sizes` lists are sure to be numbers.
 
     Raises:
-        ValueError: as `check`.
+        ValueError: As for `check`.
     """
     parser = _kv_shift_parser()
     own = {name: value for name, value in run.flags.items() if "kv-shift" in name}
@@ -55,15 +55,15 @@ def check_without_megatron(run: Run) -> Namespace:
 
 
 def parse(run: Run) -> Namespace:
-    """The run's flags through Megatron's parser, with this package's flags.
+    """Parse the run's flags by Megatron's parser, with this package's flags.
 
     Raises:
-        ValueError: an unknown flag or a value of the wrong kind, in the parser's words.
+        ValueError: A flag is unknown or a value has the wrong type, in the parser's words.
     """
     from kvshift_megatron import cpu
 
-    # Without a GPU Megatron can be imported only behind the CPU layer. That it is on, and what is
-    # not installed here, does not matter to a parser.
+    # Without a GPU Megatron can be imported only with the CPU layer on. What the layer prints, and
+    # warnings about packages that are not installed, do not matter to a parser.
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cpu.enable()

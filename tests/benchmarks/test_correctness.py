@@ -1,4 +1,4 @@
-"""An implementation that is wrong is refused; the ones that are measured are not."""
+"""A wrong implementation is refused; those that are measured are right."""
 
 import pytest
 import torch
@@ -18,24 +18,24 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
-    # Candidates set it; it is put back after the test.
+    # Candidates set it; monkeypatch restores it after the test.
     monkeypatch.setenv(VARIABLE, "auto")
 
 
 @pytest.mark.parametrize("window", [2, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_formulation_is_the_definition(dtype, window):
+def test_every_formulation_equals_the_definition(dtype, window):
     inputs = make_inputs(SHAPE, dtype, "cpu", window)
     expected = Expected(inputs)
     ways = candidates("cpu", dtype)
-    # The compiler is given this very function; compiling it takes seconds.
+    # The function that torch.compile gets, uncompiled: compiling takes seconds.
     ways["compile"] = Candidate("naive", naive_pair)
     for way in ways.values():
         errors = expected.check(way, inputs)
         assert len(errors) == 6
 
 
-def test_keys_and_values_lie_as_in_megatron():
+def test_keys_and_values_have_megatrons_strides():
     key, value = make_inputs(SHAPE, torch.float32, "cpu").leaves[:2]
     assert key.shape == (19, 2, 3, 8) and key.stride() == (192, 96, 32, 1)
     assert value.storage_offset() - key.storage_offset() == 8 == key.storage_offset() - 8
@@ -63,7 +63,7 @@ def _nan(key, value, alpha, beta):
 
 
 class _ForgetsATap(torch.autograd.Function):
-    """Right forwards; backwards the second tap's gradient is missing."""
+    """Right in the forward pass; in the backward pass the second tap's gradient is missing."""
 
     @staticmethod
     def forward(ctx, key, value, alpha, beta):
@@ -91,14 +91,13 @@ class _ForgetsATap(torch.autograd.Function):
         (_ForgetsATap.apply, "gradient of beta"),
     ],
 )
-def test_a_wrong_one_is_refused(wrong, tensor, dtype):
+def test_a_wrong_implementation_is_refused(wrong, tensor, dtype):
     inputs = make_inputs(SHAPE, dtype, "cpu")
     with pytest.raises(WrongResult, match=f"planted: {tensor}"):
         Expected(inputs).check(Candidate("planted", wrong), inputs)
 
 
-def test_what_is_refused_is_not_timed(monkeypatch, tmp_path):
-    """Neither row nor silence: the case names it among those refused."""
+def test_a_refused_candidate_is_named_and_not_timed(monkeypatch, tmp_path):
     ways = {"good": Candidate("good", kv_shift, own=True), "bad": Candidate("bad", _swapped)}
     monkeypatch.setattr(operation, "candidates", lambda *_: dict(ways))
     notes = {"refused": {}, "not_measured": {}}

@@ -1,4 +1,4 @@
-"""Tables, picture, files and the exit code, from a result of known figures."""
+"""Tables, picture, files and the exit code, for a result with known figures."""
 
 import json
 
@@ -90,7 +90,7 @@ def _result() -> dict:
     }  # fmt: skip
 
 
-def test_tables_hold_every_section():
+def test_the_tables_contain_every_section():
     text = tables.markdown(_result())
     for line in (
         "2031-02-03: Abacus 2, 2 threads, no GPU; Python 3.12.1, torch 2.14.1",
@@ -101,6 +101,7 @@ def test_tables_hold_every_section():
         "| label of paper | 202 (202 to 202) | 202 (202 to 202) |",
         "| label of chosen | 4.25 (3.75 to 4.75) | 4.25 (3.75 to 4.75) |",
         "| copy into new memory | 40 (40 to 40) | 40 (40 to 40) |",
+        "| baseline model | 1000 (1000 to 1000) | 1 (1 to 1) | 3072 | 5.00 |",
         "| KV shifting | 987 (987 to 987) | 0.987 (0.987 to 0.987) | 3072 | 5.00 |",
         "| KV shifting, batch 8 | 49 (49 to 49) | 0.98 (0.98 to 0.98) |",
         "| sequence: [64, 2, 4, 8] | 4.25 (3.75 to 4.75) | not measured |",
@@ -110,7 +111,7 @@ def test_tables_hold_every_section():
     assert text.count("- GPU: not measured (this machine has none)") == 1
 
 
-def test_picture_is_a_whole_file(tmp_path):
+def test_the_picture_is_a_complete_file(tmp_path):
     path = tmp_path / "benchmark.png"
     assert picture.draw(_result(), path)
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -119,7 +120,7 @@ def test_picture_is_a_whole_file(tmp_path):
     assert not picture.draw(nothing, tmp_path / "none.png")
 
 
-def test_a_broken_write_leaves_what_was_there(tmp_path):
+def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "benchmark.json"
     results.write_json(path, {"figure": 1.0})
     with pytest.raises(ValueError):
@@ -130,7 +131,7 @@ def test_a_broken_write_leaves_what_was_there(tmp_path):
 
 @pytest.mark.parametrize("trouble", ["none", "refused", "failed"])
 def test_exit_code_and_files(monkeypatch, capsys, tmp_path, trouble):
-    """What is refused or fails is said, and the rest is still written."""
+    """What is refused or fails is reported, and the rest is still written."""
 
     def run(section, settings, progress):
         assert settings.quick
@@ -155,7 +156,7 @@ def test_exit_code_and_files(monkeypatch, capsys, tmp_path, trouble):
     }[trouble]
     assert expected in printed.err
     saved = json.loads((tmp_path / "benchmark.json").read_text())
-    # In the order in which they are always measured.
+    # In the fixed order, not in that of the command line.
     assert list(saved["sections"]) == ["operation", "decode"][: 1 if trouble == "failed" else 2]
     assert (tmp_path / "benchmark.md").read_text().startswith("2031-02-03")
     assert (tmp_path / "benchmark.png").exists()
@@ -164,4 +165,4 @@ def test_exit_code_and_files(monkeypatch, capsys, tmp_path, trouble):
 def test_unknown_sections_are_refused(capsys):
     with pytest.raises(SystemExit):
         command_line.main(["--only", "operation,speed"])
-    assert "'speed' is no section: choose from operation, pages" in capsys.readouterr().err
+    assert "'speed' is not a section: choose from operation, pages" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A section that ends badly is told apart from one that measured."""
+"""A section that fails is distinguished from one that measured."""
 
 import sys
 
@@ -7,7 +7,7 @@ import pytest
 from tools.benchmarks import sections
 from tools.benchmarks.settings import Settings
 
-# What stands for `python -m tools.benchmarks.sections NAME FOLDER`.
+# Stand-ins for `python -m tools.benchmarks.sections NAME FOLDER`.
 GOOD = """
 import pathlib, sys
 print("progress 0.25 begun", flush=True)
@@ -39,11 +39,11 @@ def test_result_and_progress(run):
     assert run(GOOD) == ({"figure": 3}, [(0.25, "begun")])
 
 
-def test_a_dying_section_says_why(run):
+def test_the_error_of_a_failing_section_holds_its_last_lines(run):
     with pytest.raises(sections.SectionFailed, match="exit code 7\n    the reason"):
         run(DYING)
 
 
-def test_a_hanging_section_is_ended(run):
-    with pytest.raises(sections.SectionFailed, match="decode: no result after 1 s: ended"):
+def test_a_hanging_section_is_killed(run):
+    with pytest.raises(sections.SectionFailed, match="decode: no result after 1 s: killed"):
         run(HANGING, 1.0)

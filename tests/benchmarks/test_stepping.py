@@ -1,4 +1,4 @@
-"""Megatron's loop takes its steps when it is told to, and the run ends when it is."""
+"""Megatron's loop takes its steps, and ends, when it is told to."""
 
 import pytest
 
@@ -18,18 +18,18 @@ def test_windows_figures_and_the_end(tmp_path):
     finally:
         run.stop()
     assert all(s > 0 for s in seconds)
-    assert figures["peak_bytes"] > 100 * 2**20  # PyTorch alone is more
-    # Far more than the input [s, b, h] in fp32, far less than the machine's memory.
+    assert figures["peak_bytes"] > 100 * 2**20  # PyTorch alone takes more
+    # More than the input [s, b, h] in fp32, and less than 1 MiB.
     assert 16 * 2 * 64 * 4 < figures["saved_bytes_a_layer"] < 2**20
     log = (tmp_path / "tiny.log").read_text()
     assert "implementation of the shift: reference" in log
-    # Someone who asks it for more learns that it is gone, with its last lines.
+    # Asking for more raises an error with the run's last lines.
     with pytest.raises(RunFailed, match=r"the run tiny (is gone|lost)"):
         run.window(1)
 
 
 def test_a_run_that_does_not_start_says_why(tmp_path):
-    # Python does not find its own library there and ends at once.
+    # Python does not find its standard library there and ends at once.
     run = Run("broken", [], 1, {"PYTHONHOME": str(tmp_path)})
     try:
         run.start(tmp_path)
@@ -39,6 +39,6 @@ def test_a_run_that_does_not_start_says_why(tmp_path):
         run.stop()
 
 
-def test_a_folder_that_is_too_deep_for_a_socket(tmp_path):
+def test_a_folder_too_deep_for_a_socket_is_refused(tmp_path):
     with pytest.raises(RunFailed, match="set TMPDIR"):
         Run("r", []).start(tmp_path / ("x" * 100))

@@ -1,10 +1,10 @@
-"""What is made of seconds; and whose turn it is."""
+"""Statistics of seconds, and the order of turns."""
 
 import pytest
 import torch
 
 from tools.benchmarks import timing
-from tools.benchmarks.stepping import there_and_back
+from tools.benchmarks.stepping import order_of_round
 
 
 def test_spread():
@@ -21,29 +21,29 @@ def test_spread():
         timing.spread([])
 
 
-def test_turns_go_there_and_back():
+def test_the_order_of_turns():
     calls = []
     candidates = {name: lambda name=name: calls.append(name) for name in "abc"}
-    times = timing.turn_about(candidates, "cpu", 1e-9, (2, 9), lambda *_: None)
+    times = timing.time_in_turns(candidates, "cpu", 1e-9, (2, 9), lambda *_: None)
     warm_up, rounds = calls[:6], calls[6:]
     assert warm_up == list("aabbcc")
-    # Enough rounds, and no budget for more.
+    # The fewest rounds, as there is no budget for more.
     assert rounds == list("abc" + "bca")
     assert all(len(values) == 2 and min(values) >= 0 for values in times.values())
-    assert there_and_back(["a", "b"], 0) == ["a", "b"]
-    assert there_and_back(["a", "b"], 1) == ["b", "a"]
+    assert order_of_round(["a", "b"], 0) == ["a", "b"]
+    assert order_of_round(["a", "b"], 1) == ["b", "a"]
 
 
 def test_rounds_go_on_within_the_budget():
     ticks = iter(range(100))
-    times = timing.turn_about(
+    times = timing.time_in_turns(
         {"a": lambda: None}, "cpu", 5.5, (1, 50), lambda *_: None, clock=lambda: next(ticks)
     )
-    assert len(times["a"]) == 5  # the clock says 1 ... 5, and then 6
+    assert len(times["a"]) == 5  # the clock says 1 to 5, then 6
 
 
 def test_a_call_on_a_gpu_is_timed_behind_a_pause(monkeypatch):
-    """The GPU has to wait until the host has queued the call, or the host's time counts too."""
+    """The GPU must wait until the host has queued the call, or the host's time counts too."""
     order = []
 
     class Event:

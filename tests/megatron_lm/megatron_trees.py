@@ -1,4 +1,4 @@
-"""Folders that look like a Megatron-LM to kvshift-patch."""
+"""Make folders that look like a Megatron-LM to kvshift-patch."""
 
 import hashlib
 import importlib.util
@@ -18,12 +18,12 @@ _PACKAGE_INFO = "megatron/core/package_info.py"
 
 
 def installed_root() -> Path:
-    """The folder that holds the installed `megatron/`."""
+    """Return the folder that holds the installed `megatron/`."""
     return Path(importlib.util.find_spec("megatron.core").origin).parents[2]
 
 
 def hunks(patch: Path, path: str) -> list[tuple[int, list[str]]]:
-    """(line number before, lines with their marks) of what a patch does to one file."""
+    """Return a patch's hunks for one file: (first line number before, lines with their marks)."""
     found, current = [], None
     for line in patch.read_text().splitlines():
         if line.startswith("diff --git "):
@@ -38,7 +38,7 @@ def hunks(patch: Path, path: str) -> list[tuple[int, list[str]]]:
 
 
 def synthesize(file: Path, patches: list[Path], path: str) -> None:
-    """Writes a file that the patches fit: their context where they expect it, filler around it."""
+    """Write a file that the patches apply to: their context where they expect it, and filler."""
     lines = {}
     for patch in patches:
         for start, marked in hunks(patch, path):
@@ -50,9 +50,9 @@ def synthesize(file: Path, patches: list[Path], path: str) -> None:
 
 
 def installed_tree(folder: Path) -> tuple[Path, Path]:
-    """A copy of what the installed megatron-core has of its patched files.
+    """Copy what the installed megatron-core has of the patched files, and synthesize the rest.
 
-    What only the repository of Megatron-LM has is synthesized.
+    Only the repository of Megatron-LM has the rest.
 
     Returns:
         The folder, and the patches for it with a manifest that knows the synthesized files.
@@ -64,7 +64,7 @@ def installed_tree(folder: Path) -> tuple[Path, Path]:
 
 
 def synthetic_repository(tag: str, folder: Path) -> tuple[Path, Path]:
-    """A Git repository with synthesized files, and the patches for it."""
+    """Make a Git repository with synthesized files; return it and the patches for it."""
     root = folder / "repository"
     version = tomllib.loads((PATCHES / tag / "manifest.toml").read_text())["versions"][0]
     write_version(root, version)
@@ -77,13 +77,13 @@ def synthetic_repository(tag: str, folder: Path) -> tuple[Path, Path]:
 
 
 def git(root: Path, *arguments: str) -> str:
-    """Standard output of a git command that succeeded."""
+    """Return the standard output of a git command that must succeed."""
     done = subprocess.run(["git", "-C", root, *arguments], check=True, capture_output=True)
     return done.stdout.decode()
 
 
 def write_version(root: Path, version: str) -> None:
-    """Gives a folder a megatron/core/package_info.py that states `version`."""
+    """Write a megatron/core/package_info.py that states `version` into a folder."""
     numbers = re.match(r"(\d+)\.(\d+)\.(\d+)(.*)", version).groups()
     names = ("MAJOR = {}", "MINOR = {}", "PATCH = {}", "PRE_RELEASE = '{}'")
     file = root / _PACKAGE_INFO
@@ -108,5 +108,5 @@ def _complete(tag, folder, root, source):
 
 def _copy(source, root, path):
     (root / path).parent.mkdir(parents=True, exist_ok=True)
-    # Contents only: modes and links of an installation are its own.
+    # Contents only, without the modes and links of the installation.
     shutil.copyfile(source / path, root / path)

@@ -1,4 +1,4 @@
-"""kvshift-check: what it refuses, reads, compares and prints. Trains nothing."""
+"""kvshift-check: what it refuses, reads, compares and prints. No test trains."""
 
 import os
 import subprocess
@@ -23,14 +23,14 @@ def run_of(losses, says_attention=True):
     return tool.Run(list(losses), says_attention)
 
 
-def comparison(stock=FALLING, vanilla=None, layout="TP 2"):
-    vanilla = scaled(1.01) if vanilla is None else vanilla
-    return tool.Comparison("0.18.2", layout, run_of(stock), run_of(FALLING), run_of(vanilla))
+def comparison(stock=FALLING, baseline=None, layout="TP 2"):
+    baseline = scaled(1.01) if baseline is None else baseline
+    return tool.Comparison("0.18.2", layout, run_of(stock), run_of(FALLING), run_of(baseline))
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """What the tool looks at in a checkout, committed."""
+    """Return a folder with the committed files that the tool looks at in a checkout."""
     core = tmp_path / "megatron" / "core"
     core.mkdir(parents=True)
     (tmp_path / "pretrain_gpt.py").write_text("print('trained')\n")
@@ -75,12 +75,12 @@ def test_another_folder_is_refused(checkout, missing, capsys):
     assert f"holds no {missing}" in error and "--megatron-path" in error
 
 
-def test_no_folder_is_refused(tmp_path, capsys):
+def test_a_missing_folder_is_refused(tmp_path, capsys):
     assert "holds no pretrain_gpt.py" in refusal(tmp_path / "nowhere", capsys)
 
 
 def test_a_folder_without_git_is_refused(checkout, capsys, monkeypatch):
-    # The test's folder may lie within another repository.
+    # The test's folder may lie inside another repository.
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(checkout.parent))
     (checkout / ".git").rename(checkout / "not-git")
     assert "is no git checkout" in refusal(checkout, capsys)
@@ -143,13 +143,14 @@ def test_a_run_of_another_megatron_is_an_error(monkeypatch, tmp_path, megatron):
         tool.stock_run(tmp_path, "0.18.2", "TP 2")
 
 
-@pytest.mark.parametrize("vanilla", [False, True])
-def test_a_reference_run_must_say_what_it_trained(monkeypatch, vanilla):
-    monkeypatch.setattr(tool, "train", lambda *_: run_of(FALLING, says_attention=vanilla))
-    with pytest.raises(tool.RunError, match="does not say"):
-        tool.our_run("TP 2", vanilla)
-    monkeypatch.setattr(tool, "train", lambda *_: run_of(FALLING, says_attention=not vanilla))
-    assert tool.our_run("TP 2", vanilla).losses == FALLING
+@pytest.mark.parametrize("baseline", [False, True])
+def test_a_reference_run_must_say_what_it_trained(monkeypatch, baseline):
+    monkeypatch.setattr(tool, "train", lambda *_: run_of(FALLING, says_attention=baseline))
+    said = "baseline model, .* says" if baseline else "this project, .* does not say"
+    with pytest.raises(tool.RunError, match=f"{said} that layers shift"):
+        tool.our_run("TP 2", baseline)
+    monkeypatch.setattr(tool, "train", lambda *_: run_of(FALLING, says_attention=not baseline))
+    assert tool.our_run("TP 2", baseline).losses == FALLING
 
 
 def test_log_lines_are_read():
@@ -173,24 +174,24 @@ def test_the_largest_difference_of_any_step_counts():
     stock = list(FALLING)
     stock[3] *= 1 + 3e-5
     assert comparison(stock).difference == pytest.approx(3e-5)
-    assert comparison(stock).vanilla_distance == pytest.approx(0.01, rel=0.01)
+    assert comparison(stock).baseline_distance == pytest.approx(0.01, rel=0.01)
     stock[5] = float("nan")
     assert not comparison(stock).agrees
 
 
 @pytest.mark.parametrize(
-    ("stock", "vanilla", "agrees"),
+    ("stock", "baseline", "agrees"),
     [
         (FALLING, None, True),
         (scaled(1 + 0.9e-5), None, True),
         (scaled(1 + 1.1e-5), None, False),
-        (FALLING, scaled(1 + 1e-4), False),  # the vanilla twin would have passed as well
+        (FALLING, scaled(1 + 1e-4), False),  # the baseline model is too close
     ],
 )
-def test_exit_status_and_table(checkout, monkeypatch, capsys, stock, vanilla, agrees):
+def test_exit_status_and_table(checkout, monkeypatch, capsys, stock, baseline, agrees):
     def compare(path, version):
         assert (path, version) == (checkout, "0.18.2")
-        return [comparison(), comparison(stock, vanilla, layout="PP 2")]
+        return [comparison(), comparison(stock, baseline, layout="PP 2")]
 
     monkeypatch.setattr(tool, "compare", compare)
     assert tool.main(["--megatron-path", str(checkout)]) == (0 if agrees else 1)
@@ -206,12 +207,12 @@ def test_both_layouts_are_compared_with_the_shift_and_without(monkeypatch, check
     git(checkout, "tag", "core_v0.18.2")
     monkeypatch.setattr(tool, "stock_run", lambda path, version, layout: run_of(FALLING))
     monkeypatch.setattr(
-        tool, "our_run", lambda layout, vanilla=False: run_of(scaled(2) if vanilla else FALLING)
+        tool, "our_run", lambda layout, baseline=False: run_of(scaled(2) if baseline else FALLING)
     )
     compared = tool.compare(checkout, "0.18.2")
     assert {c.release for c in compared} == {"core_v0.18.2 (0.18.2)"}
     assert [c.layout for c in compared] == ["TP 2", "PP 2"]
-    assert all(c.agrees and c.vanilla_distance == pytest.approx(0.5) for c in compared)
+    assert all(c.agrees and c.baseline_distance == pytest.approx(0.5) for c in compared)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def test_a_failed_run_is_an_error_with_its_last_lines(tmp_path, script, message)
         tool.train("stock", ["-c", script], tmp_path, [tmp_path])
 
 
-# A rank of its own session, which ignores the launcher's end.
+# Starts a rank in a session of its own, which outlives the launcher.
 _LAUNCHER = """
 import signal, subprocess, sys
 rank = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)"
@@ -268,6 +269,6 @@ def test_a_launcher_that_has_ended_is_left_alone():
     assert process.returncode == 0
 
 
-def test_a_checkout_is_what_a_child_of_it_imports_from():
+def test_a_child_imports_from_the_checkout():
     (folder,) = launchers.own_path()
     assert (folder / "pyproject.toml").is_file() and folder == PROJECT

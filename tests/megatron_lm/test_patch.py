@@ -1,4 +1,4 @@
-"""kvshift-patch: all or nothing, and back to the byte."""
+"""kvshift-patch: it changes all files or none, and reverts them to the byte."""
 
 import os
 import subprocess
@@ -12,19 +12,19 @@ from tests.megatron_lm import megatron_trees as trees
 
 @pytest.fixture
 def tree(tmp_path):
-    """(folder, patches) of the installed megatron-core."""
+    """Return (folder, patches) of the installed megatron-core."""
     return trees.installed_tree(tmp_path)
 
 
 @pytest.fixture(params=trees.TAGS)
 def repository(request, tmp_path):
-    """(folder, patches) of a throw-away Git repository for each tag."""
+    """Return (folder, patches) of a temporary Git repository, for each tag."""
     return trees.synthetic_repository(request.param, tmp_path)
 
 
 @pytest.fixture
 def two_patches(tmp_path):
-    """(folder, patches) with a file that two patches touch."""
+    """Return (folder, patches) with a file that two patches touch."""
     return trees.synthetic_repository("core_v0.17.1", tmp_path)
 
 
@@ -34,7 +34,7 @@ def run(action, tree):
 
 
 def contents(root):
-    """Every file's bytes and mode, without Git's own."""
+    """Return every file's bytes and mode, without Git's own files."""
     files = (file for file in root.rglob("*") if file.is_file() and ".git" not in file.parts)
     return {str(file.relative_to(root)): (file.read_bytes(), file.stat().st_mode) for file in files}
 
@@ -45,7 +45,7 @@ def chosen_set(tree):
 
 
 def refusal(capsys):
-    """The one sentence on standard error."""
+    """Return the only sentence on standard error."""
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("kvshift-patch: ")
     return lines[0]
@@ -98,7 +98,7 @@ def test_it_does_what_git_apply_does(repository):
     assert trees.git(root, "status", "--porcelain") == ""
 
 
-def test_a_git_repository_around_it_has_no_say(two_patches, tmp_path, monkeypatch):
+def test_a_surrounding_git_repository_changes_nothing(two_patches, tmp_path, monkeypatch):
     trees.git(tmp_path, "init", "--quiet")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -164,7 +164,7 @@ def test_missing_file_is_refused(tree, capsys):
         assert run(action, tree) == 1
         sentence = refusal(capsys)
         assert paths[0] in sentence and "need a checkout of Megatron-LM" in sentence
-    # Only the repository has files at its top; a wheel of 0.17 or 0.18 is what lacks them.
+    # Only the repository has files at its top level; the wheels of 0.17 and 0.18 lack them.
     assert ("wheel" in sentence) == ("/" not in paths[0])
     assert contents(root) == before
 

@@ -1,4 +1,4 @@
-"""The patches themselves: small, lazy, and nothing without the flag."""
+"""The patches themselves: they are small, import lazily, and do nothing without the flag."""
 
 import argparse
 import ast
@@ -43,14 +43,14 @@ def test_manifest_names_what_the_patches_touch(chosen):
 def test_hunks_are_small_and_add_only(patch, path, lines):
     added = [line for line in lines if line.startswith("+")]
     removed = [line for line in lines if line.startswith("-")]
-    # One line is changed: what gpt_builders.py imports from spec_utils.
+    # Only one line is changed: what gpt_builders.py imports from spec_utils.
     assert len(removed) == ("import_module" in "".join(removed))
     assert 0 < len(added) <= 15
     assert not any(line != line.rstrip() or len(line) > 105 for line in added)
 
 
 @pytest.mark.parametrize("patch, path, lines", HUNKS)
-def test_this_package_is_imported_under_a_condition_only(patch, path, lines):
+def test_this_package_is_only_imported_under_a_condition(patch, path, lines):
     after = [line[1:] for line in lines if not line.startswith("-")]
     for number, line in enumerate(after):
         if "import" in line.split() and "kvshift_megatron" in line:
@@ -68,7 +68,7 @@ def _indent(line):
 
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory):
-    """path -> syntax tree of every patched file that the installed megatron-core has."""
+    """Return path -> syntax tree of every patched file that the installed megatron-core has."""
     root, patches = trees.installed_tree(tmp_path_factory.mktemp("patched"))
     assert tool.main(["apply", "--megatron-path", str(root)], patches) == 0
     chosen = tool.find_set(tool.read_version(root), patches)
@@ -76,7 +76,7 @@ def patched(tmp_path_factory):
     return {path: ast.parse((root / path).read_bytes(), path) for path in real}
 
 
-def test_patched_files_compile_and_import_this_package_inside_functions_only(patched):
+def test_patched_files_compile_and_only_import_this_package_inside_functions(patched):
     assert "megatron/training/arguments.py" in patched
     for path, tree in patched.items():
         compile(tree, path, "exec")
@@ -94,7 +94,7 @@ def _outside_functions(tree):
 
 @pytest.fixture
 def parse(patched, monkeypatch):
-    """Megatron's patched parse_args, alone, on a command line."""
+    """Return a function that runs Megatron's patched parse_args alone, on a command line."""
     tree = patched["megatron/training/arguments.py"]
     function = next(node for node in tree.body if getattr(node, "name", None) == "parse_args")
 
@@ -116,7 +116,7 @@ def parse(patched, monkeypatch):
         "warn_rank_0": lambda *_: None,
     }
     exec(compile(ast.Module([function], []), "arguments.py", "exec"), names)
-    # Where the flag is absent nothing may import the package, which this would let fail.
+    # Without the flag nothing may import the package: with this, an import fails.
     monkeypatch.setitem(sys.modules, "kvshift_megatron.gpt_specs", None)
 
     def call(*words):
@@ -128,12 +128,13 @@ def parse(patched, monkeypatch):
 
 @pytest.fixture
 def stock(monkeypatch):
-    """Stands for kvshift_megatron.gpt_specs, which needs torch."""
+    """Return a function that puts a stand-in in place of kvshift_megatron.gpt_specs."""
 
     def add_kv_shift_args(parser):
         parser.add_argument("--kv-shift-window", type=int)
         return parser
 
+    # The real module needs torch.
     module = types.SimpleNamespace(add_kv_shift_args=add_kv_shift_args)
     return lambda: monkeypatch.setitem(sys.modules, "kvshift_megatron.gpt_specs", module)
 

@@ -1,4 +1,4 @@
-"""Models that fit here, on layouts of up to four ranks."""
+"""Small models on layouts of up to four ranks."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from tests.integration.tiny_gpt import flags
 
 @dataclass(frozen=True)
 class Case:
-    """A run that is planned and really done."""
+    """A run that is both planned and executed."""
 
     ranks: int
     micro_batches: int
@@ -15,13 +15,13 @@ class Case:
 
     @property
     def planned_ranks(self) -> list[int]:
-        """The first and the last: the other ends of every axis."""
+        """The first and the last rank, which are opposite ends of every axis."""
         return sorted({0, self.ranks - 1})
 
 
 def _case(ranks: int, micro_batches: int, **overrides) -> Case:
     overrides = {"hidden_dropout": 0.0, "attention_dropout": 0.0} | overrides
-    # Megatron's check of results reads values back, which a dry run has none of.
+    # Megatron's check of results reads values back, and a dry run has no values.
     command = flags(train_iters=3, rerun_mode="disabled", **overrides)
     return Case(ranks, micro_batches, tuple(command))
 

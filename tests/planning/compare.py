@@ -1,14 +1,14 @@
-"""A rank's plan against its real run: one sentence for each thing that is not as planned."""
+"""Compare a rank's plan with its real run: one sentence for each difference."""
 
 from collections import Counter
 
-# torch's state of a random number generator: recompute keeps one for each thing it recomputes, on
-# a GPU in host memory.
+# Bytes of torch's random number generator state. Recompute keeps one for each module that it
+# recomputes (on a GPU, in host memory).
 _RNG_STATE = 5056
 
 
 def static(planned: dict, real: dict) -> list[str]:
-    """Parameters, gradients and optimizer: to the byte, against what the buffers' names say."""
+    """Compare parameters, gradients and optimizer, to the byte, with the sizes of named buffers."""
     return [
         f"{name}: planned {planned['static'][name]}, real {size}"
         for name, size in real["independent"].items()
@@ -17,7 +17,7 @@ def static(planned: dict, real: dict) -> list[str]:
 
 
 def saved(planned: dict, real: dict) -> list[str]:
-    """Saved activations to 1%: of each forward pass, and at the most of all in flight."""
+    """Compare saved activations, to 1%: of each forward pass, and the peak of all in flight."""
     mine, theirs = planned["steps"][2], real["steps"][2]
     pairs = [("saved_peak", mine["saved_peak"], theirs["saved_peak"])]
     pairs += [
@@ -25,20 +25,23 @@ def saved(planned: dict, real: dict) -> list[str]:
         for number, pair in enumerate(zip(mine["saved_per_forward"], theirs["saved_per_forward"]))
     ]
     wrong = [f"{name}: planned {a}, real {b}" for name, a, b in pairs if abs(a - b) > 0.01 * b]
-    # What comes and goes within an operation is not the same on the meta device; little of it is.
+    # Temporary tensors within an operation differ on the meta device, but they are small.
     a, b = mine["live_peak"], theirs["live_peak"]
     if abs(a - b) > 0.06 * b:
         wrong.append(f"live_peak: planned {a}, real {b}")
     if len(mine["saved_per_forward"]) != len(theirs["saved_per_forward"]):
-        wrong.append("another number of forward passes")
+        wrong.append("the number of forward passes differs")
     return wrong
 
 
 def allocated(planned: dict, real: dict, recomputed: int = 0) -> list[str]:
-    """What torch's profiler says a forward pass left allocated, to 1%; without messages only.
+    """Compare with what torch's profiler says a forward pass left allocated, to 1%.
+
+    Only for runs without messages.
 
     Args:
-        recomputed: how many times a forward pass keeps the random state.
+        planned, real: What the dry run and the real run of a rank left.
+        recomputed: How many random states a forward pass keeps.
     """
     wrong = []
     for number, (left, _) in enumerate(real["independent"]["left_allocated"]):
@@ -50,7 +53,7 @@ def allocated(planned: dict, real: dict, recomputed: int = 0) -> list[str]:
 
 
 def work(planned: dict, real: dict) -> list[str]:
-    """FLOPs and pointwise results of the forward and backward passes, exactly."""
+    """Compare FLOPs and pointwise results of the forward and backward passes, exactly."""
     mine, theirs = (run["steps"][2]["work"] for run in (planned, real))
     return [
         f"{during}: planned {mine[during]}, real {theirs[during]}"
@@ -60,7 +63,7 @@ def work(planned: dict, real: dict) -> list[str]:
 
 
 def traffic(planned: dict, real: dict) -> list[str]:
-    """Messages by place, group and operation, exactly; and their sizes against another recorder."""
+    """Compare messages by pass, group and operation, exactly, and sizes with another recorder's."""
     mine, theirs = (
         {tuple(sorted(row.items())) for row in run["steps"][2]["traffic"]}
         for run in (planned, real)
@@ -84,7 +87,7 @@ def traffic(planned: dict, real: dict) -> list[str]:
     return wrong
 
 
-# The other recorder has no sizes for operations of several tensors at once, as those of DP are.
+# The other recorder has no sizes for operations on several tensors at once, which DP uses.
 _NAMES = {
     "send": "send",
     "broadcast_": "broadcast",

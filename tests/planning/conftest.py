@@ -1,4 +1,4 @@
-"""All cases, planned and really run, once a session."""
+"""All cases, planned and run, once per session."""
 
 import json
 from pathlib import Path
@@ -13,14 +13,14 @@ _TIMEOUT = 600  # seconds for one launch; the longest takes about 70 alone on tw
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory) -> dict[str, list[dict]]:
-    """Case -> what the first and the last rank of the real run left; see real_run.py."""
+    """Return case -> what the first and the last rank of its real run left; see real_run.py."""
     folder = tmp_path_factory.mktemp("real")
     cases = folder / "cases.json"
     cases.write_text(
         json.dumps({n: {"ranks": c.ranks, "command": c.command} for n, c in CASES.items()})
     )
     most = max(case.ranks for case in CASES.values())
-    # The compiled shift would be unseen at torch's dispatcher, where FLOPs are counted.
+    # The compiled shift does not pass torch's dispatcher, where FLOPs are counted.
     plain = {"KVSHIFT_IMPLEMENTATION": "reference"}
     launch = ranks(most, "tests.planning.real_ranks", [str(cases)], _TIMEOUT, forks=True, **plain)
     return {
@@ -38,7 +38,10 @@ def _left(path: Path, launch) -> dict:
 
 @pytest.fixture(scope="session")
 def plan_folder(tmp_path_factory) -> Path:
-    """What planned_cases.py leaves. In a process of its own, which a plan turns into a CPU's."""
+    """Return the folder that planned_cases.py fills.
+
+    It runs in a process of its own, as a plan turns the CPU layer on for good.
+    """
     output = tmp_path_factory.mktemp("planned")
     launch = ranks(1, "tests.planning.planned_cases", [str(output)], _TIMEOUT)
     assert launch.returncode == 0, launch.stdout[-4000:]
@@ -47,5 +50,5 @@ def plan_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def planned(plan_folder) -> dict[str, list[dict]]:
-    """Case -> what the dry runs of the same ranks counted."""
+    """Return case -> what the dry runs of the same ranks counted."""
     return json.loads((plan_folder / "counted.json").read_text())

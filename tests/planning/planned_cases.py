@@ -1,10 +1,10 @@
-"""Plans, made in one process: python -m tests.planning.planned_cases FOLDER.
+"""Make plans in one process: python -m tests.planning.planned_cases FOLDER.
 
-Leaves in FOLDER
-    counted.json   {case: [what the dry runs of its first and last rank counted]}, and as "twin"
-                   rank 0 of one case without KV shifting
+Files in FOLDER afterwards
+    counted.json   {case: [what the dry runs of its first and last rank counted]}, and under
+                   "baseline" rank 0 of one case without KV shifting
     lines.json     a step of many micro-batches: {"exact": counted, "extrapolated": from two short}
-    plan.txt, plan.json, plan.png and search.txt: what tools/plan_cluster.py gives
+    plan.txt, plan.json, plan.png and search.txt: the output of tools/plan_cluster.py
     plan.exit      its exit codes
 """
 
@@ -26,25 +26,25 @@ PIPELINE = ["10m", "8x80gb", "--set", "pipeline-model-parallel-size=2"]
 
 
 def count_cases() -> dict[str, list[dict]]:
-    """The cases of the real runs, in the steps of these."""
+    """Count the cases of the real runs, with as many micro-batches per step."""
     ranks = {
         (name, rank): DryRank(case.command, case.ranks, rank, (case.micro_batches,) * 3, "cpu")
         for name, case in CASES.items()
         for rank in case.planned_ranks
     }
-    twin = CASES["tp2-cp2"]
-    ranks["twin", 0] = DryRank(
-        (*twin.command, "--no-kv-shift"), twin.ranks, 0, (twin.micro_batches,) * 3, "cpu"
+    case = CASES["tp2-cp2"]
+    ranks["baseline", 0] = DryRank(
+        (*case.command, "--no-kv-shift"), case.ranks, 0, (case.micro_batches,) * 3, "cpu"
     )
     counted = dict(zip(ranks, dry_run.count(list(ranks.values()))))
     by_case = {
         name: [counted[name, rank] for rank in case.planned_ranks] for name, case in CASES.items()
     }
-    return by_case | {"twin": [counted["twin", 0]]}
+    return by_case | {"baseline": [counted["baseline", 0]]}
 
 
 def count_lines() -> dict[str, list[dict]]:
-    """A middle pipeline stage, plain and interleaved: all micro-batches, and from short steps."""
+    """Count a middle pipeline stage, plain and interleaved: in full, and from short steps."""
     result: dict[str, list[dict]] = {"exact": [], "extrapolated": []}
     for chunks in (1, 2):
         layout = Layout(1, 1, 1, 3, chunks > 1, MANY)
@@ -57,7 +57,7 @@ def count_lines() -> dict[str, list[dict]]:
             **interleaving,
         )
         short = (layout.warm_up(), *layout.counted_steps(1))
-        assert len(short) == 3, "the step is not long enough to be extrapolated"
+        assert len(short) == 3, "the step is too short to be extrapolated to"
         for name, steps in (("exact", (layout.warm_up(), MANY)), ("extrapolated", short)):
             (counted,) = dry_run.count([DryRank(tuple(words), 3, layout.rank(1), steps)])
             result[name].append(stage_plan(layout, 1, counted))
@@ -65,7 +65,7 @@ def count_lines() -> dict[str, list[dict]]:
 
 
 def run_commands(folder: Path) -> None:
-    """tools/plan_cluster.py as a user has it, on a small model."""
+    """Run the commands of tools/plan_cluster.py on a small model."""
     codes = []
     files = ["--json", str(folder / "plan.json"), "--png", str(folder / "plan.png")]
     with (folder / "plan.txt").open("w") as output, contextlib.redirect_stdout(output):
@@ -76,7 +76,7 @@ def run_commands(folder: Path) -> None:
     with (
         (folder / "search.txt").open("w") as output,
         contextlib.redirect_stdout(output),
-        # Fewer than there are, as each takes a second.
+        # Fewer candidates than there are, as each takes a second.
         mock.patch.object(search, "_CONTEXT", (1,)),
         mock.patch.object(search, "RECOMPUTE", {"none": {}}),
         mock.patch.object(command_line, "_FINALISTS", 1),

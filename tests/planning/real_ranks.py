@@ -1,9 +1,9 @@
-"""Several real runs on the ranks of one launch, imports done once.
+"""Run several real runs on the ranks of one launch, with the imports done once.
 
 torchrun --nproc-per-node N ... -m tests.planning.real_ranks CASES.json
 
-CASES.json: {name: {"ranks": how many of the N, "command": flags}}. Each run leaves rank-R.json in a
-folder of its name beside CASES.json (see real_run.py) and rank-R.log.
+CASES.json: {name: {"ranks": how many of the N, "command": flags}}. Each run leaves rank-R.json (see
+real_run.py) and rank-R.log in a folder beside CASES.json that has the run's name.
 """
 
 import json
@@ -20,7 +20,7 @@ from tests.support.forked_process import run_and_exit
 
 def main(cases: Path) -> None:
     cpu.enable()
-    # Every run inherits what is imported here.
+    # The forked runs inherit these imports.
     import megatron.core.models.mimo
     import megatron.core.tokenizers.text.libraries
     import megatron.training.training  # noqa: F401

@@ -1,8 +1,8 @@
-"""A real run of kvshift_megatron.pretrain that leaves what it measured in ways of its own.
+"""Run kvshift_megatron.pretrain and leave what was measured, by the planner and independently.
 
-Beside the planner's counters, and not with them: the bytes of Megatron's buffers and of the
-optimizer's state by their names, messages by the recorder of tests/distributed, and what a forward
-pass leaves allocated by torch's profiler.
+Independent of the planner's counters are the bytes of Megatron's buffers and of the optimizer's
+state (by their names), messages (by the recorder of tests/distributed), and what a forward pass
+leaves allocated (by torch's profiler).
 """
 
 import json
@@ -23,7 +23,7 @@ _WHICH_STEP = 2  # from 0; the first differs from all others
 
 
 class _BetweenRanks(Recorder):
-    """Leaves out what a rank says to itself."""
+    """Leaves out messages of a rank to itself."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d" and group_of(args).size() == 1:
@@ -32,7 +32,7 @@ class _BetweenRanks(Recorder):
 
 
 def main() -> None:
-    """sys.argv: FOLDER and the flags of the run, of at least three iterations."""
+    """Run what sys.argv says: FOLDER, then the flags of at least three iterations."""
     folder = Path(sys.argv.pop(1))
     independent: dict = {}
     observer = StepObserver()
@@ -57,7 +57,7 @@ def _measured(real, result: dict):
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
                 output = forward_step_func(*arguments)
             allocated = sum(event.self_cpu_memory_usage for event in profiler.events())
-            # The output is autograd's only where the next operation keeps it.
+            # Autograd keeps the output only if the next operation does.
             left.append([allocated, output[0].nbytes])
             return output
 
@@ -72,7 +72,7 @@ def _measured(real, result: dict):
 
 
 def _by_name(model, optimizer) -> dict[str, int]:
-    """Bytes of what Megatron's objects are known to hold."""
+    """Return the bytes of what Megatron's objects hold, by name."""
     buffers = [b for chunk in model for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     parameters = [p for chunk in model for p in chunk.parameters()]
     kept = {
@@ -91,6 +91,6 @@ def _by_name(model, optimizer) -> dict[str, int]:
         main += sum(p.numel() * 4 for group in groups for p in group)
         for state in part.optimizer.state.values():
             moments += sum(state[name].numel() * 4 for name in ("exp_avg", "exp_avg_sq"))
-            steps += 4  # torch's Adam counts steps in an fp32 scalar of its own
+            steps += 4  # torch's Adam counts steps in an fp32 scalar per parameter
     return kept | {"main_parameter_bytes": main, "moment_bytes": moments,
                    "other_optimizer_bytes": steps}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The parts of a plan that need no model."""
+"""Parts of a plan that need no model."""
 
 import copy
 from argparse import Namespace
@@ -36,11 +36,11 @@ def row(operation, ranks, size, group="TP", messages=1):
         ("send", 100, 100),
     ],
 )
-def test_bytes_on_the_wire_of_four_ranks(operation, contributed, wire):
+def test_bytes_on_the_wire_between_four_ranks(operation, contributed, wire):
     assert wire_bytes(row(operation, 4, contributed)) == wire
 
 
-def test_saved_tensors_are_counted_once_and_let_go():
+def test_saved_tensors_are_counted_once_and_released():
     weight = torch.nn.Parameter(torch.randn(8, 8))
     x = torch.randn(16, 8, requires_grad=True)
     saved = SavedTensors([weight])
@@ -53,7 +53,7 @@ def test_saved_tensors_are_counted_once_and_let_go():
     assert saved.now == 0
 
 
-def test_live_storages_follow_what_is_freed_and_known():
+def test_live_storages_drop_what_is_freed_and_skip_what_is_known():
     known = torch.empty(100)
     storages = LiveStorages("cpu", [known])
     first = torch.empty(10)
@@ -90,7 +90,7 @@ def test_live_storages_follow_what_is_resized():
         assert storages.now == 0
         tensor.untyped_storage().resize_(80)
     assert (storages.now, storages.peak) == (80, 80)
-    tensor.untyped_storage().resize_(0)  # nobody is told any more
+    tensor.untyped_storage().resize_(0)  # resizes are no longer followed
     assert storages.now == 80
 
 
@@ -143,13 +143,13 @@ def test_layout_counts_ranks_as_megatron_does():
 
 
 def test_layout_says_what_does_not_divide():
-    with pytest.raises(ValueError, match="60 processes are not divided by TP 2 x CP 2 x PP 4"):
+    with pytest.raises(ValueError, match="60 processes are not divisible by TP 2 x CP 2 x PP 4"):
         Layout.of(arguments(), 60)
-    with pytest.raises(ValueError, match="global-batch-size is 60"):
+    with pytest.raises(ValueError, match="global-batch-size is 60: it must be divisible by micro"):
         Layout.of(arguments(global_batch_size=60), 64)
 
 
-def test_long_steps_are_counted_by_two_short_ones():
+def test_a_long_step_is_counted_by_two_short_ones():
     layout = Layout.of(arguments(global_batch_size=6400), 64)
     assert layout.counted_steps(0) == (5, 6)
     assert layout.counted_steps(3) == (2, 3)
@@ -169,7 +169,7 @@ def test_every_candidate_divides_what_it_must():
         assert layout.tp in (1, 2, 4)
 
 
-def test_gpu_of_the_table_and_the_user_s_figures():
+def test_a_gpu_of_the_table_takes_the_users_figures():
     gpu = gpus.find("h100-80gb", ["nvlink=1e9", "node=4"])
     assert (gpu.nvlink, gpu.node, gpu.flops) == (1e9, 4, 989.4e12)
     assert "changed by the user" in gpu.source
@@ -212,7 +212,7 @@ def test_estimate_by_hand():
     assert slower["step"] == pytest.approx(3.6 + 0.21) and not slower["fits"]
 
 
-def test_estimate_of_links_bubble_and_overlap():
+def test_the_estimate_knows_links_bubble_and_overlap():
     two_nodes = planned(world_size=16)
     two_nodes["stages"][0]["traffic"] = [row("all-gather", 16, 1e9, messages=0)]
     assert estimate(two_nodes, GPU, PERFECT)["messages"] == pytest.approx(15e9 / 8e10 / 2)
@@ -254,7 +254,7 @@ def test_a_gpu_s_kernels_are_the_ones_that_modules_call(monkeypatch):
         (sdpa, "scaled_dot_product_attention"),
         (core_attention, "blockwise_attention"),
     ):
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # restored after the test
     monkeypatch.setenv("KVSHIFT_IMPLEMENTATION", "reference")
     kernels.use("gpu")
     norm = torch.nn.RMSNorm(32, device="meta", dtype=torch.bfloat16)
@@ -268,11 +268,11 @@ def test_a_gpu_s_kernels_are_the_ones_that_modules_call(monkeypatch):
 def test_the_loop_of_a_dry_run_compiles_nothing_and_agrees_by_itself(monkeypatch):
     from megatron.training import training
 
-    # What is read back from the other ranks is zero.
+    # Stands for Megatron's: what it reads back from the other ranks is zero on the meta device.
     name = "logical_and_across_model_parallel_group"
     monkeypatch.setattr(training, name, lambda flag, group: False)
     args = Namespace()
     with meta_device.loop_without_values(args):
-        training.set_jit_fusion_options(tp_size=1)  # Megatron's would ask for its arguments
+        training.set_jit_fusion_options(tp_size=1)  # Megatron's own would read its arguments
         assert training.logical_and_across_model_parallel_group(True, None) is True
     assert args.do_train and training.logical_and_across_model_parallel_group(True, None) is False

@@ -1,4 +1,4 @@
-"""The tool's output, and what it is made of."""
+"""The output of kvshift-plan, and the counts behind it."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from tests.planning.planned_cases import MANY
 from tests.support.launch import PROJECT
 
 
-def test_two_short_steps_say_what_a_long_one_costs(plan_folder):
+def test_two_short_steps_give_the_cost_of_a_long_one(plan_folder):
     lines = json.loads((plan_folder / "lines.json").read_text())
     for exact, line in zip(lines["exact"], lines["extrapolated"], strict=True):
         for name in ("work", "saved_per_micro_batch", "saved_peak", "state_bytes"):
@@ -39,7 +39,7 @@ def test_what_kv_shifting_adds(plan_folder):
         assert stage["matmul_flops"] == 0
         assert stage["pointwise_elements"] > 0
         messages = {kind: n for kind, (n, _) in stage["traffic"].items() if n}
-        assert messages == {}  # without context parallelism it sends nothing
+        assert messages == {}  # without context parallelism the shift sends nothing
 
 
 def test_counted_flops_are_megatron_s(plan_folder):
@@ -65,20 +65,20 @@ def test_search_proposes_the_fastest_that_fits(plan_folder):
     quick = [figures(line) for line in proposals.splitlines() if " GB free: TP" in line]
     assert len(quick) > 5 and quick == sorted(quick, key=lambda row: row["seconds"])
     assert "  FITS: " in built
-    # The quick models take every stage for the slowest, which is the last one here.
+    # The quick models take every stage to be the slowest, which here is the last one.
     (finalist,) = [figures(line) for line in built.splitlines() if " GB free, MFU" in line]
     assert finalist["layout"] == quick[0]["layout"]
     assert quick[0]["seconds"] == pytest.approx(finalist["seconds"], rel=0.3)
 
 
 def figures(line: str) -> dict:
-    """Of one proposal, as printed."""
+    """Read the figures of one proposal from its printed line."""
     numbers, _, layout = line.partition(": ")
     return {"seconds": float(numbers.split()[0]), "layout": layout}
 
 
-def test_the_paper_s_largest_model_is_planned_in_minutes(tmp_path):
-    """On 240 GPUs at 12288 tokens: in under five minutes and 8 GiB."""
+def test_the_papers_largest_model_is_planned_in_minutes(tmp_path):
+    """On 240 GPUs at 12288 tokens, it takes less than five minutes and 8 GiB."""
     subprocess.run(
         [sys.executable, "tools/plan_cluster.py", "19b", "240x80gb", "--json", tmp_path / "plan"],
         cwd=PROJECT,
@@ -88,7 +88,7 @@ def test_the_paper_s_largest_model_is_planned_in_minutes(tmp_path):
     )
     plan = json.loads((tmp_path / "plan").read_text())
     assert plan["layout"]["world_size"] == 240 and plan["figures"]["seq_length"] == 12288
-    # A quarter of its matrices, which TP divides; norms and taps are whole, or the rank's own.
+    # TP 4 divides the matrices and the taps by four; every rank holds all norms.
     norms = (2 * 48 + 1) * 6144
     assert plan["stages"][0]["parameters"] == (19_011_803_136 - norms) // 4 + norms + 768 // 4
     assert 3 * plan["peak_rss"] < 8 * 2**30

@@ -1,4 +1,4 @@
-"""What is planned is what a real run does: gloo, up to four ranks, Megatron's own loop."""
+"""A plan equals a real run: gloo, up to four ranks, Megatron's own loop."""
 
 import copy
 
@@ -25,7 +25,7 @@ def test_saved_activations_are_what_the_profiler_finds(case, recomputed, planned
 
 
 def test_the_cases_differ_in_what_they_are_for(real):
-    """Else equal numbers would say little."""
+    """Without these messages and sizes, equal numbers would prove little."""
     kinds = {(row["group"], row["operation"]) for run in real.values() for rank in run
              for row in rank["steps"][2]["traffic"]}  # fmt: skip
     assert kinds >= {
@@ -95,6 +95,6 @@ def test_each_comparator_fails_on_an_error(plant, what, planned, real):
 
 
 @pytest.mark.parametrize("what", ["static", "saved", "work", "traffic"])
-def test_the_twin_s_plan_is_not_taken_for_the_model_s(what, planned, real):
-    """A real error in the plan: it is of the vanilla twin."""
-    assert getattr(compare, what)(planned["twin"][0], real["tp2-cp2"][0]) != []
+def test_the_baselines_plan_is_not_taken_for_the_models(what, planned, real):
+    """A plan of the baseline model stands for a plan with a real error."""
+    assert getattr(compare, what)(planned["baseline"][0], real["tp2-cp2"][0]) != []

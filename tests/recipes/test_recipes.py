@@ -1,6 +1,6 @@
-"""Recipes: every model on every layout, through Megatron's parser and model builder.
+"""Recipes: every model on every layout, through Megatron's parser and the model builder.
 
-Models are built on the meta device, where nothing is allocated, by the code that trains them.
+The code that trains the models builds them on the meta device, where nothing is allocated.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from tests.support.launch import PROJECT, ranks
 
 @dataclass(frozen=True)
 class Paper:
-    """One column of Tables 1 and 6, and the number of parameters that follows, in billions."""
+    """One column of Tables 1 and 6, the parameters that follow from it, in billions, and taps."""
 
     hidden: int
     layers: int
@@ -48,7 +48,7 @@ PAPER = {
     "13b": Paper(5120, 40, 40, 40, 13824, 2048, 10*G, 36000, 128, 8, 2e-4, 1000, 13.057, 6400),
     "19b": Paper(6144, 48, 48, 4, 16384, 12288, 200*G, 48000, 240, 1, 2e-4, 3000, 19.012, 768),
 }
-# Worked out by hand from the shapes, without the taps.
+# Computed by hand from the shapes, without the taps.
 PARAMETERS = {
     "10m": 9_998_592,
     "1.5b": 1_564_198_912,
@@ -74,7 +74,7 @@ def cpu_layer():
 
 
 def validated(run: recipe.Run, monkeypatch):
-    """The entry point's own parsing and checks, Megatron's included, as rank 0 of all of them."""
+    """Return what the entry point's parsing and checks make of a run on rank 0."""
     from megatron.training.global_vars import unset_global_variables
 
     from kvshift_megatron.training.run_config import parse_and_check
@@ -90,7 +90,7 @@ def validated(run: recipe.Run, monkeypatch):
 
 
 def built(args, layout: Layout, rank: int = 0) -> torch.nn.Module:
-    """A rank's model, by the builder that trains."""
+    """Build a rank's model with the builder that training uses."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from kvshift_megatron.training.gpt_builder import KVShiftGPTModelBuilder
@@ -106,7 +106,7 @@ def built(args, layout: Layout, rank: int = 0) -> torch.nn.Module:
 
 
 def counts(model: torch.nn.Module) -> tuple[int, int]:
-    """Parameters without the taps, and taps."""
+    """Count the parameters without the taps, and the taps."""
     taps = others = 0
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2].startswith(("alpha_", "beta_")):
@@ -117,7 +117,7 @@ def counts(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def whole(model: str, **overrides) -> recipe.Run:
-    """The model on one process, whatever else a layout would say."""
+    """Return a run of the model on one process, whatever its layout says."""
     layout = next(layout for name, layout in RUNS if name == model)
     alone = {
         "tensor-model-parallel-size": 1,
@@ -128,12 +128,12 @@ def whole(model: str, **overrides) -> recipe.Run:
 
 
 @pytest.mark.parametrize("model", PARAMETERS)
-def test_parameters_to_the_unit(model, monkeypatch):
+def test_parameters_are_exact(model, monkeypatch):
     run = whole(model)
     assert counts(built(validated(run, monkeypatch), Layout())) == (PARAMETERS[model], TAPS[model])
 
 
-def test_a_wrong_shape_is_seen(monkeypatch):
+def test_a_wrong_shape_changes_the_count(monkeypatch):
     for wrong in (
         {"ffn-hidden-size": 5505},
         {"num-query-groups": 8},
@@ -146,7 +146,7 @@ def test_a_wrong_shape_is_seen(monkeypatch):
 
 
 @pytest.mark.parametrize("model", PAPER)
-def test_the_counts_follow_from_the_papers_shapes(model):
+def test_the_counts_follow_from_the_papers_shape(model):
     p = PAPER[model]
     head = p.hidden // p.heads
     attention = 2 * p.hidden * p.hidden + 2 * p.hidden * p.groups * head
@@ -157,7 +157,7 @@ def test_the_counts_follow_from_the_papers_shapes(model):
 
 
 @pytest.mark.parametrize("model", PAPER)
-def test_the_papers_recipe(model):
+def test_a_model_has_the_papers_recipe(model):
     p, flags = PAPER[model], whole(model).flags
     assert flags["global-batch-size"] == p.gpus * p.samples_per_gpu
     assert flags["seq-length"] == flags["max-position-embeddings"] == p.seq
@@ -175,19 +175,19 @@ def test_the_models_set_the_same_flags_in_the_same_order():
     assert {path.stem for path in recipe.MODELS.glob("*.toml")} == set(PARAMETERS)
 
 
-def test_every_model_has_a_layout_and_the_paper_its_own_number_of_gpus():
+def test_every_model_has_a_layout_and_one_with_the_papers_number_of_gpus():
     assert {model for model, _ in RUNS} == set(PARAMETERS)
     for model, paper in PAPER.items():
         assert (model, f"{paper.gpus}x80gb") in RUNS
 
 
 @pytest.mark.parametrize(("model", "layout"), RUNS)
-def test_a_layout_divides_what_it_must_and_its_first_rank_builds(model, layout, monkeypatch):
+def test_a_layout_divides_the_sizes_and_its_first_rank_builds(model, layout, monkeypatch):
     run = recipe.load(model, layout)
     flags = run.flags
     tp = flags.get("tensor-model-parallel-size", 1)
     cp = flags.get("context-parallel-size", 1)
-    assert "pipeline-model-parallel-size" not in flags, "the sums below are for one stage"
+    assert "pipeline-model-parallel-size" not in flags, "the counts below are for one stage"
     dp, rest = divmod(run.nproc, tp * cp)
     assert rest == 0
     assert flags["global-batch-size"] % (flags["micro-batch-size"] * dp) == 0
@@ -200,26 +200,26 @@ def test_a_layout_divides_what_it_must_and_its_first_rank_builds(model, layout, 
     args = validated(run, monkeypatch)
     assert args.padded_vocab_size == flags["vocab-size"]
     assert args.data_parallel_size == dp
-    # The other ranks of a data-parallel group would only cost time.
+    # DP 1: the other ranks of a data-parallel group would only cost time.
     others, taps = counts(built(args, Layout(tp=tp, cp=cp)))
     norms = (2 * flags["num-layers"] + 1) * flags["hidden-size"]
     assert others == (PARAMETERS[model] - norms) // tp + norms
-    # With fewer groups than ranks each rank keeps the taps of all groups.
+    # With fewer groups than ranks, each rank keeps the taps of all groups.
     assert taps == TAPS[model] // (tp if flags["num-query-groups"] >= tp else 1)
 
 
-def test_the_flags_with_data_are_all_that_training_needs():
+def test_training_needs_only_the_flags_and_data():
     run = recipe.load("10m", "cpu", {"train-iters": 2, "lr-warmup-iters": 1, "log-interval": 1})
     words = [*command_line(run.flags), "--mock-data", "--eval-iters", "1"]
     result = ranks(run.nproc, "kvshift_megatron.pretrain", words, timeout=200)
     assert result.returncode == 0, result.stdout[-3000:]
     assert "64 taps" in result.stdout
-    # The loss of a guess among 8000 tokens is 8.99.
+    # Guessing among 8000 tokens gives a loss of 8.99.
     losses = [float(loss) for loss in re.findall(r"lm loss: (\S+)", result.stdout)]
     assert len(losses) == 2 and all(abs(loss - 8.99) < 0.3 for loss in losses)
 
 
-def test_flags_are_printed_one_a_line(capsys):
+def test_flags_are_printed_one_per_line(capsys):
     assert show.main(["19b", "240x80gb"]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
@@ -242,7 +242,7 @@ def test_overrides_win(capsys):
     assert "--bf16" not in lines
 
 
-# With and without grouped queries, CP and sequence parallelism; parsing takes its time.
+# Not all runs, as parsing is slow: with and without grouped queries, CP and sequence parallelism.
 @pytest.mark.parametrize(("model", "layout"), [r for r in RUNS if r[0] == "19b"] + [("10m", "cpu")])
 def test_sizes_are_those_of_megatrons_parser(model, layout):
     run = recipe.load(model, layout)
@@ -251,7 +251,7 @@ def test_sizes_are_those_of_megatrons_parser(model, layout):
         assert getattr(plain, name) == getattr(parsed, name), name
 
 
-def test_sizes_that_are_left_out_are_megatrons_defaults():
+def test_missing_sizes_are_megatrons_defaults():
     empty = recipe.Run("none", "none", nproc=1, flags={})
     parsed = vars(validate.parse(empty))
     assert {name: parsed[name] for name in sizes.NUMBERS} == sizes.NUMBERS
@@ -268,7 +268,7 @@ def test_flags_are_the_same_with_megatrons_check(capsys):
     assert "--check" in plain.err and checked.err.rstrip() == plain.err.partition(" (--check")[0]
 
 
-# What only Megatron's parser knows.
+# Mistakes that only Megatron's parser finds.
 BY_MEGATRON = [
     (["10m", "cpu", "--set", "num-layer=3"], "unrecognized arguments: --num-layer 3"),
     (["10m", "cpu", "--set", "lr=fast"], "argument --lr: invalid float value: 'fast'"),
@@ -280,8 +280,10 @@ MISTAKES = [
         (["10m", "cpu", "--set", "=3"], "--set =3: expected FLAG=VALUE or FLAG"),
         (["10m", "cpu", "--set", "seq-length=long"], "seq-length must be a positive integer"),
         (["10m", "cpu", "--nproc", "0"], "--nproc must be at least 1"),
-        (["10m", "cpu", "--nproc", "3"], "batch-size is 8, which micro-batch-size x DP = 12"),
-        (["19b", "240x80gb", "--nproc", "242"], "processes is 242, which TP x PP x CP = 4 must"),
+        (["10m", "cpu", "--nproc", "3"],
+         "batch-size is 8: it must be divisible by micro-batch-size x DP = 12"),
+        (["19b", "240x80gb", "--nproc", "242"],
+         "processes is 242: it must be divisible by TP x PP x CP = 4"),
         (["10m", "cpu", "--set", "num-attention-heads=6", "--set", "num-query-groups=3", "--set",
           "tensor-model-parallel-size=2", "--nproc", "2"], "num_query_groups=3"),
         (["10m", "cpu", "--set", "kv-shift-window=9"], "window=9"),
@@ -301,20 +303,20 @@ def test_a_mistake_is_one_sentence(words, message, checked, capsys):
 
 
 @pytest.mark.parametrize(("words", "message"), BY_MEGATRON)
-def test_megatrons_parser_is_asked_with_check(words, message, capsys):
+def test_check_asks_megatrons_parser(words, message, capsys):
     assert show.main(words) == 0
     capsys.readouterr()
     test_a_mistake_is_one_sentence(words, message, True, capsys)
 
 
-def test_a_size_that_is_no_number(capsys):
+def test_a_size_that_is_no_number_is_refused(capsys):
     words = ["10m", "cpu", "--set", "num-layers=many"]
     assert show.main(words) == 2
     assert "num-layers must be a whole number, got 'many'" in capsys.readouterr().err
 
 
 def test_a_job_under_slurm_asks_megatrons_parser_before_any_node_starts():
-    """What its batch script runs, with what it is given (examples/slurm/begin.py)."""
+    """The batch script checks the arguments that it is given (examples/slurm/begin.py)."""
     script = (PROJECT / "examples/slurm/pretrain.sbatch").read_text()
     lines = [line.strip() for line in script.splitlines()]
     (asked,) = [line for line in lines if "kvshift_megatron.recipes" in line and line[0] != "#"]

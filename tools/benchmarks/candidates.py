@@ -1,4 +1,4 @@
-"""What is measured: each way to shift keys and values, and what a plain copy of them takes."""
+"""The candidates: each way to shift keys and values, and a plain copy of them for comparison."""
 
 import os
 from collections.abc import Callable
@@ -20,11 +20,11 @@ class Candidate:
     """One way to shift keys and values.
 
     Attributes:
-        label: for tables and pictures.
+        label: Name in tables and pictures.
         shift: (key, value, alpha, beta) -> (shifted key, shifted value), differentiable.
-        own: this package's, which is held to more than the others.
-        compiled: needs a first call of many seconds for every shape and dtype.
-        forced: what KVSHIFT_IMPLEMENTATION is while it runs; None leaves it as it is.
+        own: Whether it is this package's, which has stricter error limits.
+        compiled: Whether the first call for a shape and dtype takes many seconds.
+        forced: Value of KVSHIFT_IMPLEMENTATION while it runs; None leaves it as it is.
     """
 
     label: str
@@ -34,13 +34,13 @@ class Candidate:
     forced: str | None = None
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Outputs, with what the backward pass needs."""
+        """Return the outputs, with what the backward pass needs."""
         if self.forced is not None:
             os.environ[VARIABLE] = self.forced
         return self.shift(*inputs.leaves)
 
     def gradients(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Forward and backward: the gradients of key, value, alpha and beta."""
+        """Run forward and backward; return the gradients of key, value, alpha and beta."""
         return torch.autograd.grad(self.forward(inputs), inputs.leaves, inputs.grads)
 
 
@@ -49,7 +49,7 @@ def _each(shift: Callable[[Tensor, Tensor], Tensor]) -> Pair:
 
 
 def candidates(device: str, dtype: torch.dtype) -> dict[str, Candidate]:
-    """Every way to shift on this device, the dearest first."""
+    """Return every way to shift on this device, most expensive first."""
     os.environ[VARIABLE] = "auto"
     chosen = implementation(torch.empty(1, 1, 1, 1, dtype=dtype, device=device))
     names = {"cpu": "compiled C", "triton": "Triton", "reference": "plain PyTorch"}
@@ -59,7 +59,7 @@ def candidates(device: str, dtype: torch.dtype) -> dict[str, Candidate]:
         "pad_and_add": Candidate("pad and add", _each(formulations.padded_sum)),
         "compile": Candidate(
             "torch.compile, naive form",
-            # fullgraph: where it cannot be compiled it fails, and does not run as plain PyTorch.
+            # fullgraph: what cannot be compiled fails instead of running as plain PyTorch.
             torch.compile(formulations.naive_pair, fullgraph=True, dynamic=False),
             compiled=True,
         ),
@@ -72,9 +72,9 @@ def candidates(device: str, dtype: torch.dtype) -> dict[str, Candidate]:
 
 
 class Copies:
-    """Plain copies of keys and values: contiguous ones of the same size.
+    """Plain copies of contiguous tensors as large as keys and values.
 
-    `copy` writes to memory that is there; `clone` asks for new memory, as outputs do.
+    `copy` writes to existing memory; `clone` allocates new memory, as outputs do.
     """
 
     def __init__(self, inputs: Inputs):

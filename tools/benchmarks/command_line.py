@@ -18,12 +18,12 @@ _SECONDS_BETWEEN_LINES = 1.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure as the command line says; 0, or 1 where something failed or was refused."""
+    """Measure as the command line says; return 0, or 1 if a section failed or refused something."""
     options = _parser().parse_args(argv)
-    # Found missing now, not after ten minutes.
+    # Imported now, so that a missing Matplotlib is noticed before ten minutes of measuring.
     from tools.benchmarks.picture import draw
 
-    # As an interrupt: what was started ends, temporary files go.
+    # Treated as an interrupt, which ends child processes and removes temporary files.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen = [SECTIONS[name] for name in options.only]
     options.output.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(f"benchmark: {error}", file=sys.stderr, flush=True)
                 clock.done(section, time.monotonic() - began)
     except KeyboardInterrupt:
-        print("benchmark: interrupted; nothing was written", file=sys.stderr)
+        print("benchmark: interrupted, nothing was written", file=sys.stderr)
         return 1
     return _report(result | {"seconds": clock.elapsed()}, options.output, draw)
 
@@ -61,7 +61,7 @@ def _report(result: dict, output: Path, draw: Callable[[dict, Path], bool]) -> i
 
 
 class _Clock:
-    """Progress lines: the time so far, and about how much is left."""
+    """Prints progress lines: the time so far, and roughly how much is left."""
 
     def __init__(self, chosen: list[Section], quick: bool):
         self._start = time.monotonic()
@@ -69,11 +69,11 @@ class _Clock:
         self._expected = {s.name: s.quick_seconds if quick else s.seconds for s in chosen}
 
     def elapsed(self) -> float:
-        """Seconds since the start."""
+        """Return the seconds since the start."""
         return time.monotonic() - self._start
 
     def of(self, section: Section) -> ReportProgress:
-        """What prints the section's progress."""
+        """Return the function that prints the section's progress."""
 
         def say(fraction: float, text: str) -> None:
             if time.monotonic() - self._said < _SECONDS_BETWEEN_LINES:
@@ -87,7 +87,7 @@ class _Clock:
         return say
 
     def done(self, section: Section, seconds: float) -> None:
-        """The section is over; what this machine needed for it corrects what is still expected."""
+        """Record the end of a section, and correct what is expected of the others by its time."""
         pace = seconds / self._expected.pop(section.name)
         for name in self._expected:
             self._expected[name] *= pace**0.5
@@ -103,7 +103,7 @@ def _sections(text: str) -> list[str]:
     for name in names:
         if name not in SECTIONS:
             raise argparse.ArgumentTypeError(
-                f"{name!r} is no section: choose from {', '.join(SECTIONS)}"
+                f"{name!r} is not a section: choose from {', '.join(SECTIONS)}"
             )
     return [name for name in SECTIONS if name in names]
 
@@ -112,24 +112,26 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.benchmarks",
         description="Measure what KV shifting costs on this machine, against other ways to write "
-        "it, against a plain copy and against the vanilla twin. About 10 minutes on 2 cores, on "
-        "which nothing else should run.",
+        "it, a plain copy and the baseline model. About 10 minutes on 2 cores, on which nothing "
+        "else should run.",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="small shapes, few rounds: shows that everything runs"
+        "--quick",
+        action="store_true",
+        help="small shapes and few rounds, only to show that everything runs",
     )
     parser.add_argument(
         "--only",
         type=_sections,
         default=list(SECTIONS),
         metavar="SECTION,...",
-        help=f"some of {', '.join(SECTIONS)} (default: all)",
+        help=f"one or more of {', '.join(SECTIONS)} (default: all)",
     )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("build/benchmark"),
         metavar="DIRECTORY",
-        help="for benchmark.json, .md and .png (default: build/benchmark)",
+        help="where to write benchmark.json, .md and .png (default: build/benchmark)",
     )
     return parser

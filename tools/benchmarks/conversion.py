@@ -1,4 +1,4 @@
-"""kvshift-convert both ways against copying the same files."""
+"""Measure kvshift-convert in both directions against copying the same files."""
 
 import hashlib
 import shutil
@@ -28,9 +28,9 @@ DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
 
 
 def measure(settings: Settings, progress: ReportProgress) -> dict:
-    """{"bytes", "bytes_per_second": {direction or "cp": spread}, "tokens_per_second", ...}.
+    """Return {"bytes", "bytes_per_second": {direction or "cp": spread}, "tokens_per_second", ...}.
 
-    The time of the command itself, files in the page cache, without the start of Python.
+    The time is that of the command itself, without Python's start, with files in the page cache.
     """
     progress(0.0, "making a model")
     model, checkpoint, back = (settings.folder / name for name in ("hf", "megatron", "back"))
@@ -46,8 +46,8 @@ def measure(settings: Settings, progress: ReportProgress) -> dict:
             "cp": _copy(model, settings.folder / "copy"),
         }
         if number == 0 and _tensors(back) != _tensors(model):
-            raise WrongResult("a model that was converted there and back is not what it was")
-        if number:  # the first warms up: imports, page cache
+            raise WrongResult("a model differs after it was converted to Megatron and back")
+        if number:  # the first round only warms up: imports, page cache
             for name, value in took.items():
                 seconds[name].append(value)
     return {
@@ -61,8 +61,8 @@ def measure(settings: Settings, progress: ReportProgress) -> dict:
             for _ in range(rounds)
         ),
         "not_measured": {
-            "tokenizing": "Megatron-LM's tools/preprocess_data.py, which no wheel of megatron-core "
-            "holds, with a tokenizer's model"
+            "tokenizing": "it needs Megatron-LM's tools/preprocess_data.py, which no wheel of "
+            "megatron-core contains, and a tokenizer's model"
         },
     }
 
@@ -76,7 +76,7 @@ def _make_model(shape: dict, folder: Path) -> None:
 
 
 def _tensors(folder: Path) -> dict[str, bytes]:
-    """Every tensor's bytes by its name."""
+    """Return the SHA-256 of every tensor's bytes, by name."""
     found = {}
     for file in folder.glob("*.safetensors"):
         for name, tensor in load_file(file).items():
@@ -89,13 +89,13 @@ def _bytes_of(folder: Path) -> int:
 
 
 def _convert(direction: str, source: Path, target: Path) -> float:
-    # The command imports them when it runs, which is no part of the conversion's time.
+    # The command imports these when it runs: done here, it does not count as conversion.
     from kvshift_megatron.convert import to_hf, to_megatron  # noqa: F401
     from kvshift_megatron.convert.command_line import main
 
     start = time.perf_counter()
     if main([direction, str(source), str(target), "--overwrite"]) != 0:
-        raise RuntimeError(f"{direction} failed; its own message is above")
+        raise RuntimeError(f"{direction} failed: see its own message above")
     return time.perf_counter() - start
 
 

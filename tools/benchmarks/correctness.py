@@ -1,4 +1,4 @@
-"""Nothing is reported of an implementation whose results are wrong."""
+"""Check results against the definition: a wrong implementation is not measured."""
 
 import torch
 from torch import Tensor
@@ -9,14 +9,14 @@ from tools.benchmarks.inputs import Inputs
 
 _NAMES = ("key", "value", "alpha", "beta")
 
-# Relative errors by dtype: of outputs and inputs' gradients, and of the taps' gradients. Others sum
-# these in their own dtype and round them to it.
+# Limits of relative errors by dtype: (outputs and inputs' gradients, taps' gradients). Other
+# implementations sum and round the latter in their own dtype.
 _OWN = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (4e-3, 1e-5)}
 _OTHERS = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (1e-2, 5e-2)}
 
 
 class WrongResult(Exception):
-    """An implementation's result is not the definition's; the message names the tensor."""
+    """An implementation's result differs from the definition's; the message names the tensor."""
 
 
 class Expected:
@@ -36,10 +36,10 @@ class Expected:
             self.tensors[f"gradient of {_NAMES[i + 2]}"] = gradients[1]
 
     def check(self, candidate: Candidate, inputs: Inputs) -> dict[str, float]:
-        """The candidate's relative errors, by tensor.
+        """Return the candidate's relative errors, by tensor.
 
         Raises:
-            WrongResult: one of them is too large, or a result has another shape or dtype.
+            WrongResult: An error is too large, or a result has a wrong shape or dtype.
         """
         outputs = candidate.forward(inputs)
         gradients = torch.autograd.grad(outputs, inputs.leaves, inputs.grads)
@@ -60,7 +60,7 @@ class Expected:
             error = float((got.detach().double() - expected).norm() / expected.norm())
             errors[name] = error
             limit = narrow if of_taps else wide
-            # Written so that a NaN is refused.
+            # A comparison with NaN is False, so that NaN is refused.
             if not error <= limit:
                 raise WrongResult(
                     f"{candidate.label}: {name} differs from the definition in float64 by "

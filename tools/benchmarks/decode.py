@@ -1,4 +1,4 @@
-"""Decoding with the exported Transformers model against Llama of the same shape."""
+"""Measure decoding with the exported Transformers model against Llama of the same shape."""
 
 import time
 
@@ -23,7 +23,11 @@ _PROMPT = 128  # tokens
 
 
 def measure(settings: Settings, progress: ReportProgress) -> dict:
-    """{"cases": [{"batch", "runs": {"llama" | "kv_shift": {"tokens_per_second", "ratio"}}}]}."""
+    """Measure every batch size.
+
+    Returns:
+        {"cases": [{"batch", "runs": {"llama" | "kv_shift": {"tokens_per_second", "ratio"}}}], ...}.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     progress(0.0, "building the models")
     models = build_models(_QUICK_SHAPE if settings.quick else SHAPE, settings.folder)
@@ -39,7 +43,7 @@ def measure(settings: Settings, progress: ReportProgress) -> dict:
 
 
 def build_models(shape: dict, folder) -> dict[str, torch.nn.Module]:
-    """Llama, and this package's model as an exported folder gives it; random weights."""
+    """Return Llama, and this package's model from an exported folder, with random weights."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     from kvshift_megatron.hf import KVShiftLlamaConfig, KVShiftLlamaForCausalLM
@@ -55,7 +59,7 @@ def build_models(shape: dict, folder) -> dict[str, torch.nn.Module]:
 
 @torch.inference_mode()
 def _refuse_wrong_cache(model: torch.nn.Module, device: str) -> None:
-    """A token decoded from a cache has the logits that it has in a whole forward pass."""
+    """Raise WrongResult if decoding from a cache gives other logits than a whole forward pass."""
     tokens = torch.randint(model.config.vocab_size, (2, 24), device=device)
     whole = model(tokens).logits[:, -1]
     cache = model(tokens[:, :-1], use_cache=True).past_key_values
@@ -66,7 +70,7 @@ def _refuse_wrong_cache(model: torch.nn.Module, device: str) -> None:
 
 
 class Decoder:
-    """Greedy decoding, a token a step, from a prompt on."""
+    """Greedy decoding from a prompt on, one token per step."""
 
     def __init__(self, model: torch.nn.Module, batch: int, device: str):
         prompt = torch.randint(model.config.vocab_size, (batch, _PROMPT), device=device)
@@ -80,7 +84,7 @@ class Decoder:
         self._next = output.logits[:, -1:].argmax(dim=-1)
 
     def window(self, tokens: int) -> float:
-        """Seconds for that many further tokens of every sequence."""
+        """Return the seconds for that many further tokens of every sequence."""
         start = time.perf_counter()
         for _ in range(tokens):
             self._step(self._next, self._cache)
@@ -100,7 +104,7 @@ def _measure_batch(models, batch: int, tokens: int, rounds: int, device: str, pr
             speeds[name].append(batch * tokens / decoders[name].window(tokens))
     runs = {}
     for name, values in speeds.items():
-        ratios = [own / twin for own, twin in zip(values, speeds["llama"])]
+        ratios = [own / llama for own, llama in zip(values, speeds["llama"])]
         runs[name] = {
             "tokens_per_second": timing.spread(values),
             "ratio": timing.spread(ratios),

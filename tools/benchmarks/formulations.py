@@ -1,7 +1,7 @@
-"""Other ways to write the shift, to measure this package's against.
+"""Other ways to write the shift, to compare this package's with.
 
 Each takes one [s, b, ng, hn] tensor and its taps [window, ng], current token first, and returns the
-shifted tensor in the same dtype. As a model in that dtype would, all of them compute in it.
+shifted tensor in the same dtype. They compute in that dtype too, as a model in it would.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 def unfolded(x: Tensor, taps: Tensor) -> Tensor:
-    """The paper's way (arXiv 2411.19574, Appendix F): pad, unfold, multiply, sum."""
+    """Shift as the paper does (arXiv 2411.19574, Appendix F): pad, unfold, multiply, sum."""
     window = len(taps)
     padded = functional.pad(x, (0, 0, 0, 0, 0, 0, window - 1, 0))
     windows = padded.unfold(0, window, 1)  # [s, b, ng, hn, window], oldest token first
@@ -18,7 +18,7 @@ def unfolded(x: Tensor, taps: Tensor) -> Tensor:
 
 
 def padded_sum(x: Tensor, taps: Tensor) -> Tensor:
-    """Pad and add: every earlier token as a tensor of its own, moved along by padding."""
+    """Pad and add: one copy of the tensor per tap, moved along by padding."""
     taps = taps.to(x.dtype)[..., None]
     out = taps[0] * x
     for j in range(1, len(taps)):
@@ -27,7 +27,7 @@ def padded_sum(x: Tensor, taps: Tensor) -> Tensor:
 
 
 def depthwise_convolution(x: Tensor, taps: Tensor) -> Tensor:
-    """torch.nn.functional.conv1d with a group for each channel."""
+    """Apply torch.nn.functional.conv1d with one group per channel."""
     s, b, ng, hn = x.shape
     window = len(taps)
     channels = functional.pad(x.permute(1, 2, 3, 0).reshape(b, ng * hn, s), (window - 1, 0))
@@ -37,7 +37,7 @@ def depthwise_convolution(x: Tensor, taps: Tensor) -> Tensor:
 
 
 def naive(x: Tensor, taps: Tensor) -> Tensor:
-    """What one would write first, and give to torch.compile."""
+    """Shift as one would write it first, and give it to torch.compile."""
     taps = taps.to(x.dtype)[..., None]
     previous = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
     out = taps[0] * x + taps[1] * previous
@@ -48,5 +48,5 @@ def naive(x: Tensor, taps: Tensor) -> Tensor:
 
 
 def naive_pair(key: Tensor, value: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """`naive` of keys and values, for one compiled graph."""
+    """Apply `naive` to keys and values, for one compiled graph."""
     return naive(key, alpha), naive(value, beta)

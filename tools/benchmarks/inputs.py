@@ -1,4 +1,4 @@
-"""Keys, values and taps as a Megatron layer hands them to the shift."""
+"""Make keys, values and taps as a Megatron layer passes them to the shift."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """[s, b, ng, hn] of keys and of values, and the query heads of a group beside them."""
+    """[s, b, ng, hn] of keys and of values, and the query heads per group that lie beside them."""
 
     s: int
     b: int
@@ -25,12 +25,12 @@ class Shape:
 
 @dataclass
 class Inputs:
-    """One problem.
+    """The inputs of one measurement.
 
     Attributes:
-        leaves: key, value [s, b, ng, hn], with the strides of views of mixed_qkv; alpha, beta,
-            fp32 [window, ng]. All of them require gradients.
-        grads: gradients of both outputs, contiguous.
+        leaves: key and value, [s, b, ng, hn] with the strides of views of mixed_qkv; alpha and
+            beta, fp32 [window, ng]. All of them require gradients.
+        grads: Gradients of both outputs, [s, b, ng, hn], contiguous.
     """
 
     leaves: tuple[Tensor, Tensor, Tensor, Tensor]
@@ -38,7 +38,7 @@ class Inputs:
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: str, window: int = 2) -> Inputs:
-    """Random inputs; the same ones every time."""
+    """Make random inputs, the same ones on every call."""
     generator = torch.Generator(device).manual_seed(1)
 
     def random(*size: int, of: torch.dtype = dtype) -> Tensor:

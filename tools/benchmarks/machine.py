@@ -1,4 +1,4 @@
-"""What the figures were taken on."""
+"""Describe the machine and the software that the figures were measured on."""
 
 import importlib.metadata
 import os
@@ -12,7 +12,7 @@ _DISTRIBUTIONS = ("torch", "triton", "megatron-core", "transformers", "numpy")
 
 
 def describe() -> dict:
-    """Versions, processor, memory, compiler, GPU and time; None for what is not there."""
+    """Return versions, processor, memory, compiler, GPUs and time; None for what is missing."""
     import torch
 
     import kvshift_megatron
@@ -42,7 +42,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _output(command: list[str]) -> str | None:
-    """The first line that a command prints; None where it is not there or fails."""
+    """Return the first line that a command prints; None if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)

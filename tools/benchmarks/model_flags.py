@@ -1,10 +1,10 @@
-"""Command lines of Megatron's loop on its own mock data."""
+"""Make command lines for Megatron's loop on its own mock data."""
 
 
 def model_flags(
     layers: int, hidden: int, heads: int, query_groups: int, seq_length: int, batch: int
 ) -> list[str]:
-    """A Llama-style GPT. The run ends when it is told to, not after a number of steps."""
+    """Return the flags of a Llama-style GPT, for a run that ends only when it is told to."""
     ffn = 64 * round(hidden * 8 / 3 / 64)
     values = {
         "num-layers": layers,

@@ -1,4 +1,4 @@
-"""The shift alone: forward, and forward and backward with all gradients, in multiples of a copy."""
+"""Measure the shift alone, forward, and forward and backward, in multiples of a plain copy."""
 
 import gc
 import shutil
@@ -15,7 +15,7 @@ from tools.benchmarks.correctness import Expected, WrongResult
 from tools.benchmarks.inputs import Inputs, Shape, make_inputs
 from tools.benchmarks.settings import ReportProgress, Settings, part
 
-# What a copy is to an operation: forward reads and writes one tensor as a copy does; backward reads
+# Lower bounds, in copies: forward reads one tensor and writes one, as a copy does; backward reads
 # the input and the output's gradient and writes the input's.
 BOUND = {"forward": 1.0, "forward and backward": 2.5}
 
@@ -26,11 +26,11 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def measure(settings: Settings, progress: ReportProgress) -> dict:
-    """{"cases": [...], "refused": {label: why}, "not_measured": {label: why}}."""
+    """Return {"cases": [...], "refused": {label: why}, "not_measured": {label: why}, ...}."""
     kept = keep_freed_memory()
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     shapes = _QUICK_SHAPES if settings.quick else SHAPES
-    progress(0.0, "compiling this package's C, where its cache does not hold it")
+    progress(0.0, "compiling this package's C code, unless it is cached")
     start = time.perf_counter()
     candidates("cpu", torch.float32)
     build_s = time.perf_counter() - start
@@ -56,12 +56,14 @@ def measure_case(
     only: tuple[str, ...] | None = None,
     budget_s: float = 20.0,
 ) -> dict:
-    """One shape and dtype on one device.
+    """Measure one shape and dtype on one device.
 
     Args:
-        notes: what is refused or cannot be measured is added to it.
-        only: names of candidates; None: all.
-        budget_s: of the rounds, where the settings are not quick.
+        settings, progress: As for `measure`.
+        device, shape, dtype_name: What to measure.
+        notes: What is refused or cannot be measured is added to its "refused" or "not_measured".
+        only: Names of candidates; None for all.
+        budget_s: Seconds for the rounds, unless the settings are quick.
     """
     dtype = _DTYPES[dtype_name]
     title = f"{device} {dtype_name} {shape}"
@@ -69,12 +71,12 @@ def measure_case(
     if "chosen" not in ways:
         kernels, label = ("cpu", "compiled C") if device == "cpu" else ("triton", "Triton")
         reason = why_not(kernels, torch.device(device), dtype)
-        # Without a compiler or Triton there is nothing to measure; with one something is broken.
+        # Without a compiler or Triton there is nothing to measure; with one, something is broken.
         absent = not _has_c_compiler() if device == "cpu" else not HAS_TRITON
         notes["not_measured" if absent else "refused"][f"kvshift, {label}"] = f"{title}: {reason}"
     if device == "cpu" and not any(shutil.which(name) for name in ("g++", "clang++")):
         ways.pop("compile")
-        notes["not_measured"]["torch.compile"] = "no C++ compiler is at hand"
+        notes["not_measured"]["torch.compile"] = "no C++ compiler was found"
     ways = {name: way for name, way in ways.items() if only is None or name in only}
     compile_s = _refuse_wrong(ways, device, dtype, shape, progress, title, notes)
 
@@ -82,11 +84,11 @@ def measure_case(
     copies = Copies(inputs)
     calls = {"copy": copies.copy}
     for i, (name, way) in enumerate(ways.items()):
-        if i == len(ways) // 2:  # far from the copy, which reads the same
+        if i == len(ways) // 2:  # far from the copy, which reads the same tensors
             calls["clone"] = copies.clone
         calls[f"{name}, forward"] = _bound(way.forward, inputs)
         calls[f"{name}, forward and backward"] = _bound(way.gradients, inputs)
-    times = timing.turn_about(
+    times = timing.time_in_turns(
         calls,
         device,
         *((0.5, (3, 5)) if settings.quick else (budget_s, (7, 40))),
@@ -125,10 +127,10 @@ def measure_case(
 
 
 def check_chosen(device: str, dtype: torch.dtype) -> None:
-    """What this package chooses for such tensors, against the definition on small shapes.
+    """Compare what this package chooses for such tensors with the definition, on small shapes.
 
     Raises:
-        WrongResult: as Expected.check.
+        WrongResult: As for Expected.check.
     """
     ways = candidates(device, dtype)
     for shape in _SMALL_SHAPES:
@@ -156,9 +158,10 @@ def _refuse_wrong(
     title: str,
     notes: dict,
 ) -> float | None:
-    """Takes out of `ways` what is wrong on small inputs or on the measured ones.
+    """Remove from `ways` what is wrong on small inputs or on the measured ones.
 
-    Returns the seconds of torch.compile's first call at the measured shape, its cache warm or cold.
+    Returns:
+        Seconds of torch.compile's first call at the measured shape, with a warm or a cold cache.
     """
     compile_s = None
     shapes = (*_SMALL_SHAPES, shape)
@@ -169,7 +172,7 @@ def _refuse_wrong(
         for name, way in list(ways.items()):
             if way.compiled:
                 progress(0.3 * i / len(shapes), f"{title}, torch.compile at {checked}")
-                torch.compiler.reset()  # or many shapes count as one function that never settles
+                torch.compiler.reset()  # else the shapes count as recompiles of one function
             try:
                 start = time.perf_counter()
                 if way.compiled:
@@ -180,7 +183,7 @@ def _refuse_wrong(
                 notes["refused"][way.label] = f"{title}: {error}"
                 del ways[name]
             except Exception as error:
-                # What PyTorch cannot compile here says nothing about this package.
+                # That PyTorch cannot compile a form says nothing about this package.
                 kind = "not_measured" if way.compiled else "refused"
                 reason = f"{type(error).__name__}: {str(error).splitlines()[:1]}"
                 notes[kind][way.label] = f"{title}: {reason}"

@@ -1,4 +1,4 @@
-"""What fresh pages of memory cost on a CPU: with and without this package's setting for them."""
+"""Measure what fresh memory pages cost on a CPU, with and without this package's setting."""
 
 from kvshift_megatron.cpu.allocator import keep_freed_memory
 from tools.benchmarks.inputs import Shape
@@ -9,13 +9,13 @@ _WAYS = ("paper", "pad_and_add", "compile", "eager", "chosen")
 
 
 def measure(settings: Settings, progress: ReportProgress) -> dict:
-    """{"system": case, "kept": case}: before and after `keep_freed_memory`, in this order."""
+    """Return {"system": case, "kept": case}, measured before and after `keep_freed_memory`."""
     shape = Shape(256, 2, 4, 64) if settings.quick else SHAPES[0]
     result: dict = {"refused": {}, "not_measured": {}}
     for i, name in enumerate(("system", "kept")):
         if name == "kept" and not keep_freed_memory():
             result["not_measured"]["kept pages"] = (
-                "keep_freed_memory has no effect here (it needs glibc without limits of the user's)"
+                "keep_freed_memory has no effect here (it needs glibc without user-set limits)"
             )
             break
         done = part(progress, i / 2, (i + 1) / 2)

@@ -1,4 +1,4 @@
-"""The result as a picture, to be read at a width of 800 pixels."""
+"""Draw the result, readable at a width of 800 pixels."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from kvshift_megatron.utils.atomic_files import replace
 
 _KIND = "forward and backward"
-# Colours of Okabe and Ito, told apart by colour-blind readers; dark and light of the same.
+# Okabe and Ito's colours, which colour-blind readers can distinguish, in a dark and a light shade.
 _COLOURS = {"fp32": "#7a7a7a", "bf16": "#c4c4c4"}
 _OWN_COLOURS = {"fp32": "#D55E00", "bf16": "#F0A868"}
 _BOUND_COLOUR = "#0072B2"
 
 
 def draw(result: dict, path: Path) -> bool:
-    """Writes the PNG of what was measured; False where there is nothing to draw."""
+    """Write the PNG of what was measured; return False if there is nothing to draw."""
     sections = result["sections"]
     rows = []
     if "operation" in sections:
@@ -44,7 +44,7 @@ def draw(result: dict, path: Path) -> bool:
     machine = result["machine"]
     note = f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
     figure.supxlabel(
-        note + (", quick: not to be quoted" if result["quick"] else ""), fontsize=7, color="0.4"
+        note + (", quick: do not quote" if result["quick"] else ""), fontsize=7, color="0.4"
     )
     replace(path, lambda temporary: figure.savefig(temporary, format="png"))
     return True
@@ -95,10 +95,10 @@ def _draw_operation(place, cases: list[dict]) -> None:
 
 
 def _speeds(sections: dict):
-    """(label, spread of the ratio to the vanilla twin, whether it is KV shifting)."""
+    """Yield (label, spread of the ratio to the baseline model, whether it is KV shifting)."""
     runs = sections.get("step", {}).get("runs", {})
     for name, label in (
-        ("vanilla_fresh_pages", "step, vanilla, fresh pages"),
+        ("vanilla_fresh_pages", "step, baseline, fresh pages"),
         ("kv_shift", "step, KV shifting"),
         ("kv_shift_eager", "step, plain PyTorch shift"),
     ):
@@ -128,7 +128,7 @@ def _draw_speeds(axes: Axes, speeds: list) -> None:
     axes.set_ylim(len(speeds) - 0.5, -0.8)
     axes.set_yticks(range(len(speeds)), [label for label, _, _ in speeds], fontsize=8)
     axes.margins(x=0.12)
-    axes.set_xlabel("tokens/s, of the vanilla twin's (decode: of Llama's)", fontsize=8)
+    axes.set_xlabel("tokens/s relative to the baseline model (decode: to Llama)", fontsize=8)
     axes.set_title("Whole training step and decoding", fontsize=10)
     _tidy(axes)
 

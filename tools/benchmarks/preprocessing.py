@@ -1,4 +1,4 @@
-"""Writing tokens as Megatron's indexed dataset: the last step of its preprocessing."""
+"""Measure writing tokens as Megatron's indexed dataset, the last step of its preprocessing."""
 
 import time
 from pathlib import Path
@@ -9,14 +9,14 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from tools.benchmarks.correctness import WrongResult
 
 _VOCABULARY = 48_000
-_LENGTHS = (200, 2000)  # tokens of a document, at least and below
+_LENGTHS = (200, 2000)  # tokens per document, from and below
 
 
 def tokens_per_second(folder: Path, documents: int) -> float:
-    """Documents of random tokens, from memory to a dataset in the page cache.
+    """Write documents of random tokens from memory to a dataset in the page cache.
 
     Raises:
-        WrongResult: what is read back is not what was written.
+        WrongResult: The dataset does not hold what was written.
     """
     generator = np.random.default_rng(0)
     dtype = DType.optimal_dtype(_VOCABULARY)

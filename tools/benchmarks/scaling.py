@@ -1,4 +1,4 @@
-"""How the cost grows: the operation with tokens and heads, the step with ranks."""
+"""Measure how the cost grows: of the operation with tokens and heads, of the step with ranks."""
 
 import importlib.util
 
@@ -11,11 +11,11 @@ from tools.benchmarks.model_flags import model_flags
 from tools.benchmarks.operation import measure_case
 from tools.benchmarks.settings import ReportProgress, Settings, part
 from tools.benchmarks.stepping import Run
-from tools.benchmarks.training_step import TWIN, measure_runs
+from tools.benchmarks.training_step import BASELINE, measure_runs
 
 _WAYS = ("eager", "chosen")
 
-# Flags and ranks of the layouts.
+# Layout -> (ranks, flags).
 LAYOUTS = {
     "1 rank": (1, []),
     "TP 2": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
@@ -24,7 +24,7 @@ LAYOUTS = {
 
 
 def measure(settings: Settings, progress: ReportProgress) -> dict:
-    """{"operation": {"sequence": [case, ...], "heads": [...]}, "layouts": {name: runs}}."""
+    """Return {"operation": {"sequence": [case, ...], "heads": [...]}, "layouts": {name: runs}}."""
     keep_freed_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result: dict = {"operation": {}, "layouts": {}, "refused": {}, "not_measured": {}}
@@ -39,7 +39,7 @@ def measure(settings: Settings, progress: ReportProgress) -> dict:
             done += 1
     if device == "cuda":
         result["not_measured"]["layouts"] = (
-            "their ranks need a GPU each"
+            "each of their ranks needs a GPU"
             if importlib.util.find_spec("transformer_engine")
             else "Megatron's layers for a GPU need Transformer Engine"
         )
@@ -52,7 +52,7 @@ def measure(settings: Settings, progress: ReportProgress) -> dict:
         folder = settings.folder / name.replace(" ", "-")
         folder.mkdir()
         runs = {
-            TWIN: Run("vanilla", [*flags, "--no-kv-shift"], ranks),
+            BASELINE: Run("vanilla", [*flags, "--no-kv-shift"], ranks),
             "kv_shift": Run("kv-shift", flags, ranks, {VARIABLE: "auto"}),
         }
         tokens = model["seq_length"] * model["batch"]

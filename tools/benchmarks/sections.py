@@ -1,9 +1,9 @@
-"""The sections, each in a process of its own.
+"""Run the sections, each in a process of its own.
 
     python -m tools.benchmarks.sections NAME FOLDER [--quick]
 
-is what the child runs: lines `progress <fraction> <text>` on standard output, and at the end
-FOLDER/result.json.
+is what the child runs. It prints lines `progress <fraction> <text>` to standard output, and writes
+FOLDER/result.json at the end.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ class Section:
     """One module with `measure`.
 
     Attributes:
-        seconds, quick_seconds: what it took on 2 cores, for the time left.
-        trains: it runs a model with whatever shift this package chooses.
+        seconds, quick_seconds: How long it took on 2 cores, to estimate the time left.
+        trains: Whether it trains a model with the implementation that this package chooses.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Section:
 
     @property
     def limit_s(self) -> float:
-        """A section that takes longer has hung."""
+        """Seconds after which the section counts as hanging."""
         return 300 + 5 * self.seconds
 
 
@@ -65,10 +65,10 @@ class SectionFailed(RuntimeError):
 
 
 def run(section: Section, settings: Settings, progress: ReportProgress) -> dict:
-    """The section's result, measured in a process of its own.
+    """Measure the section in a process of its own and return its result.
 
     Raises:
-        SectionFailed: it ended with an error or took too long.
+        SectionFailed: It ended with an error or took too long.
     """
     folder = settings.folder / section.name
     folder.mkdir()
@@ -81,8 +81,8 @@ def run(section: Section, settings: Settings, progress: ReportProgress) -> dict:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # all that it starts ends with it
-        # This checkout, whatever is installed.
+        start_new_session=True,  # its own children can be ended with it
+        # Import from this checkout, whatever is installed.
         env={**os.environ, "PYTHONPATH": os.pathsep.join([_ROOT, *sys.path[1:]])},
     )
     timed_out = threading.Event()
@@ -106,7 +106,7 @@ def run(section: Section, settings: Settings, progress: ReportProgress) -> dict:
         timer.cancel()
         _kill(child)
     if timed_out.is_set():
-        raise SectionFailed(f"{section.name}: no result after {section.limit_s:.0f} s: ended")
+        raise SectionFailed(f"{section.name}: no result after {section.limit_s:.0f} s: killed")
     if code != 0:
         lines = "\n".join(f"    {line}" for line in tail)
         raise SectionFailed(f"{section.name}: ended with exit code {code}\n{lines}")
@@ -134,7 +134,7 @@ def _say(fraction: float, text: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """In the child: measure and leave the result."""
+    """Measure, in the child, and write the result."""
     name, folder, *rest = argv
     section = SECTIONS[name]
     settings = Settings(quick="--quick" in rest, folder=Path(folder))

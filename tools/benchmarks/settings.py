@@ -1,11 +1,11 @@
-"""What a section is told, and how it tells how far it is."""
+"""The settings of a section, and how it reports its progress."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 ReportProgress = Callable[[float, str], None]
-"""Called with the fraction of the section that is done, 0 to 1, and what is being done."""
+"""Called with the fraction of the section that is done, 0 to 1, and what it does now."""
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,8 @@ class Settings:
     """How to measure.
 
     Attributes:
-        quick: small shapes and few rounds: shows that everything runs; the figures mean little.
-        folder: an existing folder for temporary files.
+        quick: Small shapes and few rounds, to show that everything runs; the figures mean little.
+        folder: An existing folder for temporary files.
     """
 
     quick: bool
@@ -22,5 +22,5 @@ class Settings:
 
 
 def part(progress: ReportProgress, start: float, end: float) -> ReportProgress:
-    """Progress for a part of a section, which spans start to end of the whole."""
+    """Return the progress report for a part of a section, from start to end of the whole."""
     return lambda fraction, text: progress(start + (end - start) * fraction, text)

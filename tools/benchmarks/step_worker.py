@@ -1,10 +1,10 @@
-"""One run of Megatron's loop that takes its steps when it is told to.
+"""Run Megatron's loop so that it takes its steps when it is told to.
 
     torchrun ... -m tools.benchmarks.step_worker SOCKET <flags of pretrain>
 
-Each rank connects to SOCKET and says ("ready", rank). For every number of steps that it is sent it
-answers ("window", seconds); for 0 it answers ("end", figures) and the run ends. Without a listener
-at the other end it ends at once.
+Each rank connects to SOCKET and sends ("ready", rank). It then receives numbers of steps, takes
+that many and answers ("window", seconds); to 0 it answers ("end", figures) and the run ends. When
+the other end closes the socket, the rank ends at once.
 """
 
 import os
@@ -21,7 +21,7 @@ from kvshift_megatron.planning.memory import SavedTensors
 
 
 class Stepper:
-    """Stands around Megatron's `train_step` and waits before it where it is time to wait."""
+    """Wraps Megatron's `train_step` and waits before the first step of each window."""
 
     def __init__(self, connection: Connection):
         self._connection = connection
@@ -30,7 +30,7 @@ class Stepper:
         self.saved_bytes: int | None = None
 
     def __call__(self, step, forward_step, data_iterator, model, *rest, **named):
-        """One step; the first also counts what a layer keeps for its backward pass."""
+        """Take one step; the first also counts what a layer keeps for its backward pass."""
         if self._left == 0 and not self._next_window():
             return self._finish(step, forward_step, data_iterator, model, rest, named)
         if self.saved_bytes is None:
@@ -49,7 +49,7 @@ class Stepper:
         try:
             self._left = self._connection.recv()
         except EOFError:
-            os._exit(1)  # whoever asked is gone
+            os._exit(1)  # the benchmark is gone
         self._start = time.perf_counter()
         return self._left > 0
 
@@ -59,12 +59,12 @@ class Stepper:
         figures = {"peak_bytes": _peak_bytes(), "saved_bytes_a_layer": self.saved_bytes}
         self._connection.send(("end", figures))
         result = step(forward_step, data_iterator, model, *rest, **named)
-        get_args().train_iters = 0  # the loop looks at it after every step
+        get_args().train_iters = 0  # the loop checks it after every step
         return result
 
 
 class _SavedByLayer:
-    """The most that one transformer layer keeps for its backward pass, in bytes."""
+    """Measures the most bytes that one transformer layer keeps for its backward pass."""
 
     def __init__(self, model: torch.nn.Module):
         from megatron.core.utils import unwrap_model
@@ -104,7 +104,7 @@ def _peak_bytes() -> int:
 
 
 def main() -> None:
-    """Runs `kvshift_megatron.pretrain` with the step replaced."""
+    """Run `kvshift_megatron.pretrain` with the training step replaced."""
     from kvshift_megatron import cpu
 
     cpu.enable()

@@ -1,4 +1,4 @@
-"""Runs of Megatron's loop side by side, one at work at a time."""
+"""Control several runs of Megatron's loop, of which one works at a time."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 
 _START_S, _WINDOW_S, _END_S = 240, 180, 60
-_LONGEST_ADDRESS = 100  # bytes that the system takes
+_LONGEST_ADDRESS = 100  # bytes of a socket's path that the system accepts
 
 
 class RunFailed(RuntimeError):
@@ -19,13 +19,13 @@ class RunFailed(RuntimeError):
 
 @dataclass
 class Run:
-    """One launch of Megatron's loop that waits between windows.
+    """One launch of Megatron's loop, which waits between windows of steps.
 
-    Args:
-        name: for messages and log files.
-        flags: of kvshift_megatron.pretrain.
-        ranks: processes.
-        environment: beside this process's own.
+    Attributes:
+        name: Name in messages and of the log file.
+        flags: Command line of kvshift_megatron.pretrain.
+        ranks: Number of processes.
+        environment: Variables in addition to this process's own.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Run:
     environment: dict[str, str] = field(default_factory=dict)
 
     def start(self, folder: Path) -> None:
-        """Launches the ranks; `wait_until_ready` is for later."""
+        """Launch the ranks without waiting for them; see `wait_until_ready`."""
         self._log = folder / f"{self.name}.log"
         address = str(folder / f"{self.name}.socket")
         if len(address) > _LONGEST_ADDRESS:
@@ -60,7 +60,7 @@ class Run:
         self._connections: list[Connection] = []
 
     def wait_until_ready(self) -> None:
-        """Returns when every rank has connected: it then goes on to its first step and waits."""
+        """Wait until every rank has connected; it then goes on to its first step and waits."""
         until = time.monotonic() + _START_S
         with contextlib.closing(self._listener):
             while len(self._connections) < self.ranks:
@@ -72,18 +72,18 @@ class Run:
             self._answer(connection, "ready", _START_S)
 
     def window(self, steps: int) -> float:
-        """Takes that many steps; the seconds of the slowest rank."""
+        """Take that many steps and return the seconds of the slowest rank."""
         self._tell(steps)
         return max(self._answer(c, "window", _WINDOW_S) for c in self._connections)
 
     def ask_figures(self) -> dict:
-        """Lets the run end by itself; the largest of each figure over the ranks."""
+        """Let the run end by itself, and return each figure's maximum over the ranks."""
         self._tell(0)
         figures = [self._answer(c, "end", _WINDOW_S) for c in self._connections]
         return {name: max(f[name] for f in figures) for name in figures[0]}
 
     def wait_until_ended(self) -> None:
-        """Returns when it has ended without an error."""
+        """Wait until the run has ended, which must be without an error."""
         try:
             code = self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
@@ -92,7 +92,7 @@ class Run:
             raise self._failure(f"ended with exit code {code}")
 
     def stop(self) -> None:
-        """Ends what is left of it; ranks that nobody talks to end by themselves."""
+        """End what is left of the run; ranks whose connection closes end by themselves."""
         for connection in getattr(self, "_connections", []):
             connection.close()
         process = getattr(self, "_process", None)
@@ -129,6 +129,6 @@ class Run:
         return RunFailed("\n    ".join([f"the run {self.name} {what}:", *lines]))
 
 
-def there_and_back(names: list[str], number: int) -> list[str]:
-    """The order of round `number`: A B C, C B A, A B C, ..."""
+def order_of_round(names: list[str], number: int) -> list[str]:
+    """Return the order of round `number`: A B C, C B A, A B C, ..."""
     return names if number % 2 == 0 else names[::-1]

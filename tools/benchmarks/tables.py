@@ -1,12 +1,12 @@
-"""The result as Markdown, to be pasted into a README."""
+"""Format the result as Markdown, to be pasted into a README."""
 
 from collections.abc import Iterable
 
 from tools.benchmarks.results import not_measured
 
 _STEP_NAMES = {
-    "vanilla": "vanilla twin",
-    "vanilla_fresh_pages": "vanilla twin, system's memory handling",
+    "vanilla": "baseline model",
+    "vanilla_fresh_pages": "baseline model, system's memory handling",
     "kv_shift": "KV shifting",
     "kv_shift_eager": "KV shifting, plain PyTorch",
     "llama": "Llama",
@@ -14,7 +14,7 @@ _STEP_NAMES = {
 
 
 def markdown(result: dict) -> str:
-    """Every section that was measured, medians with quartiles in brackets."""
+    """Return tables of every section that was measured: medians, with quartiles in brackets."""
     makers = {
         "operation": _operation,
         "pages": _pages,
@@ -49,7 +49,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _figure(value: float) -> str:
-    """Three figures, and no exponent."""
+    """Format to three significant digits; from 100 up, to a whole number."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -102,7 +102,7 @@ def _pages(section: dict) -> list[str]:
     titles = {"system": "the system's memory handling", "kept": "freed memory kept"}
     rows = []
     for title, pick in (
-        ("copy into memory that is there", lambda case: case["copy_seconds"]),
+        ("copy into existing memory", lambda case: case["copy_seconds"]),
         ("copy into new memory", lambda case: _in_seconds(case)),
     ):
         rows.append([title] + [_spread(pick(section[kind]), 1e-3) for kind in kinds])
@@ -139,9 +139,9 @@ def _runs(section: dict) -> list[list[str]]:
 
 _RUN_HEAD = (
     "tokens/s",
-    "of the vanilla twin's",
+    "relative to the baseline model",
     "peak memory, MiB",
-    "kept for backward a layer, MiB",
+    "kept for backward per layer, MiB",
 )
 
 
@@ -161,7 +161,7 @@ def _decode(section: dict) -> list[str]:
         for name, run in case["runs"].items()
     ]  # fmt: skip
     title = f"Decoding in Transformers ({section['device']}, {section['dtype']}):"
-    return [title + "\n\n" + _table(["model", "tokens/s", "of Llama's"], rows)]
+    return [title + "\n\n" + _table(["model", "tokens/s", "relative to Llama"], rows)]
 
 
 def _scaling(section: dict) -> list[str]:
@@ -175,13 +175,13 @@ def _scaling(section: dict) -> list[str]:
     rows = []
     for name, layout in section["layouts"].items():
         run = layout["runs"]["kv_shift"]
-        twin = layout["runs"]["vanilla"]
+        baseline = layout["runs"]["vanilla"]
         rows.append(
-            [name, _spread(twin["tokens_per_second"]), _spread(run["tokens_per_second"]),
+            [name, _spread(baseline["tokens_per_second"]), _spread(run["tokens_per_second"]),
              _spread(run["ratio"])]
         )  # fmt: skip
     if rows:
-        head = ["step, tokens/s", "vanilla twin", "KV shifting", "of the vanilla twin's"]
+        head = ["step, tokens/s", "baseline model", "KV shifting", "relative to the baseline model"]
         found.append(_table(head, rows))
     return found
 

@@ -1,4 +1,4 @@
-"""Timing candidates side by side: turn about, so that noise from outside hits all alike."""
+"""Time candidates in turns, so that outside noise affects all of them equally."""
 
 import statistics
 import time
@@ -10,12 +10,12 @@ from tools.benchmarks.settings import ReportProgress
 
 Call = Callable[[], object]
 
-# The GPU idles this long first, so that the host has queued the call when it is timed.
+# The GPU is kept busy this long first, so that the host has queued the call when timing begins.
 _QUEUE_CYCLES = 1_000_000
 
 
 def seconds_of(call: Call, device: str) -> float:
-    """Seconds of one call on "cpu" or "cuda"; letting go of what it returns is included."""
+    """Return the seconds of one call on "cpu" or "cuda", including freeing what it returns."""
     if device == "cpu":
         start = time.perf_counter()
         call()
@@ -29,7 +29,7 @@ def seconds_of(call: Call, device: str) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def turn_about(
+def time_in_turns(
     candidates: dict[str, Call],
     device: str,
     budget_s: float,
@@ -37,15 +37,19 @@ def turn_about(
     progress: ReportProgress,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, list[float]]:
-    """Seconds of every candidate, one call a round.
+    """Return the seconds of every candidate, one call per round.
 
-    A first round warms up and is not counted. Between two calls of a candidate all others run: what
-    it reads has left the caches, as it has in a training step. Each round starts one further, so
-    that none is always the first.
+    Two calls of each candidate warm up and are not counted. Between two calls of a candidate all
+    others run, so that what it reads has left the caches, as in a training step. Each round starts
+    with the next candidate, so that none is always the first.
 
     Args:
-        budget_s: no further round begins after this long, once there are enough.
-        rounds: the fewest and the most.
+        candidates: Calls, by name.
+        device: cpu or cuda.
+        budget_s: Seconds after which no further round begins, once there are enough rounds.
+        rounds: The fewest and the most rounds.
+        progress: Called before each round.
+        clock: Seconds; tests pass their own.
     """
     for call in candidates.values():
         for _ in range(2):
@@ -66,7 +70,7 @@ def turn_about(
 
 
 def spread(values: Iterable[float]) -> dict[str, float]:
-    """Median, quartiles, extremes and the count."""
+    """Return the median, quartiles, extremes and the count."""
     values = sorted(values)
     if not values:
         raise ValueError("spread needs at least one value")

@@ -1,4 +1,4 @@
-"""The whole training step in Megatron's loop against the vanilla twin's."""
+"""Measure the whole training step in Megatron's loop against the baseline model's."""
 
 import importlib.util
 from pathlib import Path
@@ -10,9 +10,9 @@ from kvshift_megatron.ops.dispatch import VARIABLE
 from tools.benchmarks import timing
 from tools.benchmarks.model_flags import model_flags
 from tools.benchmarks.settings import ReportProgress, Settings
-from tools.benchmarks.stepping import Run, there_and_back
+from tools.benchmarks.stepping import Run, order_of_round
 
-# As many query groups as heads: no other model has more to shift.
+# As many query groups as heads, which gives the most to shift.
 MODEL = {"layers": 8, "hidden": 512, "heads": 8, "query_groups": 8, "seq_length": 512, "batch": 2}
 _QUICK_MODEL = MODEL | {
     "layers": 2,
@@ -22,25 +22,25 @@ _QUICK_MODEL = MODEL | {
     "seq_length": 128,
 }
 
-TWIN = "vanilla"
+BASELINE = "vanilla"
 
 
 def measure(settings: Settings, progress: ReportProgress) -> dict:
-    """Tokens per second, peak memory and what a layer keeps for backward, for every kind of run."""
+    """Measure each kind of run: tokens per second, peak memory, what a layer keeps for backward."""
     if torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is None:
-        return {"not_measured": {"GPU": "Megatron's layers for it need Transformer Engine"}}
+        return {"not_measured": {"GPU": "Megatron's layers for a GPU need Transformer Engine"}}
     model = _QUICK_MODEL if settings.quick else MODEL
     flags = model_flags(**model)
     if torch.cuda.is_available():
         flags.append("--bf16")
     runs = {
-        TWIN: Run("vanilla", [*flags, "--no-kv-shift"]),
+        BASELINE: Run("vanilla", [*flags, "--no-kv-shift"]),
         "kv_shift": Run("kv-shift", flags, 1, {VARIABLE: "auto"}),
         "kv_shift_eager": Run("kv-shift-plain-pytorch", flags, 1, {VARIABLE: "reference"}),
     }
     if not torch.cuda.is_available():
         runs["vanilla_fresh_pages"] = Run(
-            "vanilla-fresh-pages", runs[TWIN].flags, 1, {KEEP_MEMORY: "0"}
+            "vanilla-fresh-pages", runs[BASELINE].flags, 1, {KEEP_MEMORY: "0"}
         )
     tokens = model["seq_length"] * model["batch"]
     rounds, steps = (2, 2) if settings.quick else (20, 1)
@@ -56,16 +56,18 @@ def measure_runs(
     folder: Path,
     progress: ReportProgress,
 ) -> dict:
-    """Windows of several runs turn about, and each run's figures at its end.
+    """Measure windows of several runs in turns, and each run's figures at its end.
 
     Args:
-        runs: by name; TWIN is what the others are compared with.
-        tokens: of a step.
-        rounds, steps: windows of each run, and steps a window.
+        runs: Runs by name. The others are compared with BASELINE.
+        tokens: Tokens per step.
+        rounds, steps: Windows of each run, and steps per window.
+        folder: Existing folder for logs and sockets.
+        progress: Called as the runs proceed.
 
     Returns:
-        {"runs": {name: {"tokens_per_second", "ratio" (to the twin's window in the same round),
-        "peak_bytes", "saved_bytes_a_layer"}}}; spreads for the first two.
+        {"runs": {name: {"tokens_per_second", "ratio" (to the baseline's window in the same round),
+        "peak_bytes", "saved_bytes_a_layer"}}}; the first two are spreads.
     """
     try:
         progress(0.0, f"starting {len(runs)} runs of {next(iter(runs.values())).ranks} ranks")
@@ -79,12 +81,12 @@ def measure_runs(
         speeds: dict[str, list[float]] = {name: [] for name in runs}
         for number in range(rounds):
             progress(0.3 + 0.6 * number / rounds, f"window {number + 1} of {rounds}")
-            for name in there_and_back(list(runs), number):
+            for name in order_of_round(list(runs), number):
                 speeds[name].append(steps * tokens / runs[name].window(steps))
         figures = {}
         progress(0.9, "ending the runs")
         for name, run in runs.items():
-            ratios = [own / twin for own, twin in zip(speeds[name], speeds[TWIN])]
+            ratios = [own / base for own, base in zip(speeds[name], speeds[BASELINE])]
             figures[name] = {
                 "ranks": run.ranks,
                 "environment": run.environment,

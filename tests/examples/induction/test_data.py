@@ -1,4 +1,4 @@
-"""The induction generator against the paper's walk, its rule, and the paper's printed flaw."""
+"""The induction generator against the paper's walk and rule, and the flaw in its printed code."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ vocabularies = st.integers(1, 600)
 
 
 def faults(tokens: np.ndarray, vocab_size: int) -> list[str]:
-    """What breaks the rule of Appendix D in one sequence; empty for a right one."""
+    """Return what breaks the rule of Appendix D in one sequence; nothing for a right one."""
     found, successor = [], {}
     for i, token in enumerate(tokens.tolist()):
         if not 0 <= token < vocab_size:
@@ -36,10 +36,10 @@ def faults(tokens: np.ndarray, vocab_size: int) -> list[str]:
     return found
 
 
-def walk(draws: np.ndarray, vocab_size: int, mended: bool) -> np.ndarray:
-    """Appendix D token by token, taking `draws[i]` where position i is free.
+def walk(draws: np.ndarray, vocab_size: int, corrected: bool) -> np.ndarray:
+    """Follow Appendix D token by token, taking `draws[i]` if position i is free.
 
-    Unmended, the branch for a drawn token that was seen before records nothing, as printed.
+    Uncorrected, the branch for a drawn token that was seen before records nothing, as printed.
     """
     successor = [PLACEHOLDER] * vocab_size
     seen, sequence, closed = set(), [], False
@@ -48,7 +48,7 @@ def walk(draws: np.ndarray, vocab_size: int, mended: bool) -> np.ndarray:
             sequence.append(successor[sequence[-1]])
             continue
         repeated = draw in seen
-        if i and (mended or not repeated):
+        if i and (corrected or not repeated):
             successor[sequence[-1]] = draw
         sequence.append(draw)
         seen.add(draw)
@@ -57,7 +57,7 @@ def walk(draws: np.ndarray, vocab_size: int, mended: bool) -> np.ndarray:
 
 
 def brute_first_repeat(tokens: np.ndarray) -> int:
-    """`first_repeat` by its definition."""
+    """Compute `first_repeat` by its definition."""
     values = tokens.tolist()
     return next((i for i in range(len(values) - 1) if values[i] in values[:i]), NO_REPEAT)
 
@@ -73,16 +73,16 @@ def test_every_repeated_token_is_followed_by_its_recorded_successor(seed, start,
 
 @settings(deadline=None)
 @given(seeds, starts, lengths, vocabularies)
-def test_the_block_is_the_mended_walk(seed, start, length, vocab):
+def test_the_block_is_the_corrected_walk(seed, start, length, vocab):
     draws = draw_tokens(seed, start, 8, length + 1, vocab)
-    expected = [walk(row, vocab, mended=True) for row in draws]
+    expected = [walk(row, vocab, corrected=True) for row in draws]
     np.testing.assert_array_equal(follow_successors(draws), expected)
 
 
 def test_the_printed_generator_is_caught():
     draws = draw_tokens(3, 0, 200, 65, 512)
-    assert all(faults(walk(row, 512, mended=True), 512) == [] for row in draws)
-    printed = [walk(row, 512, mended=False) for row in draws]
+    assert all(faults(walk(row, 512, corrected=True), 512) == [] for row in draws)
+    printed = [walk(row, 512, corrected=False) for row in draws]
     caught = [faults(tokens, 512) != [] for tokens in printed]
     placeholder = [PLACEHOLDER in tokens for tokens in printed]
     assert sum(placeholder) > 100
@@ -98,7 +98,7 @@ def test_a_wrong_successor_is_caught():
 
 @settings(deadline=None)
 @given(seeds, starts, st.integers(1, 20), st.integers(0, 19), lengths, vocabularies)
-def test_a_sequence_depends_on_seed_and_index_alone(seed, start, count, row, length, vocab):
+def test_a_sequence_depends_only_on_seed_and_index(seed, start, count, row, length, vocab):
     row %= count
     alone = generate(seed, start + row, 1, length, vocab)[0]
     np.testing.assert_array_equal(generate(seed, start, count, length, vocab)[row], alone)
@@ -116,7 +116,7 @@ def test_random_access_gives_the_same_sequences(seed, indices):
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=40))
-def test_first_repeat_is_its_definition(values):
+def test_first_repeat_equals_its_definition(values):
     tokens = np.array(values)
     assert first_repeat(tokens) == brute_first_repeat(tokens)
     (r,), (p,) = first_repeats(tokens[None])
@@ -124,7 +124,7 @@ def test_first_repeat_is_its_definition(values):
         assert p < r and tokens[p] == tokens[r]
 
 
-def test_known_sequence():
+def test_a_known_sequence():
     draws = np.array([[7, 3, 9, 4, 1, 9, 5, 5, 2, 8, 6]])
     np.testing.assert_array_equal(follow_successors(draws), [[7, 3, 9, 4, 1, 9, 4, 1, 9, 4, 1]])
     assert first_repeat(draws[0]) == 5

@@ -18,7 +18,7 @@ NEVER_ABOVE = Claim("m", never_above=0.35)
 
 
 def validation_line(step, loss, accuracy, where=""):
-    """A line as megatron.training prints it (0.19.2)."""
+    """Return a line as megatron.training prints it (0.19.2)."""
     return (
         f" validation loss at iteration {step}{where} | lm loss value: {loss:.6E} | "
         f"lm loss PPL: {math.exp(loss):.6E} | induction accuracy value: {accuracy:.6E} | "
@@ -52,7 +52,7 @@ def results(demo):
     ]
 
 
-def test_log_lines():
+def test_log_lines_are_read():
     log = TrainingLog()
     rank = " > number of parameters on (tensor, gtp_remat, pipeline) model parallel rank (1, 0, 0)"
     lines = [
@@ -70,7 +70,7 @@ def test_log_lines():
     assert log.parameters_per_rank == 196992
 
 
-def test_the_validation_behind_the_last_step_is_no_second_point():
+def test_the_validation_after_the_last_step_is_no_second_point():
     log = TrainingLog()
     log.feed(validation_line(50, 6.0, 0.5))
     assert log.feed(validation_line(50, 6.5, 0.1, " on validation set")) is None
@@ -94,7 +94,7 @@ def test_a_validation_line_without_the_metric_is_an_error():
         (NEVER_ABOVE, (0.1, math.nan, 0.2), False),
     ],
 )
-def test_claims(claim, accuracies, holds):
+def test_claims_are_judged(claim, accuracies, holds):
     assert report.judge(claim, curve(*accuracies)).holds is holds
 
 
@@ -115,7 +115,7 @@ def test_json_is_strict_and_complete(tmp_path, demo, results):
     assert len(content["models"]["kv-shift-1-layer"]["evaluations"]) == 4
     assert content["models"]["vanilla-1-layer"]["evaluations"][0]["loss"] is None
     assert [claim["holds"] for claim in content["claims"]] == [True, True]
-    assert os.listdir(tmp_path) == ["results.json"], "no temporary file stays"
+    assert os.listdir(tmp_path) == ["results.json"], "no temporary file is left"
 
 
 def test_figure_shows_the_curves(tmp_path, demo, results):
@@ -129,7 +129,7 @@ def test_figure_shows_the_curves(tmp_path, demo, results):
 
 
 @pytest.mark.parametrize("name", ["demo", "paper_fig1a"])
-def test_shipped_configurations(name):
+def test_shipped_configurations_are_complete(name):
     loaded = config.load(name)
     assert [model.name for model in loaded.models] == [
         "kv-shift-1-layer",
@@ -137,7 +137,7 @@ def test_shipped_configurations(name):
         "vanilla-2-layers",
     ]
     widths = {model.flags["hidden-size"] for model in loaded.models}
-    assert len(widths) == 1, "models of equal width"
+    assert len(widths) == 1, "the models must have the same width"
     assert config.load(name, steps=7).steps == 7
 
 
@@ -179,11 +179,11 @@ def test_bad_arguments_end_with_status_2(tmp_path, capsys):
 
 
 def stand_in(monkeypatch, script):
-    """Runs `script` with the model's name as argument instead of the trainer."""
+    """Run `script` with the model's name as its argument, in place of the trainer."""
     monkeypatch.setattr(launch, "command", lambda m: [sys.executable, "-c", script, m.name])
 
 
-def test_driver_end_to_end_with_a_stand_in(tmp_path, monkeypatch, capsys):
+def test_the_driver_end_to_end_with_a_stand_in(tmp_path, monkeypatch, capsys):
     accuracy = "1.0 if 'kv' in sys.argv[1] else 0.1"
     line = validation_line(400, 3.0, 0.0).replace("0.000000E+00", "{a}")
     stand_in(monkeypatch, f"import sys; a = {accuracy}; print(f'{line}')")

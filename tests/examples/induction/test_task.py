@@ -1,4 +1,4 @@
-"""The induction task's datasets through Megatron's builder, and its metric over split logits."""
+"""The induction task: its datasets from Megatron's builder, and its metric over split logits."""
 
 import argparse
 import threading
@@ -17,7 +17,7 @@ SEQ, VOCAB = 24, 32
 
 @pytest.fixture
 def splits(monkeypatch):
-    """(train, valid, test) of 40, 30 and 20 samples."""
+    """Return (train, valid, test) of 40, 30 and 20 samples."""
     args = SimpleNamespace(
         seed=5,
         induction_seed=None,
@@ -29,7 +29,7 @@ def splits(monkeypatch):
     return task.train_valid_test_datasets_provider([40, 30, 20])
 
 
-def test_items_are_those_of_gpt_dataset(splits):
+def test_a_sample_has_the_entries_of_gpt_dataset(splits):
     assert [len(split) for split in splits] == [40, 30, 20]
     item = splits[0][7]
     expected = torch.from_numpy(generate(5, 7, 1, SEQ, VOCAB)[0])
@@ -67,13 +67,13 @@ def test_samples_outlive_their_block(splits):
     assert torch.equal(first, kept)
 
 
-def test_the_seed_flag_wins():
+def test_the_seed_flag_is_parsed():
     parser = task.add_args(argparse.ArgumentParser())
     assert parser.parse_args([]).induction_seed is None
     assert parser.parse_args(["--induction-seed", "3"]).induction_seed == 3
 
 
-def test_metric_counts_scored_positions():
+def test_the_metric_counts_scored_positions():
     labels = torch.tensor([[1, 2, 3], [4, 5, 6], [7, 0, 1]])
     mask = torch.tensor([[0.0, 1, 0], [0, 0, 1], [0, 0, 0]])
     logits = torch.nn.functional.one_hot(labels, 8).float()
@@ -84,7 +84,7 @@ def test_metric_counts_scored_positions():
 
 
 def test_argmax_over_split_vocabulary(monkeypatch):
-    """Two threads stand for two ranks; ties across and within ranks go to the lowest index."""
+    """Two threads stand for two ranks; ties within and across ranks go to the lowest index."""
     size, barrier, slots = 2, threading.Barrier(2, timeout=10), {}
 
     def all_reduce(tensor, op, group):
