@@ -1,20 +1,25 @@
 """A CPU device layer: unmodified Megatron-Core and Megatron-LM scripts over gloo, without a GPU.
 
-``python -m kvshift_megatron.cpu [--nproc-per-node N] SCRIPT ARGS...`` runs a script on it.
-In a program: ``enable()``, before Megatron is imported where possible. Importing this package
-changes nothing and does not import torch. While the layer is on, glibc keeps the memory that
-tensors free (``allocator``; ``KVSHIFT_KEEP_MEMORY=0`` leaves it as it is).
+`python -m kvshift_megatron.cpu [--nproc-per-node N] SCRIPT ARGS...` runs a script on it.
+In a program: `enable()`, before Megatron is imported if possible. Importing this package changes
+nothing and does not import torch. While the layer is on, glibc keeps the memory that tensors free
+(`allocator`; `KVSHIFT_KEEP_MEMORY=0` leaves it as it is). What is replaced is listed in
+`kvshift_megatron.upstream.cpu_table`.
 
 Covered: the training loop with tensor, pipeline and data parallelism, the distributed optimizer,
 activation recompute, dropout and torch_dist checkpoints. Not covered: FSDP, CUDA graphs,
-offloading, FP8 and FP4 (``flags`` refuses these by name), and the inference engines.
+offloading, FP8 and FP4 (`flags` refuses these by name), and the inference engines.
 """
 
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from kvshift_megatron.cpu.flags import GPUOnlyFlagError, check_flags, fill_flags
+
+if TYPE_CHECKING:
+    from kvshift_megatron.cpu.layer import Layer
 
 __all__ = [
     "GPUOnlyFlagError",
@@ -26,22 +31,22 @@ __all__ = [
     "is_enabled",
 ]
 
-_applied = None  # substitutions.Applied while the layer is on
+_layer: "Layer | None" = None  # while it is on
 _environment: dict[str, str | None] = {}  # what the variables we set held before
 
 
 def enable(reason: str | None = None, *, force: bool = False) -> bool:
-    """Turns the layer on in this process. Calling it again changes nothing.
+    """Turn the layer on in this process. Calling it again changes nothing.
 
     Args:
-        reason: Why, for the one line that rank 0 prints; worked out when not given.
-        force: Use the CPU even though a GPU is present, as ``KVSHIFT_CPU=1`` does.
+        reason: why, for the one line that rank 0 prints; None works it out.
+        force: use the CPU even if a GPU is present, as `KVSHIFT_CPU=1` does.
 
     Returns:
         Whether the layer is on. False means that a GPU is present and nothing was changed.
     """
-    global _applied
-    if _applied is not None:
+    global _layer
+    if _layer is not None:
         return True
     import torch
 
@@ -57,29 +62,29 @@ def enable(reason: str | None = None, *, force: bool = False) -> bool:
         _set_environment("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
     from kvshift_megatron.cpu.allocator import keep_freed_memory
-    from kvshift_megatron.cpu.substitutions import Applied
+    from kvshift_megatron.cpu.layer import Layer
 
     keep_freed_memory()
-    _applied = Applied()
-    _applied.apply()
+    _layer = Layer()
+    _layer.apply()
     if os.environ.get("RANK", "0") == "0":
         why = reason or ("asked for" if asked else "no GPU is present")
         print(
-            f"kvshift_megatron: CPU device layer on ({why}): gloo, {len(_applied)} substitutions",
+            f"kvshift_megatron: CPU device layer on ({why}): gloo, {len(_layer)} substitutions",
             flush=True,
         )
     return True
 
 
 def disable() -> None:
-    """Restores every original. Without effect when the layer is off."""
-    global _applied
-    if _applied is None:
+    """Restore every original. Without effect when the layer is off."""
+    global _layer
+    if _layer is None:
         return
     from kvshift_megatron.cpu.allocator import give_back
 
-    _applied.undo()
-    _applied = None
+    _layer.undo()
+    _layer = None
     give_back()
     for name, before in _environment.items():
         if before is None:
@@ -95,13 +100,13 @@ def _set_environment(name: str, value: str) -> None:
 
 
 def is_enabled() -> bool:
-    """Whether the layer is on in this process."""
-    return _applied is not None
+    """Return whether the layer is on in this process."""
+    return _layer is not None
 
 
 @contextlib.contextmanager
 def cpu_device_layer(*, force: bool = False) -> Iterator[bool]:
-    """Turns the layer on for a block, for tests. Yields what ``enable`` answered.
+    """Turn the layer on for a block, for tests. Yield what `enable` returned.
 
     A layer that was on before the block stays on after it.
     """

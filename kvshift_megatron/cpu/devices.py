@@ -1,35 +1,25 @@
-"""Rewrites CUDA devices to the CPU in the calls that take a device.
+"""Rewrite CUDA devices to the CPU in the calls that take a device.
 
-The calls are wrapped one by one, not watched by a ``TorchFunctionMode``: a mode is entered by
-every torch operation, is local to its thread and makes ``torch.nn.functional`` take its slow
-path, while a wrapper costs only the call that names a device. The factory functions are the
-ones PyTorch itself lists for ``with torch.device(...)``; the ``*_like`` and ``new_*`` families
-are added to them.
+The calls are wrapped one by one, not watched by a `TorchFunctionMode`: a mode is entered by every
+torch operation, is local to its thread and makes `torch.nn.functional` take its slow path, while a
+wrapper costs only the call that names a device.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 CPU = torch.device("cpu")
 
-_LIKE = (
-    "empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like",
-)  # fmt: skip
-_OTHER_FACTORIES = ("normal", "from_file")
-_NEW_METHODS = (
-    "new", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros",
-)  # fmt: skip
-
 
 def cpu_device(device: Any) -> Any:
-    """Answers the CPU for whatever names a CUDA device, and anything else unchanged.
+    """Return the CPU for whatever names a CUDA device, and anything else unchanged.
 
     Args:
-        device: ``"cuda"``, ``"cuda:1"``, ``torch.device("cuda", 1)``, a device index (``bool`` is
-            not one), or a device of another kind (``"cpu"``, ``"meta"``).
+        device: `"cuda"`, `"cuda:1"`, `torch.device("cuda", 1)`, a device index (`bool` is not one),
+            or a device of another kind (`"cpu"`, `"meta"`).
     """
     if isinstance(device, torch.device):
         return CPU if device.type == "cuda" else device
@@ -41,7 +31,7 @@ def cpu_device(device: Any) -> Any:
 
 
 def with_cpu_device(original: Callable) -> Callable:
-    """Wraps a factory function or ``new_*`` method whose ``device`` is keyword-only."""
+    """Wrap a factory function or `new_*` method whose `device` is keyword-only."""
 
     @functools.wraps(original)
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
@@ -56,7 +46,7 @@ def with_cpu_device(original: Callable) -> Callable:
 
 
 def tensor_to(original: Callable) -> Callable:
-    """Wraps ``Tensor.to``, whose device may come first by position."""
+    """Wrap `Tensor.to`, whose device may come first by position."""
 
     @functools.wraps(original)
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -71,9 +61,9 @@ def tensor_to(original: Callable) -> Callable:
 
 
 def tensor_cuda(original: Callable) -> Callable:
-    """Makes ``Tensor.cuda`` answer the tensor itself, which is where it already lives.
+    """Make `Tensor.cuda` return the tensor itself.
 
-    ``Module.cuda`` needs no wrapper of its own: it applies this method to each tensor.
+    `Module.cuda` needs no wrapper of its own: it applies this method to each tensor.
     """
 
     @functools.wraps(original)
@@ -84,7 +74,7 @@ def tensor_cuda(original: Callable) -> Callable:
 
 
 def load_on_cpu(original: Callable) -> Callable:
-    """Wraps ``torch.load`` so that storages saved on a GPU come to the CPU."""
+    """Wrap `torch.load` so that storages saved on a GPU come to the CPU."""
 
     @functools.wraps(original)
     def load(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -92,25 +82,3 @@ def load_on_cpu(original: Callable) -> Callable:
         return original(f, location, *args, **kwargs)
 
     return load
-
-
-def factory_targets() -> Iterator[str]:
-    """Yields the dotted names of the factory functions that this torch has."""
-    # Asked before anything is wrapped: torch caches the answer, with the functions in it.
-    from torch.utils._device import _device_constructors
-
-    # `fft_fftfreq` and the like name C functions; their home is `torch.fft`.
-    names = sorted(function.__name__ for function in _device_constructors())
-    for name in (*names, *_LIKE, *_OTHER_FACTORIES):
-        if name.startswith("fft_"):
-            yield f"torch.fft.{name.removeprefix('fft_')}"
-        elif name == "nested_tensor":
-            yield "torch.nested.nested_tensor"
-        else:
-            yield f"torch.{name}"
-
-
-def new_method_targets() -> Iterator[str]:
-    """Yields the dotted names of the ``Tensor.new_*`` methods."""
-    for name in _NEW_METHODS:
-        yield f"torch.Tensor.{name}"

@@ -1,8 +1,8 @@
-"""Which kernels a dry run stands for: what they keep for the backward pass is what differs.
+"""Which kernels a dry run assumes: they differ in what they keep for the backward pass.
 
 On the meta device torch takes its decompositions, which keep more than any real kernel does, so the
-choice has to be made here. `gpu`: Transformer Engine's and this package's kernels, as far as they
-are known; `cpu`: what torch's kernels on a CPU keep, to compare a plan with a run on a CPU.
+choice is made here. `gpu`: Transformer Engine's and this package's kernels, as far as they are
+known; `cpu`: torch's kernels on a CPU, to compare a plan with a run on a CPU.
 
                  gpu keeps                                   cpu keeps
     attention    query, key, value, output, log-sum-exp;     the same, and the whole QKV output if
@@ -10,38 +10,41 @@ are known; `cpu`: what torch's kernels on a CPU keep, to compare a plan with a r
                  (with context parallelism: all ranks'       context parallelism: no log-sum-exp)
                  keys and values)
     RMSNorm      input, one fp32 a token                     fp32 copies (torch's decomposition)
-    shift        keys and values, or copies of them where    keys and values
+    shift        keys and values, or copies of them if       keys and values
                  they are little of the QKV output
     SwiGLU       its input                                   its parts
     (--no-bias-swiglu-fusion: as on the cpu)
 
 Under context parallelism (p2p) Transformer Engine's attention keeps its own keys and values and not
-all ranks', and passes them and their gradients on by sends, where this package's gathers and
-reduce-scatters: other messages and, backward, fewer bytes. With --recompute-modules layernorm, or
-FP8, it differs too.
+all ranks', and sends them and their gradients on, while this package's gathers and reduce-scatters:
+other messages and, in the backward pass, fewer bytes. With --recompute-modules layernorm, or FP8,
+it differs too.
 """
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvshift_megatron.ops.dispatch import HAS_TRITON, VARIABLE
+from kvshift_megatron.upstream import planning_table, substitutions
 
 aten = torch.ops.aten
 
 
 def use(kernels: str) -> None:
-    """Installs them in this process, for good.
+    """Install a kind of kernels in this process, for good.
 
     Args:
         kernels: gpu or cpu.
-    """
-    from kvshift_megatron.specs.te_free import core_attention, sdpa
 
+    Raises:
+        ValueError: the kernels of a GPU need Triton, which is not installed.
+    """
     if kernels == "cpu":
-        sdpa.scaled_dot_product_attention = _as_on_cpu(sdpa.scaled_dot_product_attention)
+        substitutions.apply(planning_table.kernels_of_a_cpu(_as_on_cpu))
         # Tensors without data get a GPU's kernels unless told otherwise.
         os.environ[VARIABLE] = "reference"
     else:
@@ -50,15 +53,34 @@ def use(kernels: str) -> None:
                 "a GPU's kernels of the shift are Triton's, which is not installed: pip install "
                 f"triton, or set {VARIABLE}=reference to plan without them"
             )
-        sdpa.scaled_dot_product_attention = _on_gpu
-        core_attention.blockwise_attention = whole_attention
-        torch.nn.functional.rms_norm = _rms_norm(torch.nn.functional.rms_norm)
+        substitutions.apply(
+            planning_table.kernels_of_a_gpu(
+                attention=_on_gpu, whole_attention=whole_attention, rms_norm=_rms_norm
+            )
+        )
 
 
 def flash_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
-    """torch's scaled_dot_product_attention with the kernel that it takes on a CPU."""
+    """Compute scaled_dot_product_attention with the kernel that torch takes on a CPU.
+
+    Args:
+        query: [b, np, sq, hn].
+        key, value: [b, ng, sk, hn].
+        attn_mask: bool, broadcastable to [b, np, sq, sk], True where to attend.
+        dropout_p, is_causal, scale, enable_gqa: as torch's.
+
+    Returns:
+        [b, np, sq, hn].
+    """
     if attn_mask is not None:
         # As torch converts it before it calls the kernel.
         zero, infinite = (torch.scalar_tensor(x, dtype=query.dtype) for x in (0.0, -torch.inf))
@@ -68,14 +90,14 @@ def flash_attention(
     )[0]
 
 
-def _on_gpu(query, key, value, *args, **kwargs) -> Tensor:
+def _on_gpu(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if value.untyped_storage().nbytes() > value.numel() * value.element_size():
         value = value.clone()
     return flash_attention(query, key, value, *args, **kwargs)
 
 
 def _as_on_cpu(original: Callable) -> Callable:
-    def attention(*args, dropout_p=0.0, **kwargs):
+    def attention(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> Tensor:
         # With dropout torch has no fused kernel on a CPU.
         kernel = original if dropout_p else flash_attention
         return kernel(*args, dropout_p=dropout_p, **kwargs)
@@ -83,15 +105,36 @@ def _as_on_cpu(original: Callable) -> Callable:
     return attention
 
 
-def whole_attention(query, key, value, *places, scale, dropout, window=None) -> Tensor:
-    """`blockwise_attention` as one kernel that needs no masks in memory."""
+def whole_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *places: Any,
+    scale: float,
+    dropout: float,
+    window: Any = None,
+) -> Tensor:
+    """Stand in for `blockwise_attention` as one kernel that needs no masks in memory.
+
+    Args:
+        query: [sq, b, np, hn].
+        key, value: [sk, b, ng, hn].
+        places, window: ignored, as no mask is made.
+        scale: of the scores.
+        dropout: probability.
+
+    Returns:
+        [sq, b, np, hn].
+    """
     from kvshift_megatron.specs.te_free.sdpa import sdpa
 
     return sdpa(query, key, value, scale=scale, dropout=dropout)
 
 
 def _rms_norm(original: Callable) -> Callable:
-    def rms_norm(input, normalized_shape, weight=None, eps=None):
+    def rms_norm(
+        input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
         if not input.is_meta or weight is None:
             return original(input, normalized_shape, weight, eps)
         return FusedRMSNorm.apply(input, weight)
@@ -100,15 +143,17 @@ def _rms_norm(original: Callable) -> Callable:
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """Shapes of the fused kernel: no arithmetic is done."""
+    """The shapes of the fused kernel, without arithmetic."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """Return an output like `x` [..., h], and keep one fp32 a token."""
         reciprocal = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
         ctx.save_for_backward(x, weight, reciprocal)
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Return gradients like `x` and the weight."""
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight)

@@ -1,23 +1,26 @@
-"""What is alive: storages by the bytes they hold, counted once however many tensors share them.
+"""What is alive: bytes of storages, each counted once however many tensors share it.
 
 Torch keeps one Python object for a storage as long as the storage itself lives, so `id` tells
-storages apart and a weak reference says when one is freed.
+storages apart and a weak reference reports when one is freed.
 """
 
 import weakref
-from collections.abc import Iterable
-from unittest import mock
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvshift_megatron.upstream import planning_table
+from kvshift_megatron.upstream.substitutions import Applied
+
 
 class LiveStorages:
-    """Bytes of the storages that were allocated since it began and are still alive.
+    """Count the bytes of storages that were allocated since it began and are still alive.
 
     Args:
-        device_type: only storages there count.
-        known: tensors whose storages are not counted: parameters and the like.
+        device_type: only storages on such a device count.
+        known: tensors whose storages are not counted, such as parameters.
 
     Attributes:
         now, peak: bytes.
@@ -32,14 +35,14 @@ class LiveStorages:
             self._hold(tensor.untyped_storage(), 0)
 
     def see(self, tensor: Tensor) -> None:
-        """A tensor that an operation returned."""
+        """Count a tensor that an operation returned."""
         if tensor.device.type == self._device_type:
             storage = tensor.untyped_storage()
             if id(storage) not in self._sizes:
                 self._hold(storage, storage.nbytes())
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """A storage whose size was changed in place."""
+        """Follow a storage whose size was changed in place."""
         key = id(storage)
         if key in self._sizes:
             self._change(storage.nbytes() - self._sizes[key])
@@ -60,23 +63,25 @@ class LiveStorages:
         self.peak = max(self.peak, self.now)
 
 
-def follow_resizes(storages: LiveStorages):
-    """A context in which UntypedStorage.resize_ is told to `storages`.
+def follow_resizes(storages: LiveStorages) -> Applied:
+    """Return a context in which `storages` follows every UntypedStorage.resize_.
 
-    Megatron frees activations so, to recompute them later.
+    Megatron frees activations that way, to recompute them later.
     """
-    resize = torch.UntypedStorage.resize_
 
-    def resize_(self, size):
-        result = resize(self, size)
-        storages.resized(self)
-        return result
+    def followed(resize: Callable) -> Callable:
+        def resize_(self: torch.UntypedStorage, size: int) -> Any:
+            result = resize(self, size)
+            storages.resized(self)
+            return result
 
-    return mock.patch.object(torch.UntypedStorage, "resize_", resize_)
+        return resize_
+
+    return Applied(planning_table.resizes(followed))
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
-    """What autograd keeps for the backward pass: unique storages that are no parameters.
+    """Count what autograd keeps for the backward pass: unique storages that are no parameters.
 
     Args:
         parameters: their storages are not counted.
@@ -110,17 +115,17 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
 
 
 class _Kept:
-    """A saved tensor; tells when autograd lets go of it."""
+    """A saved tensor; calls `on_release` when autograd frees it."""
 
-    def __init__(self, tensor: Tensor, on_release):
+    def __init__(self, tensor: Tensor, on_release: Callable[[], None] | None):
         self.tensor = tensor
         self._on_release = on_release
 
-    def __del__(self):
+    def __del__(self) -> None:
         if self._on_release is not None:
             self._on_release()
 
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind the tensors, each counted once."""
+    """Return the bytes of the tensors' storages, each counted once."""
     return sum({id(s): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())

@@ -1,14 +1,14 @@
-"""Puts Megatron on the meta device: shapes without storage, ranks without processes.
+"""Put Megatron on the meta device: shapes without storage, ranks without processes.
 
 The CPU device layer (`kvshift_megatron.cpu`) sends everything that Megatron asks of a GPU to one
-device; here that device is meta. What remains is what has no value without storage: a number read
-back, and a message.
+device; here that device is meta. That leaves what has no value without storage: numbers that are
+read back, and messages.
 """
 
 import contextlib
 from argparse import Namespace
-from collections.abc import Iterator
-from unittest import mock
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,52 +16,63 @@ import torch.testing._internal.distributed.fake_pg  # registers the backend
 from torch._C._distributed_c10d import FakeWork
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvshift_megatron.cpu import devices, stand_ins
+from kvshift_megatron.upstream import planning_table, substitutions
+from kvshift_megatron.upstream.substitutions import Applied
 
 META = torch.device("meta")
 aten = torch.ops.aten
 
 
 def enter() -> None:
-    """Sends this process's "GPU" tensors to meta, for good: for a process that does nothing else.
+    """Send this process's "GPU" tensors to meta, for good: it can do nothing else afterwards.
 
     The CPU device layer must be on and Megatron imported.
     """
-    from megatron.core.optimizer import clip_grads
-
-    from kvshift_megatron.training import gpt_builder
-
     # Point-to-point calls look for the backend of the tensors' device.
     if "meta" not in (served := dist.Backend.backend_capability["fake"]):
         served.append("meta")
-    devices.CPU = stand_ins.CPU = META
-    type_of, build_model = torch.Tensor.type, gpt_builder.KVShiftGPTModelBuilder.build_model
+    substitutions.apply(
+        planning_table.meta_device(
+            META, norm=_norm, tensor_type=_type_of_a_gpu, build_model=_built_on_meta
+        )
+    )
 
-    def type(self, *args, **kwargs):
-        # The optimizer sorts parameters by the names of a GPU's tensors.
-        answer = type_of(self, *args, **kwargs)
+
+def _norm(*_: Any) -> tuple[torch.Tensor, None]:
+    """Return a norm [1] without reading the gradients."""
+    return torch.zeros(1, device=META), None
+
+
+def _type_of_a_gpu(original: Callable) -> Callable:
+    """Wrap `Tensor.type` to call a meta tensor a GPU's."""
+
+    def type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
         return answer.replace("torch.meta.", "torch.cuda.") if isinstance(answer, str) else answer
 
-    def build(*args, **kwargs):
-        # Some modules are built on the default device and moved to the GPU afterwards, which on
-        # meta would make new parameters without Megatron's attributes.
-        with META:
-            return build_model(*args, **kwargs)
+    return type
 
-    # Reads every gradient's norm back, where a GPU's kernel does not.
-    clip_grads.l2_norm_impl = lambda *_: (torch.zeros(1, device=META), None)
-    torch.Tensor.type = type
-    gpt_builder.KVShiftGPTModelBuilder.build_model = build
+
+def _built_on_meta(original: Callable) -> Callable:
+    """Wrap the builder: some modules are built on the default device and moved afterwards."""
+
+    def build_model(*args: Any, **kwargs: Any) -> Any:
+        with META:
+            return original(*args, **kwargs)
+
+    return build_model
 
 
 class MetaAnswers(TorchDispatchMode):
-    """Answers where a value would be needed.
+    """Answer when a value is needed.
 
     Whatever is read back is zero: no overflow, no NaN, no flag is set. Messages are done at once;
     those of host tensors go to the fake process group.
     """
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             return torch.zeros((), dtype=args[0].dtype).item()
@@ -75,7 +86,7 @@ class MetaAnswers(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _tensors(argument):
+def _tensors(argument: Any) -> Iterator[torch.Tensor]:
     if isinstance(argument, torch.Tensor):
         yield argument
     elif isinstance(argument, list | tuple):
@@ -84,11 +95,16 @@ def _tensors(argument):
 
 
 def samples(args: Namespace, names: tuple[str, ...]) -> Iterator[dict[str, torch.Tensor]]:
-    """An endless stream of micro-batches on meta, as Megatron's data loader yields them.
+    """Yield micro-batches on meta without end, as Megatron's data loader does.
 
     Args:
         args: Megatron's, validated.
         names: of further float32 entries.
+
+    Yields:
+        {name: [micro-batch size, sequence]}: int64 tokens, labels and position_ids, float32
+        loss_mask and `names`; and a bool attention_mask [micro-batch size, 1, sequence, sequence]
+        if one is asked for.
     """
     shape = (args.micro_batch_size, args.seq_length)
     while True:
@@ -105,23 +121,22 @@ def samples(args: Namespace, names: tuple[str, ...]) -> Iterator[dict[str, torch
 
 @contextlib.contextmanager
 def loop_without_values(args: Namespace) -> Iterator[None]:
-    """Megatron's training loop where it decides by a value that it reads back.
+    """Settle what Megatron's training loop would decide by a value that it reads back.
 
     Args:
         args: validated.
     """
-    from megatron.training import training
-
     args.do_train = True  # else it is what a broadcast says
-    agree = training.logical_and_across_model_parallel_group
+    rows = planning_table.loop_without_values(compile_nothing=lambda **_: None, agree=_agrees)
+    with Applied(rows):
+        yield
 
-    def every_rank_agrees(flag, group):
-        agree(flag, group=group)
+
+def _agrees(original: Callable) -> Callable:
+    """Wrap the question of whether all ranks have set a flag: every rank is as this one."""
+
+    def every_rank_agrees(flag: Any, group: Any) -> Any:
+        original(flag, group=group)
         return flag
 
-    with (
-        # It warms up compiled functions, and nothing is compiled here.
-        mock.patch.object(training, "set_jit_fusion_options", lambda **_: None),
-        mock.patch.object(training, "logical_and_across_model_parallel_group", every_rank_agrees),
-    ):
-        yield
+    return every_rank_agrees

@@ -1,25 +1,27 @@
-"""Counts the training steps of a run of Megatron's loop, dry or real.
+"""Count the training steps of a run of Megatron's loop, dry or real.
 
     torchrun ... -m kvshift_megatron.planning.observe FOLDER <flags of kvshift_megatron.pretrain>
 
 is a real run, on GPUs or on a CPU, that leaves FOLDER/rank-N.json: what `plan` says about a rank,
-counted with the same counters where it really ran, and on a GPU the allocator's own peak. It is
-there to be compared with the plan.
+counted with the same counters in a run, and on a GPU the allocator's own peak. It is there to be
+compared with the plan.
 """
 
 import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
+from typing import Any
 
 import torch
 
 from kvshift_megatron.planning.counting import StepCounter
 from kvshift_megatron.planning.memory import LiveStorages, SavedTensors, follow_resizes
 from kvshift_megatron.planning.static_memory import static_bytes, static_tensors
+from kvshift_megatron.upstream import planning_table
+from kvshift_megatron.upstream.substitutions import Applied
 from kvshift_megatron.utils.atomic_files import replace
 
 
@@ -28,15 +30,15 @@ class EnoughSteps(Exception):
 
 
 class StepObserver:
-    """Stands around Megatron's `train_step`.
+    """Count around Megatron's `train_step`.
 
     Args:
-        micro_batches: of each step, counted one after the other; then EnoughSteps is raised. None
-            counts every step as it comes and lets the run end by itself. The first step differs
-            from all others: the optimizer gets its state, and parameters are not gathered yet.
+        micro_batches: number in each step, one step after the other; then EnoughSteps is raised.
+            None counts every step as it comes and lets the run end by itself. The first step
+            differs from all others: the optimizer gets its state, and no parameters are gathered.
 
     Attributes:
-        steps: what was counted, a step each.
+        steps: what was counted, an entry per step.
         static: after the last step; see static_bytes.
     """
 
@@ -47,21 +49,29 @@ class StepObserver:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Counts the steps of Megatron's loop in the block."""
+        """Count the steps of Megatron's loop in the block."""
+        with Applied(planning_table.steps(self._counting)):
+            yield
+
+    def _counting(self, real: Callable) -> Callable:
+        """Wrap Megatron's `train_step`."""
         from megatron.training import training
 
-        real = training.train_step
-
-        def train_step(forward_step_func, data_iterator, model, optimizer, *rest, **keywords):
+        def train_step(
+            forward_step_func: Callable,
+            data_iterator: Any,
+            model: list[torch.nn.Module],
+            optimizer: Any,
+            *rest: Any,
+            **keywords: Any,
+        ) -> Any:
             number = len(self.steps)
             with contextlib.ExitStack() as stack:
                 if self._micro_batches is None:
                     count = training.get_num_microbatches()
                 else:
                     count = self._micro_batches[number]
-                    stack.enter_context(
-                        mock.patch.object(training, "get_num_microbatches", lambda: count)
-                    )
+                    stack.enter_context(Applied(planning_table.micro_batches(count)))
                 step = _Step(model, optimizer, count)
                 result = step.run(
                     real, forward_step_func, data_iterator, model, optimizer, *rest, **keywords
@@ -72,14 +82,13 @@ class StepObserver:
                 raise EnoughSteps
             return result
 
-        with mock.patch.object(training, "train_step", train_step):
-            yield
+        return train_step
 
 
 class _Step:
     """One training step and its counters."""
 
-    def __init__(self, model, optimizer, micro_batches: int):
+    def __init__(self, model: list[torch.nn.Module], optimizer: Any, micro_batches: int):
         parameters = [p for chunk in model for p in chunk.module.parameters()]
         self._device = parameters[0].device.type
         self._storages = LiveStorages(self._device, static_tensors(model, optimizer))
@@ -90,10 +99,19 @@ class _Step:
         self._forward_leaves: list[int] = []
         self._before_optimizer = (0, 0)
 
-    def run(self, real, forward_step_func, data_iterator, model, optimizer, *rest, **keywords):
-        """Megatron's train_step with the counters on."""
+    def run(
+        self,
+        real: Callable,
+        forward_step_func: Callable,
+        data_iterator: Any,
+        model: list[torch.nn.Module],
+        optimizer: Any,
+        *rest: Any,
+        **keywords: Any,
+    ) -> Any:
+        """Run Megatron's train_step with the counters on."""
 
-        def forward_step(*arguments):
+        def forward_step(*arguments: Any) -> Any:
             before, alive = self._saved.now, self._storages.now
             with self._counter.during("forward"):
                 output = forward_step_func(*arguments)
@@ -101,18 +119,19 @@ class _Step:
             self._forward_leaves.append(self._storages.now - alive)
             return output
 
-        optimizer_step = optimizer.step
+        def counted(optimizer_step: Callable) -> Callable:
+            def step() -> Any:
+                self._before_optimizer = (self._storages.peak, self._allocator_peak())
+                self._storages.peak = self._storages.now
+                with self._counter.during("optimizer"):
+                    return optimizer_step()
 
-        def step():
-            self._before_optimizer = (self._storages.peak, self._allocator_peak())
-            self._storages.peak = self._storages.now
-            with self._counter.during("optimizer"):
-                return optimizer_step()
+            return step
 
         if self._device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with (
-            mock.patch.object(optimizer, "step", step),
+            Applied(planning_table.optimizer_step(optimizer, counted)),
             follow_resizes(self._storages),
             self._saved,
             self._counter,
@@ -123,7 +142,7 @@ class _Step:
         return torch.cuda.max_memory_allocated() if self._device == "cuda" else 0
 
     def counted(self) -> dict:
-        """What was counted: bytes, messages, FLOPs; see StepCounter and Traffic.rows."""
+        """Return what was counted: bytes, messages, FLOPs; see StepCounter and Traffic.rows."""
         peak, allocator_peak = self._before_optimizer
         work = {}
         for (during, what), number in self._counter.work.items():
@@ -142,7 +161,7 @@ class _Step:
 
 
 def main() -> None:
-    """Runs kvshift_megatron.pretrain and leaves what was counted."""
+    """Run kvshift_megatron.pretrain and leave what was counted."""
     from kvshift_megatron import cpu, pretrain
 
     folder = Path(sys.argv.pop(1))

@@ -1,16 +1,16 @@
 """Megatron's GPT builder (0.19) with KV-shifting attention in every layer, MTP layers included."""
 
-import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
-from unittest import mock
+from typing import Any, ClassVar
 
 from megatron.core.models.gpt import GPTModel
-from megatron.training.models import gpt
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.gpt_specs import convert_specs
+from kvshift_megatron.upstream import builder_table
+from kvshift_megatron.upstream.substitutions import Applied
 
 
 @dataclass(kw_only=True)
@@ -18,7 +18,7 @@ class KVShiftGPTModelConfig(GPTModelConfig):
     """Megatron's GPTModelConfig and the taps.
 
     Args:
-        kv_shift: the taps of every attention layer; None builds the vanilla twin.
+        kv_shift: the taps of every attention layer; None builds the baseline model.
     """
 
     builder: ClassVar[str] = "kvshift_megatron.training.gpt_builder.KVShiftGPTModelBuilder"
@@ -26,33 +26,35 @@ class KVShiftGPTModelConfig(GPTModelConfig):
 
 
 class KVShiftGPTModelBuilder(GPTModelBuilder):
-    """Megatron's builder; only the specs that it arrives at are converted."""
+    """Megatron's builder; only the layer specs that it chooses are converted."""
 
-    def build_model(self, *args, vp_stage: int | None = None, **kwargs) -> GPTModel:
-        """As GPTModelBuilder.build_model.
+    def build_model(self, *args: Any, vp_stage: int | None = None, **kwargs: Any) -> GPTModel:
+        """Build as GPTModelBuilder does.
 
         Raises:
             ValueError: a setting that KV shifting cannot honour; the message names it.
         """
-        with self._converted_specs():
+        with Applied(builder_table.converted_specs(layers=_converted_layers, mtp=_converted_mtp)):
             return super().build_model(*args, vp_stage=vp_stage, **kwargs)
 
-    @contextlib.contextmanager
-    def _converted_specs(self):
-        # Megatron makes the MTP spec from its own layer specs, whatever the configuration names,
-        # in a function of its module: there is no other place to reach it.
-        default_layer_spec, mtp_block_spec = gpt.default_layer_spec, gpt.mtp_block_spec
 
-        def layers(config, vp_stage=None):
-            spec = default_layer_spec(config, vp_stage)
-            return convert_specs(spec, None, config, config.kv_shift, vp_stage)[0]
+def _converted_layers(original: Callable) -> Callable:
+    """Wrap Megatron's `default_layer_spec`."""
 
-        def mtp(config, transformer_layer_spec, vp_stage=None):
-            spec = mtp_block_spec(config, transformer_layer_spec, vp_stage=vp_stage)
-            return convert_specs(None, spec, config, config.kv_shift, vp_stage)[1]
+    def layers(config: KVShiftGPTModelConfig, vp_stage: int | None = None) -> Any:
+        spec = original(config, vp_stage)
+        return convert_specs(spec, None, config, config.kv_shift, vp_stage)[0]
 
-        with (
-            mock.patch.object(gpt, "default_layer_spec", layers),
-            mock.patch.object(gpt, "mtp_block_spec", mtp),
-        ):
-            yield
+    return layers
+
+
+def _converted_mtp(original: Callable) -> Callable:
+    """Wrap Megatron's `mtp_block_spec`."""
+
+    def mtp(
+        config: KVShiftGPTModelConfig, transformer_layer_spec: Any, vp_stage: int | None = None
+    ) -> Any:
+        spec = original(config, transformer_layer_spec, vp_stage=vp_stage)
+        return convert_specs(None, spec, config, config.kv_shift, vp_stage)[1]
+
+    return mtp

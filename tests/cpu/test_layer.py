@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from kvshift_megatron import cpu
-from kvshift_megatron.cpu.substitutions import Applied, resolve
+from kvshift_megatron.cpu.layer import Layer
+from kvshift_megatron.upstream.substitutions import resolve
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the layer is for CPU machines")
 
@@ -28,7 +29,7 @@ def layer():
 
 def _patched_attributes():
     """Every attribute of the owners that the table touches, by identity."""
-    owners = {row.rpartition(".")[0] for row in Applied().targets()}
+    owners = {row.rpartition(".")[0] for row in Layer().targets()}
     found = {}
     for owner in owners:
         thing = sys.modules.get(owner) if owner.startswith("megatron.") else resolve(owner)

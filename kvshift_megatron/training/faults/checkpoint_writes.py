@@ -1,8 +1,8 @@
-"""Where Megatron writes a checkpoint, a failure is noted instead of raised.
+"""Note a failure to write part of a checkpoint instead of raising it.
 
 An error that one rank raises by itself (.metadata, metadata.json and the tracker file are rank 0's)
-leaves the others in the collective that follows, for ever or until it times out. Noted, it waits
-until the ranks compare notes (`saving`). What else goes wrong is raised as ever.
+leaves the others in the collective that follows, for ever or until it times out. A noted error
+waits until the ranks compare notes (`saving`). Other errors are raised as before.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from typing import Any
 from kvshift_megatron.checks.checkpoint_paths import TRACKER
 from kvshift_megatron.training.faults.fallback import write_tracker
 from kvshift_megatron.training.faults.processes import die_with_parent
+from kvshift_megatron.upstream import faults_table, substitutions
 
 _noting: list[str] | None = None  # this rank's failures, while a save is under way
 
@@ -31,7 +32,7 @@ class TrackerError(Exception):
 
 @contextlib.contextmanager
 def noting(failures: list[str]) -> Iterator[None]:
-    """Note what fails to be written in this block, one sentence each."""
+    """Note what cannot be written in this block, one sentence per failure."""
     global _noting
     before, _noting = _noting, failures
     try:
@@ -41,12 +42,14 @@ def noting(failures: list[str]) -> Iterator[None]:
 
 
 def sentence(path: object, error: BaseException, wanted: int | None = None) -> str:
-    """What could not be written, and where.
+    """Return a sentence about what could not be written, and where.
 
     Args:
-        wanted: bytes of what was being written.
+        path: of the file.
+        error: what was raised.
+        wanted: bytes that were being written, if known.
     """
-    # torch.save buries the operating system's words under its own.
+    # torch.save hides the operating system's words under its own.
     found: BaseException | None = error
     while found is not None and not isinstance(found, OSError):
         found = found.__cause__ or found.__context__
@@ -66,42 +69,41 @@ def _free(path: Path) -> str:
 
 def install() -> None:
     """Replace what writes, in this process, once."""
-    from megatron.core.dist_checkpointing import serialization
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.training import checkpointing
 
     if isinstance(checkpointing.maybe_msc, _AtomicTracker):
         return
-    checkpointing.maybe_msc = _AtomicTracker(checkpointing.maybe_msc)
-    FileSystemWriterAsync.prepare_local_plan = _noted(
-        FileSystemWriterAsync.prepare_local_plan, lambda self, _: self.checkpoint_dir
-    )
-    FileSystemWriterAsync.finish = _noted(
-        FileSystemWriterAsync.finish, lambda self, *_: f"{self.checkpoint_dir}/.metadata"
-    )
-    serialization.save_config = _noted(
-        serialization.save_config, lambda _, directory: f"{directory}/metadata.json"
-    )
-    serialization.save_integrity_manifest = _noted(
-        serialization.save_integrity_manifest, lambda directory: f"{directory}/integrity.json"
+    substitutions.apply(
+        faults_table.writes(
+            tracker=_AtomicTracker,
+            plan=_noted(lambda self, _: self.checkpoint_dir),
+            metadata=_noted(lambda self, *_: f"{self.checkpoint_dir}/.metadata"),
+            config=_noted(lambda _, directory: f"{directory}/metadata.json"),
+            manifest=_noted(lambda directory: f"{directory}/integrity.json"),
+        )
     )
     _writer_of_files()
-    FileSystemWriterAsync.write_preloaded_data_multithread = staticmethod(write_files)
+    substitutions.apply(faults_table.all_files(staticmethod(write_files)))
 
 
-def _noted(original: Callable, where: Callable[..., object]) -> Callable:
-    @functools.wraps(original)
-    def write(*args: Any) -> Any:
-        try:
-            return original(*args)
-        except Exception as error:
-            if _noting is None:
-                raise
-            _noting.append(sentence(where(*args), error))
-            # prepare_local_plan hands on the plan that it was given; the others return nothing.
-            return args[1] if original.__name__ == "prepare_local_plan" else None
+def _noted(where: Callable[..., object]) -> Callable[[Callable], Callable]:
+    """Return a decorator that notes an error; `where` makes the path from the call's arguments."""
 
-    return write
+    def noted(original: Callable) -> Callable:
+        @functools.wraps(original)
+        def write(*args: Any) -> Any:
+            try:
+                return original(*args)
+            except Exception as error:
+                if _noting is None:
+                    raise
+                _noting.append(sentence(where(*args), error))
+                # prepare_local_plan returns the plan that it was given; the others return nothing.
+                return args[1] if original.__name__ == "prepare_local_plan" else None
+
+        return write
+
+    return noted
 
 
 _write_files: Callable | None = None  # Megatron's
@@ -110,11 +112,11 @@ _last_failure: list[str] = []
 
 
 def write_files(transforms: list, use_msc: bool, rank: int, buckets: list, results: Any) -> None:
-    """Megatron's `write_preloaded_data_multithread`, which always puts an answer into `results`.
+    """Call Megatron's `write_preloaded_data_multithread` and always put an answer into `results`.
 
-    Runs in the rank or in a background process. Megatron's own forgets the operating system's
-    words, and with several files a rank it ends the background process on an error without an
-    answer, so that the ranks wait for one for ever.
+    Runs in the rank or in a background process. Megatron's own drops the operating system's words,
+    and with several files per rank it ends the background process on an error without an answer,
+    so that the ranks wait for one for ever.
     """
     if multiprocessing.parent_process() is not None:
         die_with_parent()
@@ -131,7 +133,7 @@ def write_files(transforms: list, use_msc: bool, rank: int, buckets: list, resul
 
 
 def _writer_of_files() -> Callable:
-    """Megatron's, with each file's failure kept in words. A spawned process starts without."""
+    """Return Megatron's, with each file's failure kept in words, also in a spawned process."""
     global _write_files
     if _write_files is None:
         from megatron.core.dist_checkpointing.strategies.filesystem_async import (
@@ -139,11 +141,11 @@ def _writer_of_files() -> Callable:
         )
 
         _write_files = writer.write_preloaded_data_multithread
-        writer.write_preloaded_data = staticmethod(_described(writer.write_preloaded_data))
+        substitutions.apply(faults_table.one_file(_described))
     return _write_files
 
 
-def _described(original: Callable) -> Callable:
+def _described(original: Callable) -> staticmethod:
     @functools.wraps(original)
     def write_preloaded_data(*args: Any, write_bucket: tuple, **kwargs: Any) -> Any:
         answer = original(*args, write_bucket=write_bucket, **kwargs)
@@ -154,14 +156,14 @@ def _described(original: Callable) -> Callable:
             _forget_frames(answer[1])
         return answer
 
-    return write_preloaded_data
+    return staticmethod(write_preloaded_data)
 
 
 def _forget_frames(error: BaseException) -> None:
-    """Cut what an exception holds on to, which is itself among it.
+    """Cut an exception's references to frames, which refer to the exception again.
 
-    In the frames are views of io.BytesIO, and CPython crashes where the garbage collector is what
-    takes such a cycle apart (seen with 3.12.1).
+    The frames hold views of io.BytesIO, and CPython crashes if the garbage collector has to break
+    such a cycle (seen with 3.12.1).
     """
     chain: list[BaseException | None] = [error]
     while (last := chain.pop()) is not None:

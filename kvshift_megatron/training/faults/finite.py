@@ -1,7 +1,7 @@
-"""Losses and gradients that are not numbers: Megatron's checks, and the step that they leave out.
+"""Losses and gradients that are not finite: Megatron's checks, and the step that they leave out.
 
 Megatron 0.19 checks every step but the first of a process, after which it may save a checkpoint of
-weights that are all NaN. That step is checked here, with the same flag
+weights that are all NaN. That step is checked here, under the same flag
 (`--no-check-for-nan-in-loss-and-grad`).
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvshift_megatron.training.faults.progress import iteration
+from kvshift_megatron.upstream import faults_table, substitutions
 
 # Places in what Megatron's train_step returns.
 _SKIPPED, _GRAD_NORM = 1, 5
@@ -26,10 +27,8 @@ _ENDED_BY_MEGATRON = {
 
 
 def install() -> None:
-    """Have the first step of this process end the run where its gradient is not finite."""
-    from megatron.training import training
-
-    training.train_step = _checked_step(training.train_step)
+    """Have the first step of this process end the run if its gradient is not finite."""
+    substitutions.apply(faults_table.step(_checked_step))
 
 
 def _checked_step(original: Callable) -> Callable:
@@ -46,7 +45,7 @@ def _checked_step(original: Callable) -> Callable:
 
 
 def of(forward_step: Callable) -> Callable:
-    """A forward step of Megatron's loop that checks the loss where Megatron does not yet.
+    """Return a forward step of Megatron's loop that checks the loss while Megatron does not yet.
 
     Its loss function raises RuntimeError on the rank whose loss is not finite.
     """
@@ -88,7 +87,7 @@ def _this_rank() -> str:
 
 
 def explain(exit_code: object) -> None:
-    """Say in which iteration Megatron's checks ended the run, on the rank that failed them."""
+    """Print in which iteration Megatron's checks ended the run, on the rank that failed them."""
     from megatron.core.rerun_state_machine import get_rerun_state_machine
 
     failed = getattr(get_rerun_state_machine(), "failed_validation_call", None)

@@ -1,7 +1,7 @@
-"""Background processes end with the rank that started them, however it ends.
+"""End background processes with the rank that started them, however it ends.
 
 Saving a checkpoint starts processes (a queue's manager, a writer) that wait for their rank for
-ever. torchrun ends those of the ranks that it ends, but not those of the rank that was killed.
+ever. torchrun ends those of the ranks that it ends, but not those of a rank that was killed.
 """
 
 import ctypes
@@ -12,35 +12,43 @@ import signal
 import sys
 from typing import Any
 
+from kvshift_megatron.upstream import faults_table, substitutions
+
 _PR_SET_PDEATHSIG = 1
 
 _async_loop = None  # Megatron's
 
 
 def die_with_parent() -> None:
-    """Have Linux kill this process as soon as the thread that started it is gone."""
+    """Have Linux kill this process as soon as the thread that started it has ended."""
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:
-        os._exit(1)  # gone already
+        os._exit(1)  # it has ended already
 
 
 def install() -> None:
     """Replace what starts processes, in this process, once."""
     global _async_loop
-    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+    from megatron.core.dist_checkpointing.strategies import async_utils
 
     if _async_loop is not None:
         return
     _async_loop = async_utils.PersistentAsyncCaller.async_loop
-    async_utils.PersistentAsyncCaller.async_loop = staticmethod(async_loop)
-    filesystem_async.get_write_results_queue = get_write_results_queue
+    substitutions.apply(
+        faults_table.processes(
+            async_loop=staticmethod(async_loop), results_queue=get_write_results_queue
+        )
+    )
 
 
 def async_loop(*args: Any) -> None:
-    """Megatron's, of the process that writes in the background. A spawned one starts without."""
+    """Run Megatron's loop of the process that writes in the background.
+
+    A spawned process has not called `install`.
+    """
     die_with_parent()
     if _async_loop is None:
         from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
@@ -51,7 +59,7 @@ def async_loop(*args: Any) -> None:
 
 
 def get_write_results_queue(mp_mode: str = "spawn") -> Any:
-    """As Megatron's: the one queue that says what has been written."""
+    """Return the one queue that reports what has been written, as Megatron's function does."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:
@@ -59,7 +67,7 @@ def get_write_results_queue(mp_mode: str = "spawn") -> Any:
         manager = multiprocessing.managers.SyncManager(ctx=context)
         with filesystem_async._disable_gc():
             manager.start(die_with_parent)
-        filesystem_async._results_queue = manager.Queue()
+        substitutions.apply(faults_table.results(manager.Queue()))
     return filesystem_async._results_queue
 
 
@@ -67,14 +75,14 @@ def abandon() -> None:
     """End what this rank has started without waiting for it; the run has failed.
 
     Python would ask the processes with SIGTERM, which examples/slurm has them ignore, and wait for
-    them; and wait until somebody has read what is queued for a save, which nobody does any more.
+    them. It would also wait until what is queued for a save has been read, and no reader is left.
     """
     from megatron.core.dist_checkpointing.strategies.async_utils import (
         AsyncCallsQueue,
         PersistentAsyncCaller,
     )
 
-    # torch's handler would take the end of its data-loading workers for an error.
+    # torch's handler would take the end of its data loader's workers for an error.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for queue in (
         PersistentAsyncCaller._persistent_queue,

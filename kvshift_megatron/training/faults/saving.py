@@ -1,8 +1,8 @@
-"""A checkpoint that cannot be written ends the run, or does not, on all ranks alike.
+"""End the run, or go on, on all ranks alike when a checkpoint cannot be written.
 
 `Saves` stands between Megatron's loop and its `save_checkpoint`. Each save begins with an empty
-folder and counts when every rank has written its part and rank 0 the tracker file; until then the
-checkpoint before it is the newest.
+folder and counts once every rank has written its part and rank 0 the tracker file; until then the
+previous checkpoint is the newest.
 """
 
 import functools
@@ -16,10 +16,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from kvshift_megatron.training.faults import checkpoint_writes, folders, processes
 from kvshift_megatron.training.faults.agreement import any_failed
 from kvshift_megatron.training.faults.progress import Progress
+from kvshift_megatron.upstream import faults_table, substitutions
 
 
 class SaveFailedError(RuntimeError):
-    """Raised on every rank alike."""
+    """A save has failed; raised on every rank alike."""
 
     def __init__(self, save: "Save", failures: list[str]):
         super().__init__("; ".join(failures))
@@ -31,23 +32,23 @@ class Save:
 
     Args:
         iteration: as Megatron counts.
-        folder: where it goes; `folders` of rank 0.
+        folder: where it goes; only rank 0 changes it.
     """
 
     def __init__(self, iteration: int, folder: folders.Folder):
         self.iteration = iteration
         self.folder = folder
         self.failures: list[str] = []  # of this rank
-        self.shared = 0  # how many of a background save's last steps every rank takes
+        self.shared = 0  # number of a background save's last steps that every rank takes
 
     def compare(self) -> None:
-        """Raise SaveFailedError where any rank has failed. Collective over all ranks."""
+        """Raise SaveFailedError if any rank has failed. Collective over all ranks."""
         failures = any_failed("; ".join(self.failures) or None)
         if failures:
             raise SaveFailedError(self, failures)
 
     def note(self, error: CheckpointException) -> None:
-        """What Megatron's coordinator gathered; it raises on every rank alike, here in words."""
+        """Note what Megatron's coordinator gathered and raised on every rank alike."""
         words = [str(failure) for failure, _ in error.failures.values()]
         self.failures += [text.removeprefix("Worker failure: ") for text in words]
 
@@ -56,30 +57,28 @@ class Saves:
     """Every save of this process.
 
     Args:
-        goes_on: whether training goes on where one has failed.
+        goes_on: whether training goes on after one has failed.
         progress: told of every save.
     """
 
     def __init__(self, goes_on: bool, progress: Progress):
         self.goes_on, self.progress = goes_on, progress
-        self.unsaved: str | None = None  # what to say of the newest one, if it has failed
+        self.unsaved: str | None = None  # a sentence about the newest one, if it has failed
         self._current: Save | None = None
 
     def install(self) -> None:
         """Replace Megatron's functions in this process, once."""
-        from megatron.core import dist_checkpointing
-        from megatron.training import checkpointing, training
-
         checkpoint_writes.install()
         processes.install()
-        checkpointing.save_checkpoint = self._save_checkpoint(checkpointing.save_checkpoint)
-        training.save_checkpoint = checkpointing.save_checkpoint
-        dist_checkpointing.save = self._save(dist_checkpointing.save)
-        checkpointing.cleanup_old_non_persistent_checkpoint = self._clean(
-            checkpointing.cleanup_old_non_persistent_checkpoint
+        substitutions.apply(
+            faults_table.saves(
+                save_checkpoint=self._save_checkpoint,
+                save=self._save,
+                clean=self._clean,
+                schedule=self._schedule,
+                finalize=self._finalize,
+            )
         )
-        checkpointing.schedule_async_save = self._schedule(checkpointing.schedule_async_save)
-        training.maybe_finalize_async_save = self._finalize(training.maybe_finalize_async_save)
 
     def _save_checkpoint(self, original: Callable) -> Callable:
         @functools.wraps(original)
@@ -118,13 +117,13 @@ class Saves:
                 megatrons()
         except checkpoint_writes.TrackerError as error:
             save.failures.append(str(error))
-            # The one that the other ranks are in.
+            # The other ranks are in it.
             torch.distributed.barrier()
         if not get_args().async_save:
             self._complete(save)
 
     def _save(self, original: Callable) -> Callable:
-        """Of `dist_checkpointing`: no tracker file before all ranks have written."""
+        """Wrap `dist_checkpointing.save`: no tracker file before all ranks have written."""
 
         @functools.wraps(original)
         def save(*args: Any, **kwargs: Any) -> Any:
@@ -145,7 +144,7 @@ class Saves:
         return save
 
     def _clean(self, original: Callable) -> Callable:
-        """The folder that a save begins with is the newest, and not one to keep instead of one."""
+        """Wrap the clean-up: keep as many as asked besides the folder that a save has begun."""
 
         @functools.wraps(original)
         def clean(save_dir: Any, leave_ckpt_num: int = 1, do_async: bool = False) -> Any:
@@ -166,7 +165,7 @@ class Saves:
         return schedule_async_save
 
     def _finish(self, save: Save, steps: list[Callable[[], None]]) -> None:
-        """What is left to do when a background save has written its files, on all ranks."""
+        """Do what is left when a background save has written its files, on all ranks."""
         with checkpoint_writes.noting(save.failures):
             try:
                 for step in steps[: save.shared]:
@@ -202,7 +201,7 @@ class Saves:
             save.folder.complete()
 
     def _failed(self, error: SaveFailedError) -> None:
-        """Tidy up and say so; end this rank, unless training goes on. Collective."""
+        """Tidy up and print an error; end this rank, unless training goes on. Collective."""
         save = error.save
         before = None
         if torch.distributed.get_rank() == 0:

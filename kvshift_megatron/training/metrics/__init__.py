@@ -1,7 +1,7 @@
-"""Watching a run: taps, loss, throughput, MFU and GPUs, to Megatron's writers and to JSON lines.
+"""Metrics of a run: taps, loss, throughput, MFU and GPUs, to Megatron's writers and to JSON lines.
 
-`watch` is all that the entry point calls. Without a place to write to (--metrics-file,
---tensorboard-dir, --save or --wandb-project) nothing is done.
+The entry point calls `watch` alone. Without a place to write to (--metrics-file, --tensorboard-dir,
+--save or --wandb-project) nothing is done.
 """
 
 import argparse
@@ -10,9 +10,10 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from kvshift_megatron.training.metrics.json_lines import JsonLines, read_lines, read_metrics
+from kvshift_megatron.upstream import metrics_table
+from kvshift_megatron.upstream.substitutions import Applied
 
 __all__ = ["add_watching_args", "check_watching_args", "metrics_file", "read_lines", "read_metrics",
            "watch"]  # fmt: skip
@@ -66,7 +67,7 @@ def check_watching_args(args: Namespace) -> None:
 
 
 def metrics_file(args: Namespace) -> Path | None:
-    """Where the JSON lines of a run go."""
+    """Return where the JSON lines of a run go; None for nowhere."""
     if args.metrics_file:
         return Path(args.metrics_file)
     folder = args.tensorboard_dir or args.save
@@ -79,19 +80,18 @@ def watch(args: Namespace, model_config: Any) -> Iterator[None]:
 
     Args:
         args: Megatron's, parsed and validated, after Megatron has set its writers up.
-        model_config: Megatron's model configuration, which this gives a post-wrap hook.
+        model_config: Megatron's model configuration, which gets a post-wrap hook.
     """
     path = metrics_file(args)
     if path is None and not args.tensorboard_dir and not getattr(args, "wandb_project", ""):
         yield
         return
-    # Megatron's own numbers, on by default: seconds a step, and TFLOP/s a GPU.
+    # Megatron's own numbers, on by default: seconds per step, and TFLOP/s per GPU.
     args.log_timers_to_tensorboard = True
     args.log_throughput = True
 
     # Imported late: this imports Megatron, which has to wait for the device layer.
-    from megatron.core import timers
-    from megatron.training import global_vars, training
+    from megatron.training import global_vars
 
     from kvshift_megatron.training.metrics.recorders import LinesOnly, Recorder, record_scalars
     from kvshift_megatron.training.metrics.watcher import Watcher
@@ -105,16 +105,11 @@ def watch(args: Namespace, model_config: Any) -> Iterator[None]:
                 stack.callback(record_scalars(writer, recorder))
             else:
                 writer = LinesOnly(recorder)
-                stack.enter_context(
-                    mock.patch.object(global_vars, "_GLOBAL_TENSORBOARD_WRITER", writer)
-                )
-                # Timers are written to writers of this class only; None without TensorBoard.
-                stack.enter_context(mock.patch.object(timers, "SummaryWriter", LinesOnly))
+                rows = metrics_table.without_tensorboard(writer, LinesOnly)
+                stack.enter_context(Applied(rows))
         watcher = Watcher(args, path, recorder, writer, global_vars.get_wandb_writer())
-        log = watcher.logging(training.training_log)
-        stack.enter_context(mock.patch.object(training, "training_log", log))
-        evaluate = watcher.evaluating(training.evaluate_and_print_results)
-        stack.enter_context(mock.patch.object(training, "evaluate_and_print_results", evaluate))
+        rows = metrics_table.loop(log=watcher.logging, evaluate=watcher.evaluating)
+        stack.enter_context(Applied(rows))
         if model_config.kv_shift is not None:
             refusal = _no_taps_because(args)
             if refusal is None:
@@ -129,7 +124,7 @@ def watch(args: Namespace, model_config: Any) -> Iterator[None]:
 
 
 def _no_taps_because(args: Namespace) -> str | None:
-    """Why the taps cannot be read between backward pass and step; None where they can."""
+    """Return why the taps cannot be read between backward pass and step; None if they can."""
     if args.use_torch_fsdp2 or args.use_megatron_fsdp:
         return "FSDP holds a part of each parameter only, between one pass and the next"
     if args.cuda_graph_impl == "full_iteration":

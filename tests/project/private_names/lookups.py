@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from tests.project.private_names import scan
+from tests.project.private_names.syntax import root
 
 # Looked up as a part of the module, or imported by the caller: in some release not in the module.
 ELSEWHERE = {
@@ -27,15 +28,23 @@ ELSEWHERE = {
 }
 
 
-def replaced(uses: list[scan.Use], targets: list[str]) -> list[str]:
-    """What is set in a module of another library, and not in a class.
+# Its rows in torch replace what scripts call, too.
+_CALLED_BY_ANYBODY = "upstream/cpu_table.py", "torch"
+
+
+def replaced(uses: list[scan.Use]) -> list[str]:
+    """Return what is replaced in a module of another library, and not in a class.
 
     Args:
-        uses: of the package.
-        targets: of the CPU layer's table.
+        uses: of the package, its tables and the benchmarks.
     """
-    names = {use.name for use in uses if use.kind == "set" and not use.name.startswith(".")}
-    names |= {target for target in targets if target.startswith("megatron.")}
+    names = {
+        use.name
+        for use in uses
+        if use.kind in ("set", "row")
+        and not use.name.startswith(".")
+        and (use.file, root(use.name)) != _CALLED_BY_ANYBODY
+    }
     return sorted(name for name in names if _is_in_a_module(name))
 
 

@@ -2,9 +2,9 @@
 
     python -m tests.project.private_names.planted [WORDS]
 
-Each error is planted in a copy of the project: what is replaced in a library stays as it was, a
-row of the CPU layer's table is gone, a stranger has an imported name, and what else is used
-raises. Exit code 1 where the test still passes, or fails without the error, too.
+Each error is planted in a copy of the project: a row of a table is gone, so that what it replaces
+stays as it was; a stranger has an imported name; and what else is used raises. Exit code 1 if the
+test still passes, or fails without the error, too.
 """
 
 import ast
@@ -17,39 +17,36 @@ from pathlib import Path
 
 from tests.project.private_names import listed, scan
 from tests.support.launch import PROJECT
+from tests.upstream import tables
 
-_TABLE = "cpu/substitutions.py"
+# For every function of a table.
 _WITHOUT = """
 
-_whole = table
+def _without(whole):
+    return lambda *args, **kwargs: [x for x in whole(*args, **kwargs) if x.target != {target!r}]
 
 
-def table():
-    return [row for row in _whole() if row.target != {!r}]
+{names} = map(_without, ({names}))
 """
 
 
 def errors(row: listed.Row, name: str) -> dict[str, tuple[str, str]]:
-    """What to plant for one name: where -> (file below the package, its new text)."""
+    """Return what to plant for one name: where -> (file below the package, its new text)."""
     found = {}
     for file in row.files:
         text = scan.path_of(file).read_text()
-        if file == _TABLE and name in targets():
-            found[f"{file} without its row"] = file, text + _WITHOUT.format(name)
+        if any((use.file, use.name) == (file, name) for use in scan.rows()):
+            names = "".join(f"{function}, " for function in tables.functions(Path(file).stem))
+            without = text + _WITHOUT.format(target=name, names=names.strip())
+            found[f"{file} without its row"] = file, without
         for use in scan.uses_in(text, file):
             if use.is_of(name):
                 found[str(use)] = file, with_error(text, use)
     return found
 
 
-def targets() -> list[str]:
-    from kvshift_megatron.cpu.substitutions import table
-
-    return [row.target for row in table()]
-
-
 def with_error(text: str, use: scan.Use) -> str:
-    """A file's text with an error at one use."""
+    """Return a file's text with an error at one use."""
     tree = ast.parse(text)
     path = _path(tree, use)
     node = path[-1]
@@ -75,7 +72,7 @@ def with_error(text: str, use: scan.Use) -> str:
 
 
 def _path(tree: ast.Module, use: scan.Use) -> list[ast.AST]:
-    """From the module to the syntax of a use."""
+    """Return the path from the module to the syntax of a use."""
 
     def look(node: ast.AST, path: list[ast.AST]) -> list[ast.AST] | None:
         path = [*path, node]
@@ -102,7 +99,7 @@ def _exchange(text: str, node: ast.AST, new: str) -> str:
 
 
 def passes(test: str, file: str | None = None, text: str = "") -> bool:
-    """Whether a test passes where a file of the package has this text."""
+    """Return whether a test passes if a file of the package has this text."""
     with tempfile.TemporaryDirectory(prefix="kvshift_planted_") as folder:
         copy = Path(folder) / "project"
         shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "output"))

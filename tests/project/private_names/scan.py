@@ -1,8 +1,9 @@
-"""Where this package uses what another library does not promise: found in the text, by syntax.
+"""Where this package uses what another library does not promise: found by syntax, and in tables.
 
-Found are private names (a leading underscore) in imports, attributes, keywords, strings that name
-an attribute or a module, and methods that override one; names that are replaced or set in a module
-or class of another library; and imports that its `__all__` or its documentation leaves out.
+Found in the text are private names (a leading underscore) in imports, attributes, keywords, strings
+that name an attribute or a module, and methods that override one; names that are set in a module or
+class of another library; and imports that its `__all__` or its documentation leaves out. What the
+package replaces at run time is read from the rows of `kvshift_megatron/upstream`.
 """
 
 import ast
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from kvshift_megatron.upstream import cpu_table
 from tests.project.private_names.syntax import aliases, is_private, is_private_part, own_names, root
 from tests.support.launch import PROJECT
+from tests.upstream import tables
 
 PACKAGE = PROJECT / "kvshift_megatron"
 BENCHMARKS = PROJECT / "tools" / "benchmarks"
@@ -28,7 +31,8 @@ _UNDOCUMENTED = ("mlx_lm.utils", "mlx_lm.models", "tensorboard.compat", "triton.
                  "triton.runtime", "transformers.models")  # fmt: skip
 # Files that set names which are not in their text, and where these come from.
 _NAMED_ELSEWHERE = {
-    "cpu/substitutions.py": "its table, whose targets are compared with the list",
+    "upstream/substitutions.py": "the tables, whose rows are uses by themselves",
+    "upstream/on_import.py": "the tables, likewise",
     "specs/rewrite.py": "dataclasses.fields",
 }
 _IN_STRINGS = ("torch", "megatron", "triton", "mlx_lm", "transformers")
@@ -42,8 +46,9 @@ class Use:
     Args:
         file: below the package; of the benchmarks, below the project.
         name: dotted and whole where imports tell it; else the attribute alone, as ".name".
-        kind: read, set, import, override or string.
-        start, end: (line from 1, column from 0 in UTF-8 bytes) of the syntax that names it.
+        kind: read, set, import, override, string, or row of a table.
+        start, end: (line from 1, column from 0 in UTF-8 bytes) of the syntax that names it; (0, 0)
+            for a row.
     """
 
     file: str
@@ -69,8 +74,8 @@ def path_of(file: str, project: Path = PROJECT) -> Path:
 
 
 def uses() -> list[Use]:
-    """Every use in the package and in the benchmarks."""
-    found = []
+    """Return every use in the package, its tables and the benchmarks."""
+    found = [*rows()]
     for path in sorted(PACKAGE.rglob("*.py")):
         found += uses_in(path.read_text(), path.relative_to(PACKAGE).as_posix())
     for path in sorted(BENCHMARKS.rglob("*.py")):
@@ -78,8 +83,16 @@ def uses() -> list[Use]:
     return found
 
 
+def rows() -> Iterator[Use]:
+    """Yield what the tables replace in other libraries."""
+    made = set(cpu_table.listed_factories())  # see the list's row of _device_constructors
+    for file, row in tables.rows():
+        if _is_foreign(row.target) and row.target not in made:
+            yield Use(file, row.target, "row", (0, 0), (0, 0))
+
+
 def uses_in(text: str, file: str) -> list[Use]:
-    """Every use in one file."""
+    """Return every use in one file's text."""
     return list(dict.fromkeys(_File(ast.parse(text), file).uses()))
 
 
@@ -114,8 +127,9 @@ class _File:
             yield from ((name, "import") for name in _imports(node))
         elif isinstance(node, ast.Attribute):
             yield from self._attribute(node)
-        elif isinstance(node, ast.Assign | ast.AugAssign | ast.Delete):
-            targets = [node.target] if isinstance(node, ast.AugAssign) else node.targets
+        elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Delete):
+            is_one = isinstance(node, ast.AnnAssign | ast.AugAssign)
+            targets = [node.target] if is_one else node.targets
             for target in targets:
                 for part in target.elts if isinstance(target, ast.Tuple) else [target]:
                     yield from self._set(part)

@@ -49,7 +49,7 @@ def aliases(tree: ast.Module) -> Iterator[tuple[str, str]]:
                 known[alias.asname or alias.name] = f"{node.module}.{alias.name}"
     yield from known.items()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Attribute | ast.Name):
             start, target = node.value, node.targets[0]
             while isinstance(start, ast.Attribute):
                 start = start.value

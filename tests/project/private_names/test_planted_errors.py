@@ -1,8 +1,11 @@
 """Errors in the text, in the list and in the tests that it names: each is seen."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.project.private_names import compare, listed, lookups, planted, scan
+from tests.upstream import tables
 
 TEXT = """
 import contextlib
@@ -51,6 +54,8 @@ def use(x, scheduler):
     x.function(_hidden=1)
     getattr(x, "_hidden_too", None)
     training.train_step, x.y = None, None
+    loop = training
+    loop.count: int = 1
     torch.Tensor.type = None
     x.public = 1
     setattr(torch, "zeros", None)
@@ -71,6 +76,7 @@ FOUND = {
     "read ._hidden",
     "read ._hidden_too",
     "set megatron.training.training.train_step",
+    "set megatron.training.training.count",
     "set torch.Tensor.type",
     "set torch.zeros",
     "set .step",
@@ -164,6 +170,26 @@ def test_what_is_no_test_is_seen():
         assert not listed.is_test(name)
 
 
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("upstream/cpu_table.py", "torch.cuda.is_available"),
+        ("upstream/dataset_helpers.py", "megatron.core.datasets.utils.compile_helpers"),
+        ("upstream/faults_table.py", "megatron.training.training.train_step"),
+    ],
+)
+def test_a_table_can_be_left_without_a_row(file, name):
+    (error,) = planted.errors(row(names=(name,), files=(file,)), name).values()
+    assert error[0] == file
+    scope = {}
+    exec(error[1], scope)
+    for function in tables.functions(Path(file).stem).values():
+        arguments = tables.placeholders(function)
+        whole = [one.target for one in function(**arguments)]
+        left = [one.target for one in scope[function.__name__](**arguments)]
+        assert left == [target for target in whole if target != name]
+
+
 PLANTED = """
 from contextlib import suppress
 
@@ -194,7 +220,7 @@ def test_errors_are_planted_where_the_uses_are():
 
 def test_a_test_that_does_not_notice_is_told_from_one_that_does():
     """One row, whole: the planned sizes of a storage. The other test is of arithmetic only."""
-    name, file = "torch.UntypedStorage.resize_", "planning/memory.py"
+    name, file = "torch.UntypedStorage.resize_", "upstream/planning_table.py"
     (error,) = planted.errors(row(names=(name,), files=(file,)), name).values()
     parts = "tests/planning/test_parts.py::"
     assert not planted.passes(f"{parts}test_live_storages_follow_what_is_resized", *error)

@@ -4,10 +4,11 @@ import re
 
 import pytest
 
-from kvshift_megatron.cpu import devices
-from tests.project.private_names import compare, listed, lookups, planted, scan, syntax
+from tests.project.private_names import compare, listed, lookups, scan, syntax
+from tests.upstream import tables
 
 ROWS = listed.rows()
+FILES = {file for file, _ in tables.rows()}
 
 
 def words() -> dict[str, set[str]]:
@@ -26,12 +27,13 @@ def test_every_row_is_used():
     assert compare.unused(scan.uses(), ROWS, words()) == []
 
 
-def test_every_row_of_the_cpu_layers_table_is_listed():
-    rows = [row for row in ROWS if row.files[0].startswith("cpu/")]
-    names = {name for row in rows for name in row.names}
-    # What torch itself lists as making tensors; see the row of _device_constructors.
-    made = set(devices.factory_targets()) - names
-    assert set(planted.targets()) - made <= names
+def test_every_table_of_replacements_is_listed():
+    listed_of = {
+        file: {n for row in ROWS if file in row.files for n in row.names} for file in FILES
+    }
+    rows = list(scan.rows())
+    assert {use.file for use in rows} == FILES
+    assert [str(use) for use in rows if use.name not in listed_of[use.file]] == []
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.names[0])
@@ -55,7 +57,7 @@ def test_every_test_that_is_named_exists():
 
 def test_what_is_replaced_in_a_module_is_still_looked_up_there():
     there = {name for row in ROWS if listed.is_there(row) for name in row.names}
-    names = [n for n in lookups.replaced(scan.uses(), planted.targets()) if n in there]
+    names = [n for n in lookups.replaced(scan.uses()) if n in there]
     assert len(names) > 20
     seen = {n for n in names for text in lookups.texts(n) if lookups.is_looked_up(n, text)}
     assert set(names) - seen == set()

@@ -85,7 +85,8 @@ def test_a_full_disk_under_tensorboard_is_one_warning(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer.file_writer, "add_summary", full)
+    for name in ("add_summary", "close"):
+        monkeypatch.setattr(writer.file_writer, name, full)
     record_scalars(writer, Recorder(lines), warnings.append)
     log(writer)
     writer.close()

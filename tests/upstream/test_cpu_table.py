@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kvshift_megatron import cpu
-from kvshift_megatron.cpu import devices, substitutions
+from kvshift_megatron.cpu import layer
+from kvshift_megatron.upstream import cpu_table
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the layer is for CPU machines")
 
@@ -178,13 +179,13 @@ def _is_answered(target: str, folder: Path) -> bool:
 @pytest.mark.parametrize("target", CALLS)
 def test_a_call_is_answered_because_of_its_row(target, tmp_path, monkeypatch):
     assert _is_answered(target, tmp_path)
-    others = [row for row in substitutions.table() if row.target != target]
-    monkeypatch.setattr(substitutions, "table", lambda: others)
+    others = [row for row in layer.table() if row.target != target]
+    monkeypatch.setattr(layer, "table", lambda: others)
     assert _is_answered(target, tmp_path) is (target in ANSWERED_WITHOUT)
 
 
 def test_every_row_in_torch_has_a_call():
     """Functions that make tensors are in tests/cpu/test_layer.py."""
-    rows = {row.target for row in substitutions.table() if not row.of_megatron}
+    rows = {row.target for row in layer.table() if row.library == "torch"}
     assert set(CALLS) <= rows
-    assert rows - set(CALLS) <= set(devices.factory_targets())
+    assert rows - set(CALLS) <= set(cpu_table.factory_targets())

@@ -1,0 +1,98 @@
+"""What `kvshift_megatron.training.faults` replaces in Megatron, for good."""
+
+from typing import Any
+
+from kvshift_megatron.upstream.substitutions import Substitution, Wrap, resolve
+
+_TRAINING = "megatron.training.training"
+_CHECKPOINTING = "megatron.training.checkpointing"
+_SERIALIZATION = "megatron.core.dist_checkpointing.serialization"
+_STRATEGIES = "megatron.core.dist_checkpointing.strategies"
+_WRITER = f"{_STRATEGIES}.filesystem_async.FileSystemWriterAsync"
+
+
+def step(checked: Wrap) -> list[Substitution]:
+    """Return the row for Megatron's training step."""
+    reason = "Megatron does not check the first step of a process, and the loop has no hook."
+    return [Substitution(f"{_TRAINING}.train_step", reason, wrap=checked)]
+
+
+def saves(
+    *, save_checkpoint: Wrap, save: Wrap, clean: Wrap, schedule: Wrap, finalize: Wrap
+) -> list[Substitution]:
+    """Return the rows for a save as a whole, in the foreground and in the background."""
+    unhooked = "A save that fails on one rank has no hook, and leaves the other ranks waiting."
+    return [
+        Substitution(f"{_CHECKPOINTING}.save_checkpoint", unhooked, wrap=save_checkpoint),
+        Substitution(
+            f"{_TRAINING}.save_checkpoint",
+            "The loop has imported the function of the row above.",
+            wrap=lambda _: resolve(_CHECKPOINTING).save_checkpoint,
+        ),
+        Substitution("megatron.core.dist_checkpointing.save", unhooked, wrap=save),
+        Substitution(
+            f"{_CHECKPOINTING}.cleanup_old_non_persistent_checkpoint",
+            "It would count the folder that is being written.",
+            wrap=clean,
+        ),
+        Substitution(f"{_CHECKPOINTING}.schedule_async_save", unhooked, wrap=schedule),
+        Substitution(f"{_TRAINING}.maybe_finalize_async_save", unhooked, wrap=finalize),
+    ]
+
+
+def writes(
+    *, tracker: Wrap, plan: Wrap, metadata: Wrap, config: Wrap, manifest: Wrap
+) -> list[Substitution]:
+    """Return the rows for what one rank writes by itself."""
+    alone = "An error there leaves the other ranks in the collective that follows."
+    return [
+        Substitution(
+            f"{_CHECKPOINTING}.maybe_msc",
+            "The tracker file is written in place, and a crash would leave half of it.",
+            wrap=tracker,
+            releases=">=0.19",
+        ),
+        Substitution(f"{_WRITER}.prepare_local_plan", alone, wrap=plan),
+        Substitution(f"{_WRITER}.finish", alone, wrap=metadata),
+        Substitution(f"{_SERIALIZATION}.save_config", alone, wrap=config),
+        Substitution(f"{_SERIALIZATION}.save_integrity_manifest", alone, wrap=manifest),
+    ]
+
+
+def one_file(described: Wrap) -> list[Substitution]:
+    """Return the row for the writer of one file; `described` makes a static method."""
+    reason = "It drops the operating system's words."
+    return [Substitution(f"{_WRITER}.write_preloaded_data", reason, wrap=described)]
+
+
+def all_files(write: staticmethod) -> list[Substitution]:
+    """Return the row for the writer of all files of a rank."""
+    reason = "With several files a rank, an error there may have no answer."
+    return [Substitution(f"{_WRITER}.write_preloaded_data_multithread", reason, value=write)]
+
+
+def processes(*, async_loop: staticmethod, results_queue: Any) -> list[Substitution]:
+    """Return the rows for what a save starts.
+
+    Args:
+        async_loop: what the writing process runs.
+        results_queue: the function that starts the queue's process.
+    """
+    return [
+        Substitution(
+            f"{_STRATEGIES}.async_utils.PersistentAsyncCaller.async_loop",
+            "The writing process would outlive a rank that is killed.",
+            value=async_loop,
+        ),
+        Substitution(
+            f"{_STRATEGIES}.filesystem_async.get_write_results_queue",
+            "The queue's process would outlive a rank that is killed.",
+            value=results_queue,
+        ),
+    ]
+
+
+def results(queue: Any) -> list[Substitution]:
+    """Return the row for the queue itself, which Megatron's own function would leave there."""
+    reason = "Megatron looks for the queue of this process there."
+    return [Substitution(f"{_STRATEGIES}.filesystem_async._results_queue", reason, value=queue)]

@@ -1,0 +1,170 @@
+"""The engine: applies the rows of a table and restores the originals.
+
+A row names an attribute of another library, what takes its place and why. Rows are applied in the
+order of their table and restored in the reverse order. `on_import` has the engine for modules that
+are not imported yet.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass
+from types import TracebackType
+from typing import Any, Self
+
+_ABSENT = object()
+
+# Makes a replacement from the original.
+Wrap = Callable[[Any], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Substitution:
+    """One row: `value` replaces the target, or `wrap(original)` does.
+
+    Args:
+        target: dotted name of an attribute of a module or class.
+        reason: why it is replaced, in one sentence.
+        value: the replacement.
+        wrap: makes the replacement from the original. Exactly one of the two is given.
+        owner: the object whose attribute is replaced, for one instance of the target's class;
+            None finds the module or class by the target's name.
+        releases: of torch for its own names, else of megatron-core, in which the row applies, such
+            as ">=0.19"; None for every supported one.
+    """
+
+    target: str
+    reason: str
+    _: KW_ONLY
+    value: Any = _ABSENT
+    wrap: Wrap | None = None
+    owner: Any = None
+    releases: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.value is _ABSENT) == (self.wrap is None):
+            raise ValueError(f"{self.target}: a row has either a value or a wrap")
+
+    @property
+    def module(self) -> str:
+        """Dotted name of the module or class that holds the target."""
+        return self.target.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        """The attribute alone."""
+        return self.target.rpartition(".")[2]
+
+    @property
+    def library(self) -> str:
+        """The top-level package."""
+        return self.target.partition(".")[0]
+
+    def applies(self) -> bool:
+        """Whether the installed release is one of `releases`."""
+        if self.releases is None:
+            return True
+        # megatron-core requires it.
+        from packaging.specifiers import SpecifierSet
+        from packaging.version import Version
+
+        # A release candidate has what its release will have.
+        base = Version(_installed(self.library)).base_version
+        return SpecifierSet(self.releases).contains(base)
+
+    def replacement(self, original: Any) -> Any:
+        """Return what takes the original's place."""
+        return self.value if self.wrap is None else self.wrap(original)
+
+
+class Applied:
+    """Rows that are in force from `apply` to `undo`, or in a `with` block.
+
+    A row whose `releases` leave out the installed one is skipped.
+
+    Args:
+        rows: applied in this order.
+    """
+
+    def __init__(self, rows: Iterable[Substitution]) -> None:
+        self.rows = list(rows)
+        self._saved: list[tuple[Any, str, Any]] = []  # owner, name, what its __dict__ held
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def targets(self) -> list[str]:
+        """Return the dotted names of all rows."""
+        return [row.target for row in self.rows]
+
+    def apply(self) -> None:
+        """Put every row in force, or none.
+
+        Raises:
+            AttributeError: a target is not there.
+        """
+        try:
+            for row in self.rows:
+                if row.applies():
+                    self._replace(resolve(row.module) if row.owner is None else row.owner, row)
+        except BaseException:
+            self._restore()
+            raise
+
+    def undo(self) -> None:
+        """Restore every original, the last replaced first."""
+        self._restore()
+
+    def __enter__(self) -> Self:
+        self.apply()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+    def _replace(self, owner: Any, row: Substitution) -> tuple[Any, Any]:
+        """Set one attribute and return (original, replacement)."""
+        original = getattr(owner, row.name, _ABSENT)
+        if original is _ABSENT:
+            raise AttributeError(f"{row.target} is not in the installed release: {row.reason}")
+        new = row.replacement(original)
+        self._saved.append((owner, row.name, vars(owner).get(row.name, _ABSENT)))
+        setattr(owner, row.name, new)
+        return original, new
+
+    def _restore(self) -> None:
+        while self._saved:
+            owner, name, value = self._saved.pop()
+            if value is _ABSENT:
+                delattr(owner, name)  # it was inherited
+            else:
+                setattr(owner, name, value)
+
+
+def apply(rows: Iterable[Substitution]) -> Applied:
+    """Put rows in force until `undo` of the result; without a call of it, for the whole process."""
+    applied = Applied(rows)
+    applied.apply()
+    return applied
+
+
+def resolve(dotted: str) -> Any:
+    """Return the module or class of a dotted name, as `from a.b import c` finds it."""
+    head, *rest = dotted.split(".")
+    found, path = importlib.import_module(head), head
+    for name in rest:
+        path = f"{path}.{name}"
+        if not hasattr(found, name):
+            importlib.import_module(path)
+        found = getattr(found, name)
+    return found
+
+
+def _installed(library: str) -> str:
+    """Return the installed release: torch's, and for every other name Megatron-Core's."""
+    module = "torch" if library == "torch" else "megatron.core.package_info"
+    return importlib.import_module(module).__version__
