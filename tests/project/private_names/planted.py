@@ -1,10 +1,10 @@
-"""Does the test that the list names notice? An error at each use, and that test has to fail.
+"""Plant an error at each use of a listed name: the test that the list names must fail.
 
     python -m tests.project.private_names.planted [WORDS]
 
-Each error is planted in a copy of the project: what is replaced in a library stays as it was, a
-row of the CPU layer's table is gone, a stranger has an imported name, and what else is used
-raises. Exit code 1 where the test still passes, or fails without the error, too.
+Each error is planted in a copy of the project. Names that the package replaces stay unchanged, rows
+of the CPU layer's table are removed, imported names get another class, and all other uses raise.
+Exit code 1 if the test still passes, or also fails without the error.
 """
 
 import ast
@@ -30,7 +30,7 @@ def table():
 
 
 def errors(row: listed.Row, name: str) -> dict[str, tuple[str, str]]:
-    """What to plant for one name: where -> (file below the package, its new text)."""
+    """Return what to plant for one name: by place, (file below the package, its new text)."""
     found = {}
     for file in row.files:
         text = scan.path_of(file).read_text()
@@ -49,7 +49,7 @@ def targets() -> list[str]:
 
 
 def with_error(text: str, use: scan.Use) -> str:
-    """A file's text with an error at one use."""
+    """Return a file's text with an error at one use."""
     tree = ast.parse(text)
     path = _path(tree, use)
     node = path[-1]
@@ -62,8 +62,8 @@ def with_error(text: str, use: scan.Use) -> str:
             return _exchange(text, node, "pass")
         name = use.name.rpartition(".")[2]
         bound = next(alias.asname or alias.name for alias in node.names if alias.name == name)
-        stranger = f"\n{' ' * node.col_offset}{bound} = type('planted', (), {{}})"
-        return _exchange(text, node, ast.get_source_segment(text, node) + stranger)
+        other = f"\n{' ' * node.col_offset}{bound} = type('planted', (), {{}})"
+        return _exchange(text, node, ast.get_source_segment(text, node) + other)
     if use.kind == "string":
         return _exchange(text, node, "'planted'")
     if use.kind == "set":
@@ -75,7 +75,7 @@ def with_error(text: str, use: scan.Use) -> str:
 
 
 def _path(tree: ast.Module, use: scan.Use) -> list[ast.AST]:
-    """From the module to the syntax of a use."""
+    """Return the nodes from the module to a use."""
 
     def look(node: ast.AST, path: list[ast.AST]) -> list[ast.AST] | None:
         path = [*path, node]
@@ -102,7 +102,7 @@ def _exchange(text: str, node: ast.AST, new: str) -> str:
 
 
 def passes(test: str, file: str | None = None, text: str = "") -> bool:
-    """Whether a test passes where a file of the package has this text."""
+    """Return whether a test passes if a file of the package has this text."""
     with tempfile.TemporaryDirectory(prefix="kvshift_planted_") as folder:
         copy = Path(folder) / "project"
         shutil.copytree(PROJECT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "output"))
