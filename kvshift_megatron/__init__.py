@@ -1,10 +1,11 @@
 """KV-shifting attention (arXiv 2411.19574) for NVIDIA Megatron-Core.
 
-Importing it changes nothing in the process. It raises where the process was started with `--spec`
-and a module of this package that does not exist: Megatron would train vanilla attention.
+Importing the package changes nothing in the process. It raises if the process was started with
+`--spec` and a module of this package that does not exist: Megatron would train vanilla attention.
 """
 
 import sys
+from typing import Any
 
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.specs.named_specs import refuse_misspelt
@@ -16,8 +17,8 @@ __all__ = ["KVShiftConfig", "__version__", "assert_kv_shift"]
 refuse_misspelt(getattr(sys, "argv", []))
 
 
-def __getattr__(name: str):
-    # Importing it imports Megatron, which on a CPU has to wait for the device layer.
+def __getattr__(name: str) -> Any:
+    # On first use only: this imports Megatron, which on a CPU must wait for `cpu.enable()`.
     if name == "assert_kv_shift":
         from kvshift_megatron.checks.model import assert_kv_shift
 

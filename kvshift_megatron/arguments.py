@@ -1,4 +1,4 @@
-"""The `--kv-shift-*` command-line flags, and Megatron's parsed arguments where they are set."""
+"""The `--kv-shift-*` command-line flags, and access to Megatron's parsed arguments."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ from kvshift_megatron.config import Init, KVShiftConfig, Variant
 def add_kv_shift_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the `--kv-shift-*` group to Megatron's parser (an `extra_args_provider`).
 
-    Values are checked by KVShiftConfig, so that a flag and a field fail with the same words.
+    KVShiftConfig checks the values, so that a flag and a field fail with the same message.
     """
     group = parser.add_argument_group("KV-shifting attention")
     group.add_argument(
@@ -49,21 +49,21 @@ def add_kv_shift_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     return parser
 
 
-def add_vanilla_twin_arg(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add `--no-kv-shift`, where KV shifting is what happens without a flag."""
+def add_baseline_arg(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--no-kv-shift`, for commands that shift by default."""
     parser.add_argument(
         "--no-kv-shift",
         action="store_true",
-        help="Train the vanilla twin: the same model without KV shifting.",
+        help="Train the baseline model: the same model without KV shifting.",
     )
     return parser
 
 
 def kv_shift_config_from_args(args: Namespace) -> KVShiftConfig | None:
-    """The configuration that the flags ask for; None for `--no-kv-shift`.
+    """Return the configuration that the flags ask for; None for `--no-kv-shift`.
 
     Raises:
-        ValueError: a flag out of range, or taps asked for together with `--no-kv-shift`.
+        ValueError: A flag is out of range, or one asks for taps together with `--no-kv-shift`.
     """
     given = {
         "variant": args.kv_shift_variant,
@@ -78,19 +78,19 @@ def kv_shift_config_from_args(args: Namespace) -> KVShiftConfig | None:
         return KVShiftConfig(**given)
     if given:
         raise ValueError(
-            f"--no-kv-shift trains without taps, but {', '.join(given)} of KV shifting is set too: "
+            f"--no-kv-shift trains without taps, but KV shifting's {', '.join(given)} is set too: "
             "drop one of the two"
         )
     return None
 
 
 def megatron_args() -> Namespace | None:
-    """Megatron's parsed arguments; None outside its training scripts, or before they are set."""
-    # Not imported: megatron.training is heavy, and this package also works without it.
+    """Return Megatron's parsed arguments; None outside its scripts or before they are set."""
+    # Looked up, not imported: megatron.training is heavy, and the package works without it.
     global_vars = sys.modules.get("megatron.training.global_vars")
     if global_vars is None:
         return None
     try:
         return global_vars.get_args()
-    except AssertionError:  # not set yet; no public function asks without raising
+    except AssertionError:  # not set yet; no public function tells without raising
         return None

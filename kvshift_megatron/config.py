@@ -1,4 +1,4 @@
-"""KVShiftConfig: which taps a KV-shifting attention has and how they start."""
+"""KVShiftConfig: the taps of a KV-shifting attention layer and their initial values."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -12,23 +12,23 @@ class KVShiftConfig:
     """The taps of one KV-shifting attention layer.
 
     K^_i = sum_j alpha_j K_{i-j+1} and V^_i = sum_j beta_j V_{i-j+1}, j = 1..window, with
-    nothing before the first token (arXiv 2411.19574, Eq. 5; windows above 2: Fig. 8c).
+    zeros before the first token (arXiv 2411.19574, Eq. 5; windows above 2: Fig. 8c).
 
     Args:
-        variant: what the parameters mean. ``free``: each parameter is a tap. ``gate``: one
-            parameter a per query group, alpha_1 = sigmoid(a), alpha_2 = 1 - alpha_1 (window 2
-            only). ``clamp``: each tap is its parameter clamped to [0, 1].
-        window: taps per key or value, in tokens: 2, 3 or 4.
-        shift_keys: shift the keys; otherwise they stay as they are and have no taps.
-        shift_values: likewise for the values.
-        init: ``uniform``: all taps but the last ~ U(0, 1), the last one minus their sum (the
-            paper's). ``identity``: taps (1, 0, ...), exactly vanilla attention.
-        seed: the taps of a layer are drawn from (seed, layer number) alone, so that they are the
-            same at every parallel layout. None takes Megatron's ``--seed`` where its training
-            arguments are set, and that flag's default (1234) elsewhere.
+        variant: What the parameters mean. ``free``: Each parameter is a tap. ``gate``: One
+            parameter a per query group, with alpha_1 = sigmoid(a) and alpha_2 = 1 - alpha_1
+            (window 2 only). ``clamp``: Each tap is its parameter clamped to [0, 1].
+        window: Taps per key or value: 2, 3 or 4 (the token itself and those before it).
+        shift_keys: Whether to shift keys; if not, they have no taps.
+        shift_values: Whether to shift values; if not, they have no taps.
+        init: ``uniform``: All taps but the last are drawn from U(0, 1), and the last is 1 minus
+            their sum, as in the paper. ``identity``: Taps (1, 0, ...), exactly vanilla attention.
+        seed: A layer's taps are drawn from (seed, layer number) alone, so every parallel layout
+            gets the same. None takes Megatron's ``--seed`` if its training arguments are set, and
+            that flag's default (1234) otherwise.
 
     Raises:
-        ValueError: an impossible combination; the message names the field.
+        ValueError: The combination is impossible; the message names the field.
     """
 
     variant: Variant = "free"
@@ -38,7 +38,7 @@ class KVShiftConfig:
     init: Init = "uniform"
     seed: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):
             raise ValueError(
                 f"variant={self.variant!r} is unknown: choose one of {', '.join(get_args(Variant))}"
@@ -89,6 +89,6 @@ class KVShiftConfig:
         return per_tensor * (self.shift_keys + self.shift_values)
 
     def describe(self) -> str:
-        """One phrase for logs: variant, window and what is shifted."""
+        """Return a phrase for logs: variant, window and what is shifted."""
         shifted = [n for n, on in (("keys", self.shift_keys), ("values", self.shift_values)) if on]
         return f"{self.variant}, window {self.window}, {' and '.join(shifted)}"

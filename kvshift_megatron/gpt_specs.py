@@ -1,7 +1,7 @@
-"""What a patched Megatron-LM (`patches/`) and this package's own entry point build with.
+"""Convert the specs of Megatron's own builders to KV-shifting attention.
 
-Specs that Megatron's own builders made go in, the same specs with KV-shifting attention come out:
-dense, mixture-of-experts and heterogeneous layers, and multi-token prediction.
+For a patched Megatron-LM (`patches/`) and this package's own entry point: dense, mixture-of-experts
+and heterogeneous layers, and multi-token prediction.
 """
 
 from typing import Any
@@ -23,33 +23,33 @@ def convert_specs(
     kv_shift: KVShiftConfig | None,
     vp_stage: int | None = None,
 ) -> tuple[Any, Any]:
-    """Both specs of a GPT model, with every SelfAttention shifting.
+    """Return both specs of a GPT model with KV-shifting attention for every SelfAttention.
 
-    Where `transformer_impl` is local they also get this package's TE-free parts.
+    If `transformer_impl` is local, also put in this package's TE-free parts.
 
     Args:
-        layer_spec: what GPTModel takes as `transformer_layer_spec`.
-        mtp_spec: what it takes as `mtp_block_spec`. Either may be None: nothing to convert.
+        layer_spec: GPTModel's `transformer_layer_spec`, or None.
+        mtp_spec: GPTModel's `mtp_block_spec`, or None.
         config: Megatron's GPTModelConfig (0.19) or a TransformerConfig.
-        kv_shift: the taps; None for the vanilla twin.
-        vp_stage: virtual pipeline stage.
+        kv_shift: The taps; None for the baseline model.
+        vp_stage: Virtual pipeline stage.
 
     Raises:
-        ValueError: a setting that KV shifting cannot honour; the message names it.
+        ValueError: KV shifting cannot honour a setting; the message names it.
     """
     transformer = getattr(config, "transformer", config)
-    specs = (layer_spec, mtp_spec)
     if kv_shift is not None:
         check_at_start(transformer)
     if transformer.transformer_impl == "local":
-        specs = tuple(with_local_parts(spec, transformer, vp_stage) for spec in specs)
+        layer_spec = with_local_parts(layer_spec, transformer, vp_stage)
+        mtp_spec = with_local_parts(mtp_spec, transformer, vp_stage)
     if kv_shift is not None:
         report_after_build(config, kv_shift)
-        specs = tuple(_shifting(spec, kv_shift) for spec in specs)
-    return specs
+        layer_spec, mtp_spec = _shifting(layer_spec, kv_shift), _shifting(mtp_spec, kv_shift)
+    return layer_spec, mtp_spec
 
 
-def _shifting(spec, kv_shift):
+def _shifting(spec: Any, kv_shift: KVShiftConfig) -> Any:
     # Uneven pipeline layouts have stages without a decoder layer.
     if spec is None or getattr(spec, "layer_specs", None) == []:
         return spec

@@ -1,4 +1,4 @@
-"""Layer specs with KV-shifting attention: entry points for Megatron's `--spec` and for code.
+"""Layer specs with KV-shifting attention, for Megatron's `--spec` and for code.
 
 --spec kvshift_megatron.layer_specs kv_shift_layer_spec
 """
@@ -24,13 +24,13 @@ try:
     from kvshift_megatron.gpt_specs import convert_specs
     from kvshift_megatron.specs.replace_attention import with_kv_shift
 except ImportError as error:
-    # Megatron turns an ImportError in a --spec module into "no spec": vanilla, silently.
+    # Megatron takes an ImportError in a --spec module for "no spec", and trains vanilla attention.
     raise RuntimeError(f"kvshift_megatron.layer_specs cannot be imported: {error}") from error
 
 __all__ = ["kv_shift_layer_spec", "shifting", "vanilla_layer_spec", "with_kv_shift"]
 
 
-# Settings of a Megatron-Bridge provider that choose the parts of its own layer spec.
+# Settings of a Megatron-Bridge provider that change its own layer spec.
 _OWN_SPEC_SETTINGS = (
     "use_transformer_engine_op_fuser",
     "use_transformer_engine_full_layer_spec",
@@ -44,20 +44,20 @@ def kv_shift_layer_spec(
     *,
     kv_shift: KVShiftConfig | Mapping[str, Any] = KVShiftConfig(),
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The GPT layers that Megatron would build by itself, with KV-shifting attention.
+    """Return the GPT layers that Megatron would build by itself, with KV-shifting attention.
 
     Args:
         config: Megatron's GPTModelConfig (what `--spec` passes) or a TransformerConfig, such as a
-            Megatron-Bridge provider. Its `transformer_impl` chooses Transformer Engine's layer or
-            the TE-free one.
-        vp_stage: virtual pipeline stage.
-        kv_shift: the taps, or KVShiftConfig's fields by name (what survives YAML).
+            Megatron-Bridge provider. Its `transformer_impl` chooses between Transformer Engine's
+            layer and the TE-free one.
+        vp_stage: Virtual pipeline stage.
+        kv_shift: The taps, or KVShiftConfig's fields by name (these can be written to YAML).
 
     Returns:
-        What GPTModel takes as `transformer_layer_spec`.
+        A `transformer_layer_spec` for GPTModel.
 
     Raises:
-        ValueError: a setting that KV shifting cannot honour; the message names it.
+        ValueError: KV shifting cannot honour a setting; the message names it.
     """
     _refuse_own_spec(config)
     return _converted(_stock_layer_spec(config, vp_stage), config, vp_stage, kv_shift)
@@ -67,25 +67,27 @@ def shifting(
     spec: ModuleSpec | TransformerBlockSubmodules | Callable,
     kv_shift: KVShiftConfig | Mapping[str, Any] = KVShiftConfig(),
 ) -> Callable:
-    """A spec callable that makes what `spec` makes, with KV-shifting attention.
+    """Return a spec callable for the layers of `spec` with KV-shifting attention.
 
-    For models that bring a layer spec of their own, such as Megatron-Bridge's providers:
+    For models with a layer spec of their own, such as Megatron-Bridge's providers:
     `provider.transformer_layer_spec = shifting(provider.transformer_layer_spec)`.
 
     Args:
-        spec: a finished spec, or a callable that takes the configuration and, if it names it,
-            `vp_stage`.
-        kv_shift: the taps, or KVShiftConfig's fields by name.
+        spec: A static spec, or a callable that takes the configuration and, if it has such a
+            parameter, `vp_stage`.
+        kv_shift: The taps, or KVShiftConfig's fields by name.
 
     Returns:
-        Takes and raises what `kv_shift_layer_spec` does.
+        A callable with the arguments and exceptions of `kv_shift_layer_spec`.
     """
 
-    def shifting_layer_spec(config: Any, vp_stage: int | None = None):
+    def shifting_layer_spec(
+        config: Any, vp_stage: int | None = None
+    ) -> ModuleSpec | TransformerBlockSubmodules:
         made = spec
         if not isinstance(spec, ModuleSpec) and callable(spec):
-            knows_stage = "vp_stage" in inspect.signature(spec).parameters
-            made = spec(config, vp_stage=vp_stage) if knows_stage else spec(config)
+            takes_stage = "vp_stage" in inspect.signature(spec).parameters
+            made = spec(config, vp_stage=vp_stage) if takes_stage else spec(config)
         return _converted(made, config, vp_stage, kv_shift)
 
     return shifting_layer_spec
@@ -94,39 +96,41 @@ def shifting(
 def vanilla_layer_spec(
     config: Any, vp_stage: int | None = None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The same layers without KV shifting: the twin to compare with.
+    """Return the layers of the baseline model: the same without KV shifting.
 
-    Differs from Megatron's default in the TE-free case only, where it allows sequence parallelism
-    and does not materialize attention scores. Arguments as `kv_shift_layer_spec`.
+    They differ from Megatron's own only without Transformer Engine: they allow sequence parallelism
+    and do not materialize attention scores. The arguments are those of `kv_shift_layer_spec`.
     """
     return convert_specs(_stock_layer_spec(config, vp_stage), None, config, None, vp_stage)[0]
 
 
-def _converted(spec, config, vp_stage, kv_shift):
+def _converted(
+    spec: Any, config: Any, vp_stage: int | None, kv_shift: KVShiftConfig | Mapping[str, Any]
+) -> Any:
     if not isinstance(kv_shift, KVShiftConfig):
         kv_shift = KVShiftConfig(**kv_shift)
     spec = convert_specs(spec, None, config, kv_shift, vp_stage)[0]
-    # What builds from a spec callable takes Megatron's own layer for MTP where there is no other.
+    # Builders that take a spec callable use Megatron's own layer for MTP if it returns no layer.
     is_empty = getattr(spec, "layer_specs", None) == []
     if is_empty and config.mtp_num_layers and get_mtp_num_layers_to_build(config, vp_stage):
         raise ValueError(
             f"mtp_num_layers={config.mtp_num_layers}: the pipeline stage with multi-token "
-            "prediction has no decoder layer, and its MTP layers would silently be vanilla: keep "
-            "a decoder layer on that stage (pipeline_model_parallel_layout)"
+            "prediction has no decoder layer, so its MTP layers would silently be vanilla: keep a "
+            "decoder layer on that stage (pipeline_model_parallel_layout)"
         )
     return spec
 
 
-def _refuse_own_spec(config):
-    """Raise ValueError where the configuration would make other layers than Megatron's own."""
+def _refuse_own_spec(config: Any) -> None:
+    """Raise ValueError if this model would not be built from Megatron's stock spec."""
     own = getattr(type(config), "transformer_layer_spec", None)
     names = [name for name in _OWN_SPEC_SETTINGS if getattr(config, name, False)]
     if callable(own) and own.__name__ != "default_layer_spec":
         names.append(f"{type(config).__name__}.transformer_layer_spec={own.__name__}")
     if names:
         raise ValueError(
-            f"{', '.join(names)}: this model brings a layer spec of its own, which "
-            "kv_shift_layer_spec would drop: set provider.transformer_layer_spec = "
+            f"{', '.join(names)}: this model has a layer spec of its own, which "
+            "kv_shift_layer_spec would replace: set provider.transformer_layer_spec = "
             "kvshift_megatron.layer_specs.shifting(provider.transformer_layer_spec)"
         )
     is_bare_te = not hasattr(config, "transformer") and config.transformer_impl != "local"
@@ -137,8 +141,8 @@ def _refuse_own_spec(config):
         )
 
 
-def _stock_layer_spec(config, vp_stage):
-    """What Megatron builds where nobody gives it a spec."""
+def _stock_layer_spec(config: Any, vp_stage: int | None) -> Any:
+    """Return the spec that Megatron uses if none is given."""
     if hasattr(config, "transformer"):
         from megatron.training.models.gpt import default_layer_spec
 

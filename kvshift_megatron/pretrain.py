@@ -16,14 +16,14 @@ from kvshift_megatron.training.run_config import model_config, parse_and_check
 
 
 def main() -> None:
-    """Run `megatron.training.pretrain` on this process's command line.
+    """Run `megatron.training.pretrain` with this process's command line.
 
-    A user's mistake ends every rank with one sentence on standard error and exit code 1, before
-    anything is built.
+    A mistake on the command line ends every rank with one sentence on standard error and exit
+    code 1, before anything is built.
     """
     program_start = time.time()
     try:
-        # Without a GPU: also adds the flags that a CPU needs when Megatron parses the command line.
+        # Before parsing: without a GPU it also adds the flags that a CPU needs.
         cpu.enable()
         args = parse_and_check()
     except ValueError as error:
@@ -43,8 +43,8 @@ def main() -> None:
     dataset_helpers.use_built()
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     task = load_task(args.task_module)
-    # Tell Megatron that the provider builds data only on the ranks that need it.
-    task.datasets_provider.is_distributed = True
+    # Tell Megatron to call the provider on every rank; it builds data only on those that read it.
+    task.datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # of a function
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     config = model_config(args)
     with Guard(args) as guard, metrics.watch(args, config):

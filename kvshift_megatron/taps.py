@@ -1,6 +1,6 @@
 """The taps of one layer: parameter names, initial values, and the variants' formulas.
 
-Nothing here knows about ranks; attention.py slices by query group.
+Nothing here knows about ranks: attention/self_attention.py takes each rank's query groups.
 """
 
 import functools
@@ -20,12 +20,12 @@ _KEY = re.compile(r"\.self_attention\.((?:alpha|beta)_(?:\d+|logit))$")
 
 @functools.cache
 def tap_names(kv_shift: KVShiftConfig) -> dict[str, tuple[str, ...]]:
-    """Parameter names by what they shift: {"alpha": (...), "beta": (...)}, current token first.
+    """Return parameter names, {"alpha": keys' (...), "beta": values' (...)}, current token first.
 
-    ``gate`` stores a logit and not a tap, so it has names of its own: a checkpoint of one variant
-    cannot be read as the other.
+    ``gate`` stores a logit instead of a tap, under another name: a checkpoint of one variant cannot
+    be read as the other.
     """
-    names = {}
+    names: dict[str, tuple[str, ...]] = {}
     for kind, shifted in (("alpha", kv_shift.shift_keys), ("beta", kv_shift.shift_values)):
         if not shifted:
             continue
@@ -37,32 +37,31 @@ def tap_names(kv_shift: KVShiftConfig) -> dict[str, tuple[str, ...]]:
 
 
 def tap_in_key(key: str) -> str | None:
-    """The tap that a parameter's or checkpoint's key is of; None for anything else."""
+    """Return the name of the tap that a parameter's or checkpoint's key stands for, or None."""
     match = _KEY.search(key)
     return match.group(1) if match else None
 
 
 def taps_among(keys: Iterable[str]) -> set[str]:
-    """Names of the taps that a model's or checkpoint's keys speak of."""
+    """Return the names of the taps among a model's or checkpoint's keys."""
     return {tap for key in keys if (tap := tap_in_key(key))}
 
 
 def initial_values(
     kv_shift: KVShiftConfig, seed: int, layer_number: int, num_query_groups: int
 ) -> dict[str, Tensor]:
-    """Initial parameters of the WHOLE layer, from (seed, layer_number) alone.
+    """Return the initial parameters of the WHOLE layer, from (seed, layer_number) alone.
 
-    Both draws are made whatever is switched on, so that turning values off leaves the keys' taps
-    as they were.
+    Draw for keys and values even if one is switched off: the other's taps do not depend on it.
 
     Args:
-        kv_shift: the layer's configuration.
-        seed: non-negative.
+        kv_shift: The layer's configuration.
+        seed: Non-negative.
         layer_number: 1-based and global, as Megatron counts.
-        num_query_groups: of the whole model, not of a rank.
+        num_query_groups: Of the whole model, not of a rank.
 
     Returns:
-        name -> float64 tensor [num_query_groups].
+        By name, float64 tensors [num_query_groups].
     """
     shape = (kv_shift.window, num_query_groups)
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, layer_number])))
@@ -82,14 +81,14 @@ def initial_values(
 
 
 def taps_by_kind(kv_shift: KVShiftConfig, parameters: Tensor) -> dict[str, Tensor]:
-    """The taps that the shift applies, keys' and values'.
+    """Return the taps that the shift applies to keys (alpha) and values (beta).
 
     Args:
-        kv_shift: the layer's configuration.
-        parameters: fp32 [parameters per group, ng], all of `tap_names` in their order.
+        kv_shift: The layer's configuration.
+        parameters: fp32 [parameters per group, ng], in the order of `tap_names`.
 
     Returns:
-        {"alpha": fp32 [window, ng], "beta": ...}, differentiable; kinds that do not shift left out.
+        {"alpha": fp32 [window, ng], "beta": ...}, differentiable, without what does not shift.
     """
     names = tap_names(kv_shift)
     parts = parameters.split([len(kind) for kind in names.values()])
@@ -97,10 +96,10 @@ def taps_by_kind(kv_shift: KVShiftConfig, parameters: Tensor) -> dict[str, Tenso
 
 
 def taps_from_parameters(kv_shift: KVShiftConfig, parameters: Tensor) -> Tensor:
-    """The taps that the shift applies.
+    """Return the taps of keys or of values.
 
     Args:
-        kv_shift: the layer's configuration.
+        kv_shift: The layer's configuration.
         parameters: fp32 [window, ng] (gate: [1, ng]), in the order of `tap_names`.
 
     Returns:
@@ -110,17 +109,16 @@ def taps_from_parameters(kv_shift: KVShiftConfig, parameters: Tensor) -> Tensor:
         gate = torch.sigmoid(parameters[0])
         return torch.stack((gate, 1.0 - gate))
     if kv_shift.variant == "clamp":
-        # Not torch's clamp: it gives a tap exactly at 0 or 1 no gradient, and identity taps start
-        # there.
+        # Not torch's clamp: it gives no gradient at exactly 0 or 1, where identity taps start.
         inside = (parameters >= 0.0) & (parameters <= 1.0)
         return torch.where(inside, parameters, parameters.detach().clamp(0.0, 1.0))
     return parameters
 
 
 def resolve_seed(kv_shift: KVShiftConfig) -> int:
-    """The seed the taps are drawn from: the configuration's, else Megatron's ``--seed``.
+    """Return the seed of the taps: the configuration's, else Megatron's ``--seed``.
 
-    torch's own seed will not do: Megatron offsets it by the pipeline stage.
+    torch's own seed would not do: Megatron adds an offset for each pipeline stage.
     """
     if kv_shift.seed is not None:
         return kv_shift.seed

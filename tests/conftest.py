@@ -1,4 +1,4 @@
-"""The suite compares numbers on the CPU, also on a machine that has a GPU."""
+"""Set-up of all tests: on the CPU, even if there is a GPU."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ import pytest
 
 from tests.support import releases
 
-# Before anything imports torch, and inherited by every process that a test starts.
+# Set before anything imports torch; every process that a test starts inherits it.
 os.environ["KVSHIFT_CPU"] = "1"
-# Likewise inherited. Ranks share few cores and wait for one another all the time; with this policy
-# one that wakes does not interrupt another that works, and small messages take a fifth of the time.
+# Likewise inherited. Ranks share few cores and often wait for each other. With this policy a rank
+# that wakes up does not interrupt one that works, and small messages take a fifth of the time.
 if hasattr(os, "SCHED_BATCH"):
-    with contextlib.suppress(OSError):  # a sandbox may refuse it: only the time differs
+    with contextlib.suppress(OSError):  # a sandbox may refuse it; this only costs time
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
@@ -24,8 +24,8 @@ def pytest_addoption(parser):
     group.addoption(
         "--megatron",
         metavar="VERSION",
-        help="run the release matrix (tests/support/releases.py), and stop unless the "
-        "megatron-core that is imported is this one",
+        help="run the release matrix (tests/support/releases.py); stop unless the imported "
+        "megatron-core is this one",
     )
     group.addoption(
         "--max-ranks", type=int, metavar="N", help="leave out layouts on more than N ranks"
@@ -34,8 +34,8 @@ def pytest_addoption(parser):
         "--versions",
         choices=["pinned", "latest", "oldest"],
         default="pinned",
-        help="what tests/project/test_requirements.py expects to be installed: the versions "
-        "listed in tools/requirements, or any in pyproject.toml's ranges, or their lower ends",
+        help="versions that tests/project/test_requirements.py expects: those listed in "
+        "tools/requirements, any in pyproject.toml's ranges, or the ranges' lower ends",
     )
 
 
@@ -74,8 +74,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="module")
 def _process_group():
-    # Not for the session: the tests of the CPU layer expect to find it off.
-    # Imported here: tests that need no Megatron should not wait for it.
+    # Per module, not per session: the tests of the CPU layer expect to find it off.
+    # Imported here, so that tests that do not need Megatron do not wait for it.
     from tests.support.single_process import single_process
 
     with single_process():
@@ -84,7 +84,7 @@ def _process_group():
 
 @pytest.fixture
 def megatron_rank(_process_group):
-    """One freshly seeded rank with Megatron's parallel state, on the CPU layer."""
+    """Seed one rank with Megatron's parallel state, on the CPU layer."""
     from tests.support.single_process import seed_everything
 
     seed_everything()

@@ -8,15 +8,15 @@ import pytest
 
 from kvshift_megatron import KVShiftConfig
 from kvshift_megatron.arguments import (
+    add_baseline_arg,
     add_kv_shift_args,
-    add_vanilla_twin_arg,
     kv_shift_config_from_args,
     megatron_args,
 )
 
 
 def parse(*words):
-    parser = add_kv_shift_args(add_vanilla_twin_arg(argparse.ArgumentParser(exit_on_error=False)))
+    parser = add_kv_shift_args(add_baseline_arg(argparse.ArgumentParser(exit_on_error=False)))
     return kv_shift_config_from_args(parser.parse_args(words))
 
 
@@ -76,12 +76,12 @@ def test_taps_without_kv_shifting_are_refused(words, named):
         (["--no-kv-shift-keys", "--no-kv-shift-values"], "shift_keys and shift_values"),
     ],
 )
-def test_a_flag_fails_with_the_fields_words(words, named):
+def test_a_flag_fails_with_the_fields_message(words, named):
     with pytest.raises(ValueError, match=named):
         parse(*words)
 
 
-def test_the_parser_is_returned_and_has_one_group_of_ours():
+def test_the_parser_is_returned_with_one_more_group():
     parser = argparse.ArgumentParser()
     assert add_kv_shift_args(parser) is parser
     assert "KV-shifting attention" in parser.format_help()

@@ -1,4 +1,4 @@
-"""KVShiftConfig: what it refuses, counts and says."""
+"""KVShiftConfig: its refusals, its number of parameters and its description."""
 
 import dataclasses
 import itertools
@@ -64,8 +64,8 @@ def test_exactly_the_possible_combinations_are_accepted():
         except ValueError:
             continue
         accepted.add(combination)
-    # 3 ways to shift; free: 3 windows and 2 starts; clamp: the same less uniform above window 2;
-    # gate: one of each.
+    # Times 3 for keys, values or both. free: 3 windows times 2 inits; clamp: the same without
+    # uniform above window 2; gate: one window and one init.
     assert len(accepted) == 3 * (3 * 2 + 4 + 1)
     assert {(window, init) for variant, window, _, _, init in accepted if variant == "gate"} == {
         (2, "uniform")
@@ -99,7 +99,7 @@ def test_parameters_and_description(fields, count, phrase):
     ("layers", "groups", "taps"),
     [(28, 16, 1792), (32, 4, 512), (32, 32, 4096), (40, 40, 6400), (48, 4, 768)],
 )
-def test_the_papers_models_have_as_many_taps_as_it_says(layers, groups, taps):
+def test_the_papers_models_have_as_many_taps_as_the_paper_says(layers, groups, taps):
     assert layers * groups * KVShiftConfig().parameters_per_group == taps
 
 

@@ -1,4 +1,4 @@
-"""Every spec that Megatron builds, converted; and what is refused."""
+"""Conversion of every spec that Megatron builds, and refusals."""
 
 import sys
 from argparse import Namespace
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("megatron_rank")
 
 
 def nodes(spec):
-    """Every node with its path, depth first; a shared node once per place."""
+    """Return every (path, node), depth first; a shared node once for each of its paths."""
     found = [((), spec)]
     if isinstance(spec, ModuleSpec):
         children = {"module": spec.module, "params": spec.params, "submodules": spec.submodules}
@@ -88,10 +88,10 @@ def mtp_block_spec():
 
 
 @pytest.mark.parametrize(
-    ("build", "places"),
+    ("build", "count"),
     [(layer_spec, 1), (block_spec, 3), (moe_block_spec, 4), (mtp_block_spec, 2)],
 )
-def test_every_self_attention_is_replaced_and_the_spec_left_alone(build, places):
+def test_every_self_attention_is_replaced_and_the_spec_unchanged(build, count):
     spec = build()
     before = nodes(spec)
     converted = with_kv_shift(spec, KV_SHIFT)
@@ -101,18 +101,17 @@ def test_every_self_attention_is_replaced_and_the_spec_left_alone(build, places)
     assert all(new is old for (_, new), (_, old) in zip(after, before, strict=True))
 
     old, new = attentions(spec), attentions(converted)
-    assert len(old) == len(new) == places
+    assert len(old) == len(new) == count
     assert {node.module for node in old} == {SelfAttention}
-    for node, twin in zip(new, old, strict=True):
+    for node, original in zip(new, old, strict=True):
         assert node.module is KVShiftSelfAttention
         assert node.params == {"attn_mask_type": AttnMaskType.causal, "kv_shift": KV_SHIFT}
-        assert node.submodules == twin.submodules
-        assert twin.params == {"attn_mask_type": AttnMaskType.causal}
+        assert node.submodules == original.submodules
+        assert original.params == {"attn_mask_type": AttnMaskType.causal}
 
-    # Whatever was shared is shared in the copy, and nothing else is.
-    places_of = [(path, id(node)) for path, node in nodes(converted) if node in new]
-    expected = [(path, id(node)) for path, node in before if node in old]
-    assert len({i for _, i in places_of}) == len({i for _, i in expected})
+    # The copy shares as many nodes as the spec did.
+    ids = {id(node) for _, node in nodes(converted) if node in new}
+    assert len(ids) == len({id(node) for _, node in before if node in old})
 
 
 def test_nothing_but_the_attention_differs():
@@ -185,7 +184,7 @@ def test_converting_twice_is_refused():
 
 
 def gpt_model_config(transformer):
-    """Megatron's GPTModelConfig, which proxies its transformer's fields."""
+    """Return Megatron's GPTModelConfig, which proxies its transformer's fields."""
     from megatron.training.models.gpt import GPTModelConfig
 
     return GPTModelConfig(transformer=transformer, vocab_size=64, seq_length=16)
@@ -244,10 +243,10 @@ def test_an_impossible_model_is_refused_before_anything_is_built():
         kv_shift_layer_spec(config)
     with pytest.raises(ValueError, match="fused_single_qkv_rope"):
         kv_shift_layer_spec(gpt_model_config(config))
-    vanilla_layer_spec(config)  # the twin has no such limit
+    vanilla_layer_spec(config)  # the baseline model has no such limit
 
 
-def test_training_arguments_are_checked_where_they_are_set(monkeypatch):
+def test_training_arguments_are_checked_if_they_are_set(monkeypatch):
     module = ModuleType("megatron.training.global_vars")
     args = Namespace(reset_attention_mask=True, context_parallel_size=1)
     module.get_args = lambda: args
@@ -262,7 +261,7 @@ def test_training_arguments_are_checked_where_they_are_set(monkeypatch):
     "blocked", ["kvshift_megatron.gpt_specs", "megatron.core.models.gpt.gpt_layer_specs"]
 )
 def test_an_import_error_is_not_one_that_megatron_swallows(monkeypatch, blocked):
-    """Megatron's import_module turns an ImportError into None, and None into a vanilla model."""
+    """Megatron's import_module turns an ImportError into None, which means a vanilla model."""
     path = ("kvshift_megatron.layer_specs", "kv_shift_layer_spec")
     assert callable(import_module(path))
     monkeypatch.delitem(sys.modules, path[0])
@@ -270,12 +269,12 @@ def test_an_import_error_is_not_one_that_megatron_swallows(monkeypatch, blocked)
     with pytest.raises(RuntimeError, match=blocked) as caught:
         import_module(path)
     assert isinstance(caught.value.__cause__, ImportError)
-    # What it would have been without the translation.
+    # This is what the ImportError itself would have led to.
     assert import_module((blocked, "anything")) is None
 
 
-@pytest.mark.parametrize("makes", ["callable", "callable with stage", "finished"])
-def test_shifting_converts_what_another_spec_makes(makes):
+@pytest.mark.parametrize("kind", ["callable", "callable with stage", "static"])
+def test_shifting_converts_the_layers_of_another_spec(kind):
     config, stages = transformer_config(), []
 
     def with_stage(config, vp_stage=None):
@@ -285,12 +284,12 @@ def test_shifting_converts_what_another_spec_makes(makes):
     spec = {
         "callable": lambda config: block_spec(),
         "callable with stage": with_stage,
-        "finished": layer_spec(),
-    }[makes]
+        "static": layer_spec(),
+    }[kind]
     made = shifting(spec, {"window": 3})(config, vp_stage=1)
     model = gpt_model(config, made)
     assert all(layer.self_attention.kv_shift.window == 3 for layer in model.decoder.layers)
-    assert stages == ([1] if makes == "callable with stage" else [])
+    assert stages == ([1] if kind == "callable with stage" else [])
 
 
 def test_multi_token_prediction_alone_on_a_stage_is_refused(monkeypatch):

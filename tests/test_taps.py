@@ -61,7 +61,7 @@ def test_uniform_taps_sum_to_one_and_all_but_the_last_are_in_zero_to_one(window,
         torch.testing.assert_close(taps.sum(0), torch.ones(GROUPS, dtype=torch.float64))
         first = taps[:-1]
         assert (first >= 0).all() and (first < 1).all()
-        # Uniform on (0, 1): mean 1/2 within 5 standard errors, both ends reached, no repeats.
+        # Uniform on (0, 1): mean 1/2 within 5 standard errors, both ends reached, no duplicates.
         assert abs(first.mean() - 0.5) < 5 * (1 / 12 / first.numel()) ** 0.5
         assert first.min() < 0.1 and first.max() > 0.9
         assert first.unique().numel() == first.numel()
@@ -69,7 +69,7 @@ def test_uniform_taps_sum_to_one_and_all_but_the_last_are_in_zero_to_one(window,
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_what_is_switched_off_does_not_move_the_rest(window):
+def test_switching_keys_or_values_off_does_not_change_the_others_taps(window):
     both = values(window=window)
     for fields in ({"shift_values": False}, {"shift_keys": False}):
         for name, tap in values(window=window, **fields).items():
@@ -132,18 +132,18 @@ def test_gate_taps_sum_to_one():
     assert parameters.grad.all()
 
 
-def test_clamped_taps_stay_in_zero_to_one_and_move_from_the_ends():
+def test_clamped_taps_stay_in_zero_to_one_and_learn_at_the_ends():
     parameters = torch.tensor([[-0.5, 0.0, 0.25], [1.0, 1.5, 0.75]], requires_grad=True)
     taps = taps_from_parameters(KVShiftConfig(variant="clamp"), parameters)
     assert torch.equal(taps, torch.tensor([[0.0, 0.0, 0.25], [1.0, 1.0, 0.75]]))
     taps.sum().backward()
-    # A tap exactly at an end still learns; one beyond it does not.
+    # A tap exactly at an end still has a gradient; one beyond it does not.
     assert torch.equal(parameters.grad, torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]]))
 
 
 @pytest.fixture
 def training_args(monkeypatch):
-    """Sets what stands for Megatron's parsed arguments; None for "not parsed yet"."""
+    """Return a function that sets Megatron's parsed arguments; None for "not parsed yet"."""
 
     def set_args(args):
         module = ModuleType("megatron.training.global_vars")
@@ -166,7 +166,7 @@ def test_seed_of_megatron_comes_second(training_args):
     assert resolve_seed(KVShiftConfig()) == 0
 
 
-def test_seed_is_megatrons_default_elsewhere(training_args, monkeypatch):
+def test_seed_is_megatrons_default_otherwise(training_args, monkeypatch):
     for args in (None, Namespace(), Namespace(seed=None)):
         training_args(args)
         assert resolve_seed(KVShiftConfig()) == 1234

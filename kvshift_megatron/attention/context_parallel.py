@@ -1,6 +1,7 @@
-"""Shift a sequence cut into packed documents, over context-parallel ranks, or both."""
+"""Shift sequences that are packed documents, split over context-parallel ranks, or both."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,7 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from kvshift_megatron.attention.cp_chunks import PackedZigzagChunks, ZigzagChunks
+from kvshift_megatron.attention.cp_chunks import Chunks, PackedZigzagChunks, ZigzagChunks
 from kvshift_megatron.attention.halo_exchange import HaloExchange
 from kvshift_megatron.attention.packed_sequences import document_positions
 from kvshift_megatron.ops import autograd, eager, kv_shift, shift_ref
@@ -19,8 +20,8 @@ def context_parallel_group(
 ) -> dist.ProcessGroup | None:
     """Return the group that splits this model's sequences, or None if they are whole.
 
-    The configuration decides, as in Megatron's attention kernels: a model may switch context
-    parallelism off although another model of the same run has a group.
+    The configuration decides, as in Megatron's attention kernels: one model of a run may go without
+    context parallelism although the run has a group for another.
     """
     return pg_collection.cp if config.context_parallel_size > 1 else None
 
@@ -39,8 +40,8 @@ def shift_across_boundaries(
         key, value: [s, b, ng, hn], this rank's tokens; b is 1 for packed documents.
         alpha, beta: [window, ng], or None.
         cu_seqlens: int [documents + 1], bounds of the packed documents in the WHOLE sequence,
-            padding included; each document is split over the ranks separately. None: one document.
-        cp_group: context-parallel group; None without context parallelism.
+            padding included; each document is split over the ranks separately. None: One document.
+        cp_group: The context-parallel group; None without context parallelism.
 
     Returns:
         (key, value), as `kv_shift`.
@@ -49,11 +50,11 @@ def shift_across_boundaries(
         ValueError: A chunk holds fewer tokens than the window looks back, or the sequence cannot be
             cut into 2C equal chunks.
 
-    Parallelism: the tokens before a chunk come from the neighbouring ranks, window - 1 per chunk
+    Parallelism: The tokens before a chunk come from the neighbouring ranks, window - 1 per chunk
     (and document), keys and values in one message; see halo_exchange.py.
     """
-    tokens, ranks = key.size(0), 1 if cp_group is None else cp_group.size()
-    if ranks == 1:
+    tokens = key.size(0)
+    if cp_group is None or cp_group.size() == 1:
         position = None
         if cu_seqlens is not None:
             position = document_positions(cu_seqlens, tokens)[1]
@@ -62,12 +63,13 @@ def shift_across_boundaries(
     shifted = [(x, taps) for x, taps in ((key, alpha), (value, beta)) if taps is not None]
     inputs, taps = zip(*shifted)
     back = len(taps[0]) - 1
+    chunks: Chunks
     if cu_seqlens is None:
         chunks = ZigzagChunks(tokens, back, key.device)
     else:
-        chunks = PackedZigzagChunks(cu_seqlens, tokens, ranks, back)
-    inputs = autograd.to_keep(inputs)
-    outputs = iter(ContextParallelShift.apply(chunks, HaloExchange(cp_group), *inputs, *taps))
+        chunks = PackedZigzagChunks(cu_seqlens, tokens, cp_group.size(), back)
+    kept = autograd.to_keep(inputs)
+    outputs = iter(ContextParallelShift.apply(chunks, HaloExchange(cp_group), *kept, *taps))
     return (
         key if alpha is None else next(outputs),
         value if beta is None else next(outputs),
@@ -77,11 +79,13 @@ def shift_across_boundaries(
 class ContextParallelShift(torch.autograd.Function):
     """Shift locally with chunks as documents, then recompute the chunks' first tokens.
 
-    Keys and values share one exchange and one computation of first tokens: concatenated as groups.
+    Keys and values, concatenated as groups, share one exchange and one recomputation.
     """
 
     @staticmethod
-    def forward(ctx, chunks, exchange, *inputs_and_taps):
+    def forward(
+        ctx: Any, chunks: Chunks, exchange: HaloExchange, *inputs_and_taps: Tensor
+    ) -> tuple[Tensor, ...]:
         count = len(inputs_and_taps) // 2
         inputs, taps = inputs_and_taps[:count], inputs_and_taps[count:]
         exchange.start(_side_by_side(chunks.last_tokens(x) for x in inputs))
@@ -101,12 +105,12 @@ class ContextParallelShift(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *output_grads):
+    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
         chunks, exchange = ctx.chunks, ctx.exchange
         halo, *inputs_and_taps = ctx.saved_tensors
         count = len(output_grads)
         inputs, taps = inputs_and_taps[:count], inputs_and_taps[count:]
-        # Only what first tokens owe to the halo; the local part has the rest.
+        # Gradients of the halo, and the halo's part of the taps' gradients; the rest is local.
         first = _side_by_side(chunks.first_tokens(grad) for grad in output_grads)
         grad, tap_grads = eager.backward(
             [_joined(halo, torch.zeros_like(halo))],

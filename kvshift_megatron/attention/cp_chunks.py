@@ -1,8 +1,8 @@
-"""Where the chunks of context parallelism lie on a rank, and which of their tokens are exchanged.
+"""Locate a rank's zigzag chunks, and the tokens of these that are exchanged.
 
-Megatron cuts a sequence into 2C chunks and gives each of C ranks two of them, zigzag. The first
-`back` tokens of a chunk look back into the chunk before it, which is on another rank: they need
-the last `back` tokens of that chunk.
+Under context parallelism Megatron cuts a sequence into 2C zigzag chunks and gives each of C ranks
+two of them. The first `back` tokens of a chunk look back into the chunk before it, which is on
+another rank: they need that chunk's last `back` tokens.
 """
 
 import torch
@@ -17,8 +17,9 @@ class ZigzagChunks:
     First and last tokens are [2, back, b, ng, hn].
 
     Args:
-        tokens: number of local tokens.
+        tokens: Number of local tokens.
         back: window - 1.
+        device: Of the positions.
 
     Attributes:
         position: int64 [tokens], how many tokens of the same chunk come before each token.
@@ -27,7 +28,7 @@ class ZigzagChunks:
         ValueError: The tokens cannot be cut into two chunks of at least `back` tokens.
     """
 
-    def __init__(self, tokens: int, back: int, device: torch.device):
+    def __init__(self, tokens: int, back: int, device: torch.device) -> None:
         if tokens % 2 or tokens // 2 < back:
             raise ValueError(
                 f"seq_length: a context-parallel rank holds {tokens} tokens in two chunks, and "
@@ -60,15 +61,15 @@ class PackedZigzagChunks:
 
     Args:
         cu_seqlens: int [documents + 1], bounds of the documents in the whole sequence.
-        tokens: number of local tokens.
-        ranks: size of the context-parallel group.
+        tokens: Number of local tokens.
+        ranks: Size of the context-parallel group.
         back: window - 1.
 
     Attributes:
         position: int64 [tokens], how many tokens of the same chunk come before each token.
     """
 
-    def __init__(self, cu_seqlens: Tensor, tokens: int, ranks: int, back: int):
+    def __init__(self, cu_seqlens: Tensor, tokens: int, ranks: int, back: int) -> None:
         cu_local = cu_seqlens.long() // ranks
         length = (cu_local[1:] - cu_local[:-1]) // 2
         whole = cu_seqlens[1:] - cu_seqlens[:-1]
@@ -80,7 +81,7 @@ class PackedZigzagChunks:
             f"token(s) that a window of {back + 1} looks back",
         )
         document, position = document_positions(cu_local, tokens)
-        # Padding after the last document is nobody's; treat it as one chunk.
+        # Padding after the last document belongs to none; treat it as one chunk.
         chunk_length = torch.cat((length, length.new_full((1,), tokens)))[document]
         is_second = position >= chunk_length
         self.position = torch.where(is_second, position - chunk_length, position)
@@ -89,7 +90,7 @@ class PackedZigzagChunks:
         self._is_real = (length > 0).view(1, -1, 1, 1, 1, 1)
         self._first = (start[..., None] + offset).clamp(max=tokens - 1)
         self._last = (start[..., None] + length[:, None] - back + offset).clamp(0, tokens - 1)
-        # An empty document's row points into another document: map each row to its real owner.
+        # An empty document's rows point into another document: map each row to its real owner.
         rows, documents = self._first.flatten(), len(length)
         self._is_first = (self.position[rows] < back) & (document[rows] < documents)
         owner = (is_second[rows] * documents + document[rows]) * back + self.position[rows]
@@ -112,3 +113,6 @@ class PackedZigzagChunks:
     def _pick(self, x: Tensor, rows: Tensor) -> Tensor:
         picked = x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:])
         return picked.where(self._is_real, 0.0)
+
+
+Chunks = ZigzagChunks | PackedZigzagChunks

@@ -14,6 +14,7 @@ The backward pass sends the gradients along the reversed arrows.
 """
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -21,27 +22,27 @@ from torch import Tensor
 
 
 class HaloExchange:
-    """Exchange once forward and once backward; each starts early and is awaited late.
+    """Exchange once forward and once backward, each while other work is computed.
 
     Args:
-        group: the context-parallel group, in the order of the layout.
+        group: The context-parallel group, in the order of the layout.
 
-    Parallelism: each rank sends at most one message to each neighbour in either pass, of as many
-    bytes as one chunk's last tokens; a group of one sends nothing.
+    Parallelism: In either pass each rank sends each neighbour at most one message, as large as one
+    chunk's last tokens; a group of one sends nothing.
     """
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._rank, self._size = group.rank(), group.size()
-        self._pending: list[tuple[dist.Work, int | str]] = []
+        self._pending: list[tuple[dist.Work, str]] = []
         self._buffers: list[Tensor] = []
         self._received: tuple[Tensor, ...] = ()
 
     def start(self, last_tokens: Tensor) -> None:
-        """Begin to send.
+        """Start sending.
 
         Args:
-            last_tokens: [2, ...], of the first and of the second chunks.
+            last_tokens: [2, ...], those of the first chunks and of the second chunks.
         """
         below, above = self._send_up_and_down(last_tokens[0], last_tokens[1])
         if self._rank == self._size - 1:
@@ -52,12 +53,12 @@ class HaloExchange:
         """Wait for the messages of `start`.
 
         Returns:
-            [2, ...]: the tokens before the first and the second chunks; zeros before chunk 0.
+            [2, ...], the tokens before the first and the second chunks; zeros before chunk 0.
         """
         return torch.stack(self._wait())
 
     def start_backward(self, grad: Tensor) -> None:
-        """Begin to send back the gradient [2, ...] of what `finish` returned."""
+        """Start sending back the gradient [2, ...] of what `finish` returned."""
         # What came from rank - 1 goes back down, what came from rank + 1 back up.
         from_self = (grad[1],) if self._rank == self._size - 1 else ()
         self._received = (*self._send_up_and_down(grad[1], grad[0]), *from_self)
@@ -66,7 +67,7 @@ class HaloExchange:
         """Wait for the messages of `start_backward`.
 
         Returns:
-            [2, ...]: the gradient of the tokens that `start` sent.
+            [2, ...], the gradient of the tokens that `start` sent.
         """
         below, above, *from_self = self._wait()
         return torch.stack((above + from_self[0] if from_self else above, below))
@@ -75,12 +76,13 @@ class HaloExchange:
         """Start sending `up` to rank + 1 and `down` to rank - 1.
 
         Returns:
-            Buffers for the messages from rank - 1 and from rank + 1, zeros at the ends; `_wait`
-            fills them.
+            Buffers for the messages from rank - 1 and from rank + 1, which `_wait` fills; zeros if
+            there is no such rank.
         """
         below, above = torch.zeros_like(up), torch.zeros_like(down)
         self._buffers = [up.contiguous(), down.contiguous(), below, above]
-        operations, peers = [], []
+        operations: list[dist.P2POp] = []
+        peers: list[int] = []
         for step, sent, received in ((1, self._buffers[0], above), (-1, self._buffers[1], below)):
             if 0 <= self._rank + step < self._size:
                 peer = dist.get_global_rank(self._group, self._rank + step)
@@ -92,9 +94,9 @@ class HaloExchange:
         everyone = " and ".join(str(peer) for peer in sorted(set(peers)))
         with self._naming(everyone):
             works = dist.batch_isend_irecv(operations) if operations else []
-        if len(works) != len(peers):  # NCCL returns one work for the whole batch
-            peers = [everyone] * len(works)
-        self._pending = list(zip(works, peers))
+        # NCCL returns one work for the whole batch.
+        names = map(str, peers) if len(works) == len(peers) else [everyone] * len(works)
+        self._pending = list(zip(works, names))
         return below, above
 
     def _wait(self) -> tuple[Tensor, ...]:
@@ -108,7 +110,7 @@ class HaloExchange:
 
     @staticmethod
     @contextlib.contextmanager
-    def _naming(peer: int | str):
+    def _naming(peer: str) -> Iterator[None]:
         """Name the lost rank in a failure: the cause is in its log, not in this rank's."""
         try:
             yield

@@ -7,6 +7,7 @@ context-parallel ranks. Megatron still rotates the queries.
 import functools
 import logging
 import os
+from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
@@ -26,7 +27,7 @@ CHOICES = ("auto", "fused", "separate")
 
 
 class RopeFusion:
-    """Choose once per layer.
+    """Decide for one layer: once by its configuration, then by the tensors of each call.
 
     Args:
         config, layer_number: Those of the attention.
@@ -36,7 +37,7 @@ class RopeFusion:
         ValueError: KVSHIFT_ROPE is not one of CHOICES, or the configuration rules its value out.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, is_spread: bool):
+    def __init__(self, config: TransformerConfig, layer_number: int, is_spread: bool) -> None:
         wanted = os.environ.get(VARIABLE, "auto")
         if wanted not in CHOICES:
             raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, not {wanted!r}")
@@ -51,8 +52,8 @@ class RopeFusion:
         self.is_possible = obstacle is None
 
     def take(
-        self, rotary_pos_emb: Tensor | tuple | None, hidden_states: Tensor
-    ) -> tuple[Tensor | None, Tensor | tuple | None]:
+        self, rotary_pos_emb: Tensor | tuple[Any, Any] | None, hidden_states: Tensor
+    ) -> tuple[Tensor | None, Tensor | tuple[Any, Any] | None]:
         """Return (angles for the fused pass or None, angles left for Megatron to rotate by).
 
         Args:
@@ -64,9 +65,10 @@ class RopeFusion:
         """
         if rotary_pos_emb is None or not self.is_possible:
             return None, rotary_pos_emb
-        queries = keys = rotary_pos_emb
         if isinstance(rotary_pos_emb, tuple):
             queries, keys = rotary_pos_emb
+        else:
+            queries = keys = rotary_pos_emb
         if keys is None:
             return None, rotary_pos_emb
         obstacle = None
@@ -102,7 +104,7 @@ def shift_and_rotate(
     position = places = None
     if cu_seqlens is not None:
         document, position = document_positions(cu_seqlens, key.size(0))
-        # Padding after the last document is nobody's, and may be longer than any document.
+        # Padding after the last document may be longer than any: rotate it by the first row.
         places = position.where(document < len(cu_seqlens) - 1, 0)
     return kv_shift_rope(
         key, value, alpha, beta, freqs, position, freq_index=places, interleaved=interleaved

@@ -1,7 +1,9 @@
 """KVShiftSelfAttention: Megatron-Core's self-attention with shifted keys and values."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -31,7 +33,7 @@ from kvshift_megatron.taps import initial_values, resolve_seed, tap_names, taps_
 
 @dataclass(slots=True)
 class _Call:
-    """What one `forward` hands to its hook: setting attributes of a module itself is slow."""
+    """What `forward` passes to its hook; not on the module, whose attributes are slow to set."""
 
     cu_seqlens: Tensor | None = None
     freqs: Tensor | None = None
@@ -64,18 +66,18 @@ class KVShiftSelfAttention(SelfAttention):
     def __init__(
         self,
         config: TransformerConfig,
-        submodules,
+        submodules: Any,
         layer_number: int,
-        *args,
+        *args: Any,
         kv_shift: KVShiftConfig = KVShiftConfig(),
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         check_at_start(config)
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         if config.qk_layernorm and isinstance(self.q_layernorm, NoneType | IdentityOp):
             raise ValueError(
-                "qk_layernorm is on, but the layer spec leaves out the norm of queries and keys: "
-                "use a spec with it (kvshift_megatron.static_specs has both), or drop "
+                "qk_layernorm is on, but the layer spec has no norm of queries and keys: use a "
+                "spec with it (kvshift_megatron.static_specs has both kinds), or drop "
                 "--qk-layernorm"
             )
         self.kv_shift = kv_shift
@@ -96,7 +98,9 @@ class KVShiftSelfAttention(SelfAttention):
 
     def _register_taps(self) -> None:
         # None leaves the choice to an enclosing `torch.device`, as in Megatron's own layers.
-        device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
+        device: int | str | None = None
+        if not self.config.use_cpu_initialization:
+            device = torch.cuda.current_device()
         if self.config.init_model_with_meta_device:
             device = "meta"
         shape = (self.stored_groups.stop - self.stored_groups.start,)
@@ -130,8 +134,14 @@ class KVShiftSelfAttention(SelfAttention):
         self._loads_without_taps = True
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, *rest
-    ):
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
+    ) -> None:
         """Load as Module does, but refuse attention weights without their taps, strict or not.
 
         Raises:
@@ -156,8 +166,22 @@ class KVShiftSelfAttention(SelfAttention):
             self.reset_parameters()
             missing_keys[:] = [key for key in missing_keys if key not in taps]
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs):
-        """Run SelfAttention.forward; refuse calls that the shift does not support yet."""
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run SelfAttention.forward; refuse calls that the shift does not support yet.
+
+        Args:
+            hidden_states: [s, b, h], with sequence parallelism [s / TP, b, h].
+            attention_mask: As for SelfAttention.
+            **kwargs: As for SelfAttention.
+
+        Returns:
+            SelfAttention's (output, in the shape and dtype of hidden_states; bias or None).
+
+        Raises:
+            ValueError: There is an inference context, or a context-parallel group of the batch.
+        """
         refuse_call(**kwargs)
         if self._loads_without_taps:
             self._loads_without_taps = False
@@ -174,11 +198,15 @@ class KVShiftSelfAttention(SelfAttention):
             call.cu_seqlens = call.freqs = None
 
     def get_query_key_value_tensors(
-        self, hidden_states: Tensor, key_value_states: Tensor | None = None, *args, **kwargs
-    ):
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, ...]:
         """Return SelfAttention's query, key and value, with key and value [s, b, ng, hn] shifted.
 
-        If `forward` has taken the rotary angles, key is also rotated (rope.py).
+        If `forward` has taken the rotary angles, also rotate the key (rope.py).
         """
         output = super().get_query_key_value_tensors(
             hidden_states, key_value_states, *args, **kwargs
@@ -214,15 +242,15 @@ class KVShiftSelfAttention(SelfAttention):
         self,
         prefix: str = "",
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict | None = None,
-    ):
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Return taps as global [num_query_groups] tensors, under the same key at every TP size.
 
         Megatron's default declares a module's own parameters replicated over TP, and would save one
         rank's query groups for all.
         """
         metadata = ensure_metadata_has_dp_cp_group(metadata)
-        own_parameters = {}
+        own_parameters: dict[str, Tensor] = {}
         self._save_to_state_dict(own_parameters, "", keep_vars=True)
         taps = [name for names in self._tap_names.values() for name in names]
         if self._loads_without_taps:

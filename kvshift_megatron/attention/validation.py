@@ -6,7 +6,7 @@ parameters; calls are checked as they come.
 """
 
 from argparse import Namespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvshift_megatron.arguments import megatron_args
 
@@ -36,8 +36,8 @@ _REFUSED_ARGS = {
 def check_at_start(config: "TransformerConfig") -> None:
     """Raise ValueError for a setting that KV shifting cannot honour.
 
-    Every KV-shifting layer calls this before it creates parameters, so no way of building a model
-    avoids it. Megatron's arguments are checked too, if its scripts have set them.
+    Every KV-shifting layer calls this before it creates parameters, so every way of building a
+    model goes through it. It checks Megatron's arguments too, if its scripts have set them.
 
     Args:
         config: The model's configuration.
@@ -59,7 +59,7 @@ def check_transformer_config(config: "TransformerConfig | Namespace") -> None:
     if groups % tp and tp % groups:
         raise ValueError(
             f"num_query_groups={groups} and tensor_model_parallel_size={tp}: one must divide the "
-            "other, so that each rank holds whole query groups or a group whole ranks; change "
+            "other, so that a rank holds whole query groups, or whole ranks share one; change "
             "--num-query-groups or --tensor-model-parallel-size"
         )
     _refuse(config, _REFUSED_IN_CONFIG)
@@ -93,8 +93,8 @@ def check_args(args: Namespace) -> None:
     if is_packed and args.pipeline_model_parallel_size > 1 and (args.micro_batch_size or 1) > 1:
         raise ValueError(
             f"micro_batch_size={args.micro_batch_size} with packed documents and pipeline "
-            "parallelism: Megatron packs the samples into one, but its stages expect them apart; "
-            "set --micro-batch-size 1"
+            "parallelism: Megatron packs the samples into one, but its stages expect separate "
+            "ones; set --micro-batch-size 1"
         )
     ranks = args.context_parallel_size
     if ranks > 1 and getattr(args, "sft", False) and not _has_transformer_engine():
@@ -126,7 +126,12 @@ def _refuse(settings: "TransformerConfig | Namespace", refusals: dict[str, str])
             raise ValueError(f"{shown} {sentence}")
 
 
-def refuse_call(packed_seq_params=None, inference_context=None, inference_params=None, **_) -> None:
+def refuse_call(
+    packed_seq_params: Any = None,
+    inference_context: Any = None,
+    inference_params: Any = None,
+    **_: Any,
+) -> None:
     """Raise ValueError for a forward call that KV shifting cannot honour yet."""
     if getattr(packed_seq_params, "local_cp_size", None) is not None:
         raise ValueError(

@@ -1,12 +1,14 @@
-"""A checkpoint that does not fit the model, or is not whole, stops the run before it is loaded.
+"""Stop the run before it loads a checkpoint that is damaged or does not fit the model.
 
-Megatron by itself loads a checkpoint with taps into a model without, and the reverse: keys that
-nobody asks for are ignored, and keys that are missing from a state dict only lead to a second,
-lenient attempt. What else does not fit stops it too, but as an error from deep inside the load.
+Megatron alone loads a checkpoint with taps into a model without, and the reverse: it ignores
+unexpected keys, and answers missing keys of a state dict with a second, lenient attempt. Any other
+misfit stops Megatron too, but with an error from deep inside the load.
 """
 
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.utils import unwrap_model
@@ -21,27 +23,29 @@ from kvshift_megatron.taps import tap_in_key, tap_names, taps_among
 
 
 def check_checkpoint(model: list[torch.nn.Module], kv_shift: KVShiftConfig | None) -> None:
-    """Compare the checkpoint that Megatron is about to load with the model that was built.
+    """Compare the checkpoint that Megatron is about to load with the built model.
 
-    Collective over all ranks; only rank 0 reads. Does nothing where there is no checkpoint. Looks
-    at the files and taps of distributed formats only, and at the other tensors of torch_dist only:
-    state dicts of the older format are checked as they are loaded.
+    Collective over all ranks; only rank 0 reads. Do nothing if there is no checkpoint. Check files
+    and taps in distributed formats only, and the other tensors in torch_dist only; state dicts of
+    the older format are checked as they are loaded.
 
     Args:
-        model: the built chunks. Where a vanilla checkpoint may be loaded (identity taps), their
-            layers leave the taps out of what they ask for, once.
-        kv_shift: what was asked for; None for the vanilla twin.
+        model: The built chunks. If they may start from a vanilla checkpoint (identity taps), their
+            layers leave the taps out of the next load.
+        kv_shift: What was asked for; None for the baseline model.
 
     Raises:
-        ValueError: the two do not go together, or the checkpoint is not whole; the message names
-            the checkpoint, what is wrong with it and the remedy. Raised on every rank alike.
+        ValueError: The checkpoint is damaged or does not fit the model; the message names it, says
+            what is wrong and what to do. Raised on every rank.
     """
     for chunk in model:
         if kv_shift is None:
-            # Megatron's wrappers hand a state dict straight to the model inside them.
+            # On the model itself: Megatron's wrappers pass a state dict straight to it.
             unwrap_model(chunk).register_load_state_dict_pre_hook(_refuse_taps)
     args = megatron_args()
-    directory = checkpoint_to_load(args) if args is not None else None
+    if args is None:
+        return
+    directory = checkpoint_to_load(args)
     if directory is None:
         return
     stored = _read_on_rank_0(directory)
@@ -56,8 +60,8 @@ def check_checkpoint(model: list[torch.nn.Module], kv_shift: KVShiftConfig | Non
 
 
 def _read_on_rank_0(directory: Path) -> StoredModel | None:
-    """`read_checkpoint` of rank 0, its refusal included, on every rank."""
-    found = [None]
+    """Run `read_checkpoint` on rank 0, and return or raise its outcome on every rank."""
+    found: list[StoredModel | str | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:
             found = [read_checkpoint(directory)]
@@ -70,10 +74,10 @@ def _read_on_rank_0(directory: Path) -> StoredModel | None:
 
 
 def _may_lack_keys(args: Namespace) -> bool:
-    """Whether Megatron may load a checkpoint that lacks parts of the model.
+    """Return whether Megatron may load a checkpoint that lacks parts of the model.
 
-    By a strictness that the user chose; or because it asks a GPT's checkpoint for the layers of a
-    hybrid model under other keys.
+    It may if the user chose such a strictness, or if the model is hybrid: Megatron can load that
+    from a GPT checkpoint, whose layers have other keys.
     """
     strictness = getattr(args, "dist_ckpt_strictness", "assume_ok_unexpected")
     strict = strictness in ("assume_ok_unexpected", "raise_unexpected", "raise_all")
@@ -82,16 +86,17 @@ def _may_lack_keys(args: Namespace) -> bool:
 
 
 def checkpoint_to_load(args: Namespace) -> Path | None:
-    """The folder that Megatron's arguments make it load; None where there is none."""
-    for root in (getattr(args, "load", None), getattr(args, "pretrained_checkpoint", None)):
-        named = None if root is None else read_tracker(Path(root))
-        if named is not None:
-            return iteration_folder(Path(root), getattr(args, "ckpt_step", None) or named)
+    """Return the folder that Megatron's arguments make it load, or None."""
+    roots = (getattr(args, "load", None), getattr(args, "pretrained_checkpoint", None))
+    for root in (Path(root) for root in roots if root is not None):
+        latest = read_tracker(root)
+        if latest is not None:
+            return iteration_folder(root, getattr(args, "ckpt_step", None) or latest)
     return None
 
 
 def stored_taps(directory: Path) -> set[str] | None:
-    """Names of the taps in a distributed checkpoint; None for another format."""
+    """Return the names of the taps in a distributed checkpoint; None for another format."""
     stored = read_checkpoint(directory)
     return None if stored is None else taps_among(stored.shapes)
 
@@ -99,17 +104,20 @@ def stored_taps(directory: Path) -> set[str] | None:
 def compare_taps(
     directory: Path, stored: set[str], kv_shift: KVShiftConfig | None, args: Namespace
 ) -> bool:
-    """Whether a vanilla checkpoint starts a shifting model, as the user asked for by name.
+    """Compare a checkpoint's taps with those that were asked for.
+
+    Returns:
+        Whether the checkpoint is vanilla and, as the user asked, KV shifting starts from it.
 
     Raises:
-        ValueError: as `check_checkpoint`.
+        ValueError: The taps differ; the message says what to do.
     """
     shown = ", ".join(sorted(stored))
     if kv_shift is None:
         if stored:
             raise ValueError(
                 f"load: the checkpoint {directory} was trained with KV shifting (it holds {shown}),"
-                " and the vanilla twin would drop that: drop --no-kv-shift, or load another one"
+                " and the baseline model would ignore that: drop --no-kv-shift, or load another one"
             )
         return False
     wanted = {name for names in tap_names(kv_shift).values() for name in names}
@@ -128,16 +136,18 @@ def compare_taps(
     is_load = args.load is not None and Path(args.load) == directory.parent
     if is_load and not (args.finetune or args.no_load_optim):
         raise ValueError(
-            f"load: the optimizer state of the vanilla checkpoint {directory} knows no taps: add "
+            f"load: the optimizer state of the vanilla checkpoint {directory} has no taps: add "
             "--finetune (or --no-load-optim) to start KV shifting from its weights alone"
         )
     return True
 
 
-def _refuse_taps(module, state_dict, prefix, *_):
+def _refuse_taps(
+    module: torch.nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any
+) -> None:
     taps = [key for key in state_dict if tap_in_key(key)]
     if taps:
         raise ValueError(
             f"the state dict holds taps of KV shifting ({taps[0]} and {len(taps) - 1} more), and "
-            "the vanilla twin would drop them: drop --no-kv-shift, or load another checkpoint"
+            "the baseline model would ignore them: drop --no-kv-shift, or load another checkpoint"
         )

@@ -1,9 +1,9 @@
-"""Megatron's names below a checkpoint folder: the tracker file, and one folder per iteration.
+"""Megatron's names in a checkpoint folder: the tracker file, and one folder per iteration.
 
     ROOT/latest_checkpointed_iteration.txt    "1500", or "release"
     ROOT/iter_0001500/                        or ROOT/release/
 
-No imports of Megatron or torch: commands that only look at names answer at once.
+Imports neither Megatron nor torch, so that commands that need only names are fast.
 """
 
 import re
@@ -14,10 +14,11 @@ RELEASE = "release"
 
 
 def iteration_folder(root: Path, iteration: int | str) -> Path:
-    """Return the folder of a checkpoint below `root`.
+    """Return the folder of one iteration.
 
     Args:
-        iteration: A number of steps, or its digits, or "release".
+        root: The checkpoint folder.
+        iteration: A number of steps, as a number or its digits, or "release".
 
     Raises:
         ValueError: `iteration` is none of these.
@@ -26,12 +27,12 @@ def iteration_folder(root: Path, iteration: int | str) -> Path:
 
 
 def stored_iterations(root: Path) -> list[int]:
-    """Return the iterations that have a folder below `root`, ascending."""
+    """Return the iterations that have a folder in `root`, ascending."""
     names = (re.fullmatch(r"iter_([0-9]{7,})", path.name) for path in root.glob("iter_*"))
     return sorted(int(name[1]) for name in names if name)
 
 
 def read_tracker(root: Path) -> str | None:
-    """Return what the tracker file of `root` says, stripped; None if there is no such file."""
+    """Return the text of the tracker file in `root`, stripped; None if there is no such file."""
     path = root / TRACKER
     return path.read_text().strip() if path.is_file() else None

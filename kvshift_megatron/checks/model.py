@@ -1,4 +1,4 @@
-"""Which attention did every layer of a built model get? Say it, or stop the run."""
+"""Report the attention of every layer of a built model, or stop the run if it is wrong."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -18,11 +18,12 @@ class LayerAttention(NamedTuple):
     """One layer's attention.
 
     Args:
-        number: 1-based and global, as Megatron counts; multi-token-prediction layers count anew.
-        class_name: of the attention module.
-        kv_shift: its taps; None where it does not shift.
-        taps: parameters of KV shifting in the whole layer, whatever part of it this rank holds.
-        is_mtp: whether it belongs to multi-token prediction.
+        number: 1-based and global, as Megatron counts; multi-token-prediction layers have numbers
+            of their own.
+        class_name: Class of the attention module.
+        kv_shift: Its taps; None if it does not shift.
+        taps: Number of KV shifting's parameters in the whole layer, not only this rank's.
+        is_mtp: Whether it belongs to multi-token prediction.
     """
 
     number: int
@@ -37,17 +38,18 @@ def assert_kv_shift(
 ) -> str:
     """Raise unless every attention of a model shifts its keys and values.
 
+    Collective over the pipeline-parallel group.
+
     Args:
-        model: a model or its virtual pipeline chunks, wrapped or not. Collective over the
-            pipeline-parallel group.
-        kv_shift: the taps that every layer must have; None accepts any.
+        model: A model or its virtual pipeline chunks, wrapped or not.
+        kv_shift: The taps that every layer must have; None accepts any.
 
     Returns:
         One line that says which layers have which attention, and how many taps there are.
 
     Raises:
-        ValueError: a layer has another attention or other taps, or no layer has any attention;
-            with the line. Raised on every pipeline stage alike.
+        ValueError: A layer has another attention or other taps, or no layer has any attention; the
+            message holds the line. Raised on every pipeline stage.
     """
     layers = gather_layers(model if isinstance(model, list) else [model])
     line = describe(layers)
@@ -58,21 +60,21 @@ def assert_kv_shift(
         raise ValueError(
             f"KV shifting{expected} was asked for, but not every attention of the model has it "
             f"({line}): check the layer spec (--spec) and the specs of multi-token prediction; a "
-            "script whose model builder does not know --kv-shift cannot shift"
+            "script whose model builder ignores --kv-shift cannot shift"
         )
     return line
 
 
 def report_after_build(model_config: Any, kv_shift: KVShiftConfig | None) -> None:
-    """Have the built model checked and reported, once, before training starts.
+    """Have the built model checked and reported once, before training starts.
 
     Args:
-        model_config: Megatron's model configuration; one without hooks (a bare TransformerConfig)
-            is left alone.
-        kv_shift: what was asked for; None for the vanilla twin.
+        model_config: Megatron's model configuration. Without hooks, as in a bare TransformerConfig,
+            nothing happens.
+        kv_shift: The taps that were asked for; None for the baseline model.
     """
     hooks = getattr(model_config, "post_wrap_hooks", None)
-    # A spec callable runs once per virtual pipeline stage: one hook is enough.
+    # A spec callable runs for every virtual pipeline stage: one hook is enough.
     if hooks is None or any(isinstance(hook, ModelCheck) for hook in hooks):
         return
     hooks.append(ModelCheck(kv_shift))
@@ -82,10 +84,10 @@ class ModelCheck:
     """`check_model` as a post-wrap hook of Megatron's (and Megatron-Bridge's) model builders.
 
     Args:
-        kv_shift: the taps that were asked for; None for the vanilla twin.
+        kv_shift: The taps that were asked for; None for the baseline model.
     """
 
-    def __init__(self, kv_shift: KVShiftConfig | None):
+    def __init__(self, kv_shift: KVShiftConfig | None) -> None:
         self.kv_shift = kv_shift
 
     def __call__(self, model: list[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -94,16 +96,16 @@ class ModelCheck:
 
 
 def check_model(model: list[torch.nn.Module], kv_shift: KVShiftConfig | None) -> None:
-    """Say on rank 0 which attention was built; stop the run where it is not what was asked for.
+    """Print on rank 0 which attention was built; raise if it is not what was asked for.
 
-    Also looks at the checkpoint that Megatron is about to load. Collective over all ranks.
+    Also check the checkpoint that Megatron is about to load. Collective over all ranks.
 
     Args:
-        model: this rank's chunks, before a checkpoint is loaded.
-        kv_shift: the taps that were asked for; None for the vanilla twin.
+        model: This rank's chunks, before a checkpoint is loaded.
+        kv_shift: The taps that were asked for; None for the baseline model.
 
     Raises:
-        ValueError: the model or the checkpoint is not what was asked for.
+        ValueError: The model or the checkpoint is not what was asked for.
     """
     if kv_shift is not None:
         line = assert_kv_shift(model, kv_shift)
@@ -111,14 +113,14 @@ def check_model(model: list[torch.nn.Module], kv_shift: KVShiftConfig | None) ->
         layers = gather_layers(model)
         line = describe(layers)
         if any(layer.kv_shift for layer in layers):
-            raise ValueError(f"the vanilla twin was asked for, but the model shifts ({line})")
+            raise ValueError(f"the baseline model was asked for, but the model shifts ({line})")
     if torch.distributed.get_rank() == 0:
         print(f"kvshift_megatron: {line}", flush=True)
     check_checkpoint(model, kv_shift)
 
 
 def local_layers(model: list[torch.nn.Module]) -> list[LayerAttention]:
-    """What this rank holds, in the order of the modules."""
+    """Return the layers of this rank, in the order of the modules."""
     layers = []
     for is_mtp, module in _attentions(model):
         kv_shift = module.kv_shift if isinstance(module, KVShiftSelfAttention) else None
@@ -129,15 +131,15 @@ def local_layers(model: list[torch.nn.Module]) -> list[LayerAttention]:
     return layers
 
 
-def _attentions(model: list[torch.nn.Module]) -> Iterator[tuple[bool, torch.nn.Module]]:
-    """(belongs to multi-token prediction, module) of everything that mixes tokens by attention."""
+def _attentions(model: list[torch.nn.Module]) -> Iterator[tuple[bool, Any]]:
+    """Yield (whether it belongs to multi-token prediction, module) of every attention."""
     for chunk in model:
         for name, module in chunk.named_modules():
             is_mtp = "mtp" in name.split(".")
             if isinstance(module, Attention) and not isinstance(module, CrossAttention):
                 yield is_mtp, module
             elif isinstance(module, TransformerLayer):
-                # Linear attention and the like is no Attention, but stands where one would.
+                # Linear attention and the like is in this place without being an Attention.
                 attention = module.self_attention
                 if not (
                     isinstance(attention, Attention) or type(attention).__name__ in NO_ATTENTION
@@ -146,19 +148,19 @@ def _attentions(model: list[torch.nn.Module]) -> Iterator[tuple[bool, torch.nn.M
 
 
 def gather_layers(model: list[torch.nn.Module]) -> list[LayerAttention]:
-    """`local_layers` of every pipeline stage, by layer number. Collective over the pp group."""
+    """Return `local_layers` of all pipeline stages, by layer number; collective over these."""
     layers = local_layers(model)
     group = get_attr_wrapped_model(model[0], "pg_collection").pp
     if group.size() > 1:
-        parts = [None] * group.size()
+        parts: list[Any] = [None] * group.size()
         torch.distributed.all_gather_object(parts, layers, group=group)
         layers = [layer for part in parts for layer in part]
     return sorted(layers, key=lambda layer: (layer.is_mtp, layer.number))
 
 
 def describe(layers: list[LayerAttention]) -> str:
-    """One line: which layers have which attention, and how many taps there are in all."""
-    kinds = {}
+    """Return one line: which layers have which attention, and how many taps there are in all."""
+    kinds: dict[tuple[str, bool], list[int]] = {}
     for layer in layers:
         shift = layer.kv_shift
         kind = f"KV shifting ({shift.describe()})" if shift else f"vanilla ({layer.class_name})"
@@ -172,8 +174,8 @@ def describe(layers: list[LayerAttention]) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """[1, 2, 3, 7] -> 'layers 1-3, 7'."""
-    runs = []
+    """Return 'layers 1-3, 7' for [1, 2, 3, 7]."""
+    runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number

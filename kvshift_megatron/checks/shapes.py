@@ -1,7 +1,9 @@
-"""Is a checkpoint of the model that was built? Its global shapes, against the model's own."""
+"""Compare the global shapes of a checkpoint's tensors with those of the built model."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -21,47 +23,46 @@ _REMEDY = (
 def compare_shapes(
     directory: Path, stored: StoredModel, model: list[torch.nn.Module], may_lack_keys: bool
 ) -> None:
-    """Raise on every rank alike unless all of the model is in the checkpoint, with its shapes.
+    """Raise on every rank unless the checkpoint holds the whole model, with its shapes.
 
     Collective over all ranks.
 
     Args:
-        directory: of the checkpoint, for the message.
-        stored: what it holds.
-        model: this rank's chunks, wrapped or not.
-        may_lack_keys: whether the load may leave parts of the model as they are.
+        directory: The checkpoint's folder, for the message.
+        stored: What the checkpoint holds.
+        model: This rank's chunks, wrapped or not.
+        may_lack_keys: Whether the load may leave parts of the model as they are.
 
     Raises:
-        ValueError: the first tensor that does not fit, with both shapes; or layers that the model
-            does not have, and that a load would drop.
+        ValueError: A tensor does not fit (the message has both shapes), or the checkpoint holds
+            layers that the model does not have.
     """
-    needed = model_shapes(model, stored.content)
+    needed = model_shapes(model, stored.content or {})
     misfits = [
         misfit(key, stored.shapes.get(key), tensor)
         for key, tensor in sorted(needed.items())
         if key in stored.shapes or not may_lack_keys
     ]
-    found = [None] * torch.distributed.get_world_size()
+    found: list[Any] = [None] * torch.distributed.get_world_size()
     mine = [text for text in misfits if text], _layers(needed)
     torch.distributed.all_gather_object(found, mine)
     texts = list(dict.fromkeys(text for misfits, _ in found for text in misfits))
-    layers = set().union(*(layers for _, layers in found))
-    dropped = _layers(stored.shapes) - layers
+    layers = {layer for _, layers in found for layer in layers}
     kinds = {kind for kind, _ in layers}
-    dropped = sorted((kind, number) for kind, number in dropped if kind in kinds)
+    dropped = sorted(layer for layer in _layers(stored.shapes) - layers if layer[0] in kinds)
     if texts:
         more = f" (and {len(texts) - 1} more)" if len(texts) > 1 else ""
         raise ValueError(f"load: the checkpoint {directory} {texts[0]}{more}: {_REMEDY}")
     if dropped:
         names = ", ".join(f"{kind}.{number}" for kind, number in dropped)
         raise ValueError(
-            f"load: the checkpoint {directory} holds layers that the model does not have and a "
-            f"load would drop ({names}): {_REMEDY}"
+            f"load: the checkpoint {directory} holds layers that the model does not have and that "
+            f"a load would drop ({names}): {_REMEDY}"
         )
 
 
 def misfit(key: str, stored: tuple[int, ...] | None, needed: ShardedTensor) -> str | None:
-    """What is wrong with a tensor, as the end of "the checkpoint ..."; None where nothing is."""
+    """Return what is wrong with a tensor, as the end of "the checkpoint ...", or None."""
     shape = tuple(needed.global_shape)
     if stored is None:
         return f"does not hold {key}, which the model needs with the global shape {list(shape)}"
@@ -72,15 +73,15 @@ def misfit(key: str, stored: tuple[int, ...] | None, needed: ShardedTensor) -> s
     return f"holds {key} with the global shape {list(stored)}, and the model needs {list(shape)}"
 
 
-def model_shapes(model: list[torch.nn.Module], content: dict) -> dict[str, ShardedTensor]:
-    """Key -> what this rank asks a checkpoint for; parts that are no tensors are left out.
+def model_shapes(model: list[torch.nn.Module], content: dict[str, Any]) -> dict[str, ShardedTensor]:
+    """Return the tensors that this rank asks a checkpoint for, by key.
 
     Args:
-        model: this rank's chunks.
-        content: how the checkpoint was saved, as Megatron noted there.
+        model: This rank's chunks.
+        content: How the checkpoint was saved, as Megatron noted in it.
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    tensors = {}
+    tensors: dict[str, ShardedTensor] = {}
     for chunk in model:
         sharded = unwrap_model(chunk).sharded_state_dict(metadata={**content, "dp_cp_group": group})
         # Some tensors, such as gated projections, are stored in parts of one key.
@@ -89,7 +90,7 @@ def model_shapes(model: list[torch.nn.Module], content: dict) -> dict[str, Shard
     return tensors
 
 
-def _layers(keys) -> set[tuple[str, int]]:
-    """{("decoder.layers", 3), ...} of the keys with a layer's number."""
+def _layers(keys: Iterable[str]) -> set[tuple[str, int]]:
+    """Return {("decoder.layers", 3), ...} for the keys with a layer's number."""
     matches = (_LAYER.match(key) for key in keys)
     return {(match.group(1), int(match.group(2))) for match in matches if match}

@@ -1,28 +1,28 @@
-"""What a distributed checkpoint says that it holds, and whether its files are there in full."""
+"""Read what a distributed checkpoint holds, and check that its files are complete."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-# Megatron's own, which tells its torch_dist format from torch's plain one.
+# Megatron writes this file with its torch_dist format; torch's plain format lacks it.
 _CONFIG = "metadata.json"
-# Only Megatron's torch_dist has an object of this name (a file, in older releases).
+# Only Megatron's torch_dist holds an object of this name (in older releases a file, common.pt).
 _COMMON_STATE = "common_state"
 _REMEDY = "copy it again, or set --ckpt-step to another iteration"
 
 
 class DamagedCheckpointError(ValueError):
-    """A checkpoint is not there, not whole or not readable.
+    """A checkpoint is missing, incomplete or unreadable.
 
     Args:
-        fault: what is wrong, with the checkpoint's folder.
-        remedy: in the imperative.
+        fault: What is wrong, with the checkpoint's folder.
+        remedy: What to do, in the imperative.
     """
 
-    def __init__(self, fault: str, remedy: str):
+    def __init__(self, fault: str, remedy: str) -> None:
         super().__init__(f"load: {fault}: {remedy}")
         self.fault = fault
 
@@ -31,40 +31,41 @@ class StoredModel(NamedTuple):
     """The model's part of a distributed checkpoint.
 
     Args:
-        shapes: global shape of every tensor, by key.
-        content: what Megatron noted about how it was saved, for `sharded_state_dict`; None in
-            other formats than torch_dist, whose keys are not Megatron's.
+        shapes: Global shape of every tensor, by key.
+        content: What Megatron noted about how it was saved, for `sharded_state_dict`; None in
+            formats other than torch_dist, whose keys are not Megatron's.
     """
 
     shapes: dict[str, tuple[int, ...]]
-    content: dict | None
+    content: dict[str, Any] | None
 
 
 def read_checkpoint(directory: Path) -> StoredModel | None:
-    """Read a checkpoint's own description, and look at every file that it names.
+    """Read a checkpoint's metadata, and check every file that it names.
 
     Args:
-        directory: of one iteration.
+        directory: The folder of one iteration.
 
     Returns:
-        None where it is of a format without a description (one file a rank).
+        The model's part, or None for a format without metadata (one file per rank).
 
     Raises:
-        DamagedCheckpointError: the folder, the description or a file is missing, cut off or
+        DamagedCheckpointError: The folder, its metadata or a file is missing, truncated or
             unreadable; the message names it.
+        ValueError: The file system failed.
     """
     if not directory.is_dir():
         raise DamagedCheckpointError(
             f"there is no checkpoint folder {directory}, though the tracker file or --ckpt-step "
             "names it",
-            "set --ckpt-step to an iteration that is there",
+            "set --ckpt-step to an iteration that exists",
         )
     is_torch_dist = (directory / _CONFIG).is_file()
     if not (directory / ".metadata").is_file():
         if not is_torch_dist and any(directory.glob("mp_rank_*")):
             return None
         raise DamagedCheckpointError(
-            f"the checkpoint {directory} has no .metadata, so that its save did not finish or it "
+            f"the checkpoint {directory} has no .metadata, so its save did not finish or it "
             "was not copied in full",
             _REMEDY,
         )
@@ -74,16 +75,16 @@ def read_checkpoint(directory: Path) -> StoredModel | None:
             raise TypeError(f"it holds a {type(metadata).__name__}")
     except OSError as error:
         raise ValueError(
-            f"load: the checkpoint {directory} cannot be read ({error}): see to the file system"
+            f"load: the checkpoint {directory} cannot be read ({error}): check the file system"
         ) from error
-    # A damaged pickle raises whatever it happens to spell.
+    # A damaged pickle can raise anything.
     except Exception as error:
         raise _unreadable(directory, ".metadata", error) from error
     keys = [key.split("/")[0] for key in metadata.state_dict_metadata]
-    is_megatrons = _COMMON_STATE in keys or (directory / "common.pt").is_file()
-    if is_megatrons and not is_torch_dist:
+    is_megatron_format = _COMMON_STATE in keys or (directory / "common.pt").is_file()
+    if is_megatron_format and not is_torch_dist:
         raise DamagedCheckpointError(
-            f"the checkpoint {directory} has no {_CONFIG}, so that its save did not finish or it "
+            f"the checkpoint {directory} has no {_CONFIG}, so its save did not finish or it "
             "was not copied in full",
             _REMEDY,
         )
@@ -110,8 +111,8 @@ def _unreadable(directory: Path, part: str, error: Exception) -> DamagedCheckpoi
 
 
 def _check_files(directory: Path, metadata: Metadata) -> None:
-    """Raise unless every file is as long as the last thing that is stored in it."""
-    lengths = {}
+    """Raise unless every file reaches the end of the last entry that is stored in it."""
+    lengths: dict[str, tuple[int, str]] = {}
     for index, info in (metadata.storage_data or {}).items():
         end = info.offset + info.length
         if end > lengths.get(info.relative_path, (0, ""))[0]:

@@ -8,8 +8,8 @@ from argparse import Namespace
 from typing import NoReturn
 
 from kvshift_megatron.arguments import (
+    add_baseline_arg,
     add_kv_shift_args,
-    add_vanilla_twin_arg,
     kv_shift_config_from_args,
 )
 from kvshift_megatron.attention.validation import check_args, check_transformer_config
@@ -79,7 +79,7 @@ def parse(run: Run) -> Namespace:
 
 def _kv_shift_parser() -> argparse.ArgumentParser:
     parser = _Parser(allow_abbrev=False, add_help=False)
-    return add_vanilla_twin_arg(add_kv_shift_args(parser))
+    return add_baseline_arg(add_kv_shift_args(parser))
 
 
 def _checked(run: Run, args: Namespace) -> Namespace:

@@ -1,12 +1,13 @@
-"""Is the module there that is named behind Megatron's `--spec`?
+"""Check that the module named by Megatron's `--spec` exists.
 
-Megatron turns an ImportError of that module into "no spec" and trains vanilla attention.
-Everything here only looks: nothing is imported, and no argument is changed.
+Megatron takes an ImportError of that module for "no spec" and trains vanilla attention. The check
+imports nothing and changes no argument.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kvshift_megatron.arguments import megatron_args
 
@@ -14,18 +15,18 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 class MisspeltSpec(RuntimeError):
-    """A module of this package that `--spec` names does not exist; no ImportError, see above."""
+    """`--spec` names a module that this package lacks; no ImportError, which Megatron ignores."""
 
 
 def refuse_misspelt(argv: Sequence[str]) -> None:
-    """Raise MisspeltSpec where `--spec` names a module that this package does not have.
+    """Raise MisspeltSpec if `--spec` names a module that this package does not have.
 
-    For the package's import, which is part of Megatron's attempt to import that module. This
-    package's own commands are left alone: they refuse it themselves.
+    Importing the package calls this, and Megatron's attempt to import such a module imports the
+    package first. This package's own commands are exempt: they refuse such a module themselves.
 
     Args:
-        argv: the process's command line. Megatron's parsed arguments, where they are set, count
-            too: they may come from a YAML file or a checkpoint.
+        argv: The process's command line. Megatron's parsed arguments are checked too if they are
+            set: they may come from a YAML file or a checkpoint.
     """
     if _is_own_command(argv):
         return
@@ -35,9 +36,9 @@ def refuse_misspelt(argv: Sequence[str]) -> None:
 
 
 def spec_module(argv: Sequence[str]) -> str | None:
-    """The module of the last `--spec MODULE NAME` on a command line.
+    """Return the module of the last `--spec MODULE NAME` on a command line, or None.
 
-    With fewer words behind it, also as `--spec=MODULE`, Megatron itself stops.
+    Megatron itself refuses `--spec` with fewer words after it, as in `--spec=MODULE`.
     """
     for position in range(len(argv) - 3, -1, -1):
         flag, module, name = argv[position : position + 3]
@@ -47,8 +48,9 @@ def spec_module(argv: Sequence[str]) -> str | None:
 
 
 def is_there(module: str) -> bool:
-    """Whether a module can be found from here; the packages that it is in are not imported."""
-    path, name = None, ""
+    """Return whether a module can be found, without importing the packages that contain it."""
+    path: Any = None
+    name = ""
     for part in module.split("."):
         is_top, name = not name, f"{name}.{part}".lstrip(".")
         if name in sys.modules:
@@ -61,7 +63,7 @@ def is_there(module: str) -> bool:
             specs = (finder.find_spec(name, path) for finder in finders)
             spec = next((spec for spec in specs if spec is not None), None)
         except KeyError:
-            # A folder without __init__.py in one that is not imported: Python cannot tell yet.
+            # A namespace package in one that is not imported: Python cannot tell yet.
             return True
         if spec is None:
             return False
@@ -70,29 +72,29 @@ def is_there(module: str) -> bool:
 
 
 def sentence(module: str) -> str:
-    """What is wrong with the name, and what to do."""
+    """Return a sentence that says what is wrong with the name and what to do."""
     if module.partition(".")[0] == _PACKAGE:
         return (
             f"there is no {module}: for --spec, {_PACKAGE}.layer_specs has kv_shift_layer_spec, "
-            f"and {_PACKAGE}.static_specs the finished specs"
+            f"and {_PACKAGE}.static_specs has the static specs"
         )
     return (
         f"there is no module {module}, and Megatron would train without what --spec asks for: "
-        "correct its name, or add the folder that it is in to PYTHONPATH"
+        "correct its name, or add its folder to PYTHONPATH"
     )
 
 
 def _is_own_command(argv: Sequence[str]) -> bool:
     if not argv or argv[0] != "-m":
         return bool(argv) and Path(argv[0]).name.startswith("kvshift-")
-    # So argv begins while Python looks for the module behind -m.
+    # While Python looks for the module of `python -m MODULE`, argv begins with "-m".
     given = sys.orig_argv
     named = given[given.index("-m") + 1] if "-m" in given[:-1] else ""
     return named.partition(".")[0] == _PACKAGE
 
 
 def _parsed_spec_module() -> str | None:
-    spec = getattr(megatron_args(), "spec", None)
-    # A script of somebody's may keep something else there, such as a finished spec.
+    spec: Any = getattr(megatron_args(), "spec", None)
+    # A script may keep something else there, such as a static spec.
     is_pair = isinstance(spec, list | tuple) and len(spec) == 2 and isinstance(spec[0], str)
     return spec[0] if is_pair else None

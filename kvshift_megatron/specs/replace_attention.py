@@ -1,4 +1,4 @@
-"""Which attention of a Megatron spec becomes a KV-shifting one, and which is refused."""
+"""Replace the attention in a Megatron spec by KV-shifting attention, or refuse the spec."""
 
 from dataclasses import replace as replace_fields
 from typing import Any
@@ -11,32 +11,32 @@ from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.specs.rewrite import module_class, rewrite
 
-# What Megatron's heterogeneous models put where they have no attention: nothing, or one matrix.
+# What Megatron's heterogeneous models use in place of attention: nothing, or one matrix.
 NO_ATTENTION = (
     "IdentityOp",
     "IdentityFuncOp",
     "ColumnParallelLinearGathered",
     "TELayerNormColumnParallelLinearGathered",
 )
-# A hybrid stack (Mamba stack before 0.18) lists every kind of layer; a pattern picks among them.
+# A hybrid stack (Mamba stack before 0.18) lists every kind of layer, and the layer pattern picks.
 _STACKS = ("HybridStackSubmodules", "MambaStackSubmodules")
 
 
 def with_kv_shift(spec: Any, kv_shift: KVShiftConfig = KVShiftConfig()) -> Any:
-    """A deep copy of a Megatron spec in which every SelfAttention shifts its keys and values.
+    """Return a deep copy of a Megatron spec with KV-shifting attention for every SelfAttention.
 
     Args:
-        spec: any layer, block, hybrid-stack or multi-token-prediction spec: a ModuleSpec, a
-            submodules dataclass, or a list or dict of such.
-        kv_shift: the taps of every replaced layer.
+        spec: Any layer, block, hybrid-stack or multi-token-prediction spec: a ModuleSpec, a
+            submodules dataclass, or a list or dict of these.
+        kv_shift: The taps of every replaced layer.
 
     Returns:
-        The copy; `spec` stays as it was. In a hybrid stack, layer kinds with an attention that
-        cannot shift are refused when the layer pattern asks for one, as the model is built.
+        The copy; `spec` itself does not change. A hybrid stack may list layer kinds whose attention
+        cannot shift: these raise when the model is built, if the layer pattern asks for one.
 
     Raises:
-        ValueError: nothing was replaced, or the spec holds an attention that is not exactly
-            Megatron's SelfAttention and would have stayed as it is.
+        ValueError: Nothing was replaced, or the spec holds an attention that is not exactly
+            Megatron's SelfAttention and would not shift.
     """
     conversion = _Conversion(kv_shift)
     result = rewrite(spec, conversion.visit)
@@ -55,9 +55,9 @@ def with_kv_shift(spec: Any, kv_shift: KVShiftConfig = KVShiftConfig()) -> Any:
 
 
 class _Conversion:
-    """The visitor of one `rewrite`."""
+    """The visitor for one `rewrite`."""
 
-    def __init__(self, kv_shift: KVShiftConfig):
+    def __init__(self, kv_shift: KVShiftConfig) -> None:
         self.kv_shift = kv_shift
         self.replaced = 0
         self.refused: list[str] = []
@@ -73,7 +73,7 @@ class _Conversion:
             )
         if module is KVShiftSelfAttention:
             raise ValueError(
-                "the spec shifts keys and values already: convert the spec it came from"
+                "the spec already shifts keys and values: convert the spec that it was made from"
             )
         if _is_other_attention(module):
             self.refused.append(module.__name__)
@@ -84,9 +84,9 @@ class _Conversion:
         return node
 
     def _allow_guarded(self, stack: Any) -> None:
-        """Take back the refusals of a stack's layers: their guards refuse once one is built."""
+        """Drop the refusals of a stack's layers: their guards raise if one is built."""
 
-        def visit(node):
+        def visit(node: Any) -> Any:
             if module_class(node) is RefusedAttention:
                 self.refused.remove(node.params["class_name"])
             return node
@@ -94,25 +94,25 @@ class _Conversion:
         rewrite(stack, visit)
 
     def _layer(self, node: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
-        """Guard a layer whose self_attention is something else than a SelfAttention."""
+        """Guard a layer whose self_attention is not a SelfAttention."""
         module = module_class(node.self_attention)
         if module is KVShiftSelfAttention or module is None or module.__name__ in NO_ATTENTION:
             return node
         if not _is_other_attention(module):
             self.refused.append(module.__name__)
-        # Also where it may stay in the spec: this layer can never be built as if it shifted.
+        # Even if a hybrid stack may list this layer, it must never be built as if it shifted.
         guard = ModuleSpec(RefusedAttention, params={"class_name": module.__name__})
         return replace_fields(node, self_attention=guard)
 
 
 class RefusedAttention:
-    """What stands in a hybrid stack for a layer that cannot shift: it cannot be built.
+    """The attention of a hybrid stack's layer that cannot shift: building it raises.
 
     Raises:
-        ValueError: always.
+        ValueError: Always.
     """
 
-    def __init__(self, *args, class_name: str, **kwargs):
+    def __init__(self, *args: Any, class_name: str, **kwargs: Any) -> None:
         raise ValueError(
             f"the layer pattern asks for a layer with {class_name}, which has no per-head keys "
             "and values to shift: use attention (*), Mamba (M), MLP (-) and MoE (E) layers only, "

@@ -1,4 +1,4 @@
-"""Rewriting a Megatron layer spec, whatever it is nested in."""
+"""Rewrite a Megatron layer spec at any depth."""
 
 import copy
 from collections.abc import Callable
@@ -10,21 +10,21 @@ from megatron.core.transformer.spec_utils import ModuleSpec, get_module
 
 
 def rewrite(spec: Any, visit: Callable[[Any], Any]) -> Any:
-    """A deep copy of `spec` in which every node is replaced by `visit(node)`, children first.
+    """Return a deep copy of `spec` with every node replaced by `visit(node)`, children first.
 
     Args:
-        spec: ModuleSpec, a submodules dataclass, a list, tuple, dict or functools.partial of such,
-            or a class.
-        visit: takes a node (its children are rewritten already) and returns it or another.
+        spec: A ModuleSpec, a submodules dataclass, a list, tuple, dict or functools.partial of
+            these, or a class.
+        visit: Takes a node, whose children are already rewritten, and returns it or another.
 
     Returns:
-        The copy; `spec` is left as it was. A node that occurs twice (one layer spec repeated for
-        every layer) is visited once and stays shared inside the copy.
+        The copy; `spec` itself does not change. A node that occurs more than once (one layer spec
+        repeated for every layer) is visited once and stays shared inside the copy.
     """
     return _rewrite(copy.deepcopy(spec), visit, {})
 
 
-def _rewrite(node, visit, done):
+def _rewrite(node: Any, visit: Callable[[Any], Any], done: dict[int, tuple[Any, Any]]) -> Any:
     if id(node) in done:
         return done[id(node)][1]
     result = node
@@ -47,13 +47,13 @@ def _rewrite(node, visit, done):
             **{key: _rewrite(child, visit, done) for key, child in node.keywords.items()},
         )
     result = visit(result)
-    # The node is kept beside its result, so that its id is not given to another object meanwhile.
+    # Keep the node alive with its result: no other object may get its id meanwhile.
     done[id(node)] = (node, result)
     return result
 
 
 def module_class(node: Any) -> Any:
-    """The class or function that a spec node builds; None for a node that builds nothing."""
+    """Return the class or function that a spec node builds, or None if it builds nothing."""
     if isinstance(node, ModuleSpec):
         return get_module(node)
     if isinstance(node, partial):

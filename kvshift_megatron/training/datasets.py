@@ -1,15 +1,23 @@
 """Megatron's GPT datasets, built from Megatron's arguments on the ranks that read samples."""
 
 from argparse import Namespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvshift_megatron.training.stages import needs_tokens
 
+if TYPE_CHECKING:
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
-def gpt_datasets_provider(train_val_test_num_samples: list[int], vp_stage: int | None = None):
+
+def gpt_datasets_provider(
+    train_val_test_num_samples: list[int], vp_stage: int | None = None
+) -> list[Any]:
     """Build Megatron's datasets for training, validation and test.
 
-    GPTDataset, or MockGPTDataset with `--mock-data`, or SFTDataset with `--sft`.
+    They are GPTDataset, MockGPTDataset with `--mock-data`, or SFTDataset with `--sft`.
+
+    Returns:
+        Three datasets; None for those that this rank does not read.
     """
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
@@ -34,7 +42,7 @@ def is_dataset_built_on_rank(vp_stage: int | None = None) -> bool:
     """Return whether this rank reads samples.
 
     Tensor-parallel rank 0 does, on the first and last pipeline stages and those with multi-token
-    prediction. With packed documents it does on every stage: attention needs the documents' bounds.
+    prediction; with packed documents on every stage, as attention needs the documents' bounds.
     """
     from megatron.core import mpu
     from megatron.training import get_args
@@ -47,7 +55,7 @@ def is_dataset_built_on_rank(vp_stage: int | None = None) -> bool:
     )
 
 
-def gpt_dataset_config(args: Namespace, **overrides: Any):
+def gpt_dataset_config(args: Namespace, **overrides: Any) -> "GPTDatasetConfig":
     """Return Megatron's GPTDatasetConfig for Megatron's arguments."""
     import json
 

@@ -1,6 +1,9 @@
 """One forward step for Megatron's loop: the batch, the model, the loss and the metrics."""
 
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import mpu
@@ -24,7 +27,8 @@ from kvshift_megatron.training.task import Task
 # A loss this many times the largest seen so far is reported by --check-for-spiky-loss.
 _SPIKE = 10
 
-Batch = dict[str, Tensor | None]
+# Tensors by name; None for an entry that the dataset or the pipeline stage does not have.
+Batch = dict[str, Any]
 
 # Entries that a dataset may leave out.
 _OPTIONAL_KEYS = (
@@ -40,14 +44,24 @@ class ForwardStep:
     """Megatron's `forward_step_func` for a task.
 
     Args:
-        task: names the further entries of a batch and the validation metrics.
+        task: Gives the additional entries of a batch and the validation metrics.
     """
 
-    def __init__(self, task: Task):
+    def __init__(self, task: Task) -> None:
         self.task = task
 
-    def __call__(self, data_iterator, model):
-        """Returns (losses [b, s] or hidden states for the next stage, the loss function)."""
+    def __call__(
+        self, data_iterator: Any, model: torch.nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+        """Run the model on the next micro-batch.
+
+        Args:
+            data_iterator: Iterator of samples; None on ranks that read none.
+            model: This rank's chunk, wrapped or not.
+
+        Returns:
+            (losses [b, s], or hidden states for the next stage; the loss function).
+        """
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
@@ -58,32 +72,33 @@ class ForwardStep:
         timers("batch-generator").stop()
 
         inputs = (batch.get("tokens"), batch.get("position_ids"), batch.get("attention_mask"))
-        labels, loss_mask = batch.get("labels"), batch.get("loss_mask")
+        labels = batch.get("labels")
+        loss_mask: Any = batch.get("loss_mask")  # None on stages that compute no loss
         packed = _packed_seq_params(batch, args.seq_length)
-        wants_metrics = self.task.validation_metrics is not None and not model.training
-        if wants_metrics and mpu.is_pipeline_last_stage(
+        metrics: dict[str, Tensor] = {}
+        validation_metrics = None if model.training else self.task.validation_metrics
+        if validation_metrics is not None and mpu.is_pipeline_last_stage(
             ignore_virtual=vp_stage is None, vp_stage=vp_stage
         ):
-            # The logits are wanted as well as the loss, so the model stops short of the loss.
+            # Without labels the model returns logits, from which the loss is computed here.
             logits = model(*inputs, packed_seq_params=packed)
-            metrics = self.task.validation_metrics(logits, batch)
+            metrics = validation_metrics(logits, batch)
             gpt = unwrap_model(model)
             output = gpt.compute_language_model_loss(labels, logits.transpose(0, 1).contiguous())
         else:
-            metrics = {}
             output = model(*inputs, labels=labels, loss_mask=loss_mask, packed_seq_params=packed)
         return output, partial(masked_loss, loss_mask, metrics)
 
     def _get_batch(
         self,
-        data_iterator,
+        data_iterator: Iterator[Batch],
         config: TransformerConfig,
         vp_stage: int | None,
         micro_batch_size: int,
     ) -> Batch:
-        """This rank's part of the micro-batch.
+        """Return this rank's part of the micro-batch.
 
-        On a middle pipeline stage it is empty, or, for packed documents, where these begin and end.
+        On a middle pipeline stage it is empty or, for packed documents, holds only their bounds.
         """
         args = get_args()
         takes_tokens = needs_tokens(config, vp_stage)
@@ -99,7 +114,7 @@ class ForwardStep:
                 for key, value in sample.items()
             }
             if args.create_attention_mask_in_dataloader and sample["attention_mask"] is None:
-                # The other ranks would wait for a broadcast that never comes.
+                # Otherwise the other ranks would wait for a broadcast that never comes.
                 raise ValueError(
                     "create_attention_mask_in_dataloader is on, but the samples hold no "
                     "attention_mask: add --no-create-attention-mask-in-dataloader"
@@ -129,8 +144,8 @@ class ForwardStep:
         )
 
     def _broadcast_extra(self, sample: Batch, shape: tuple[int, int]) -> Batch:
-        """The task's own entries, from tensor-parallel rank 0."""
-        entries = {}
+        """Return the task's own entries, broadcast from tensor-parallel rank 0."""
+        entries: Batch = {}
         for key in self.task.batch_keys:
             entry = sample.get(key)
             if entry is None:
@@ -146,10 +161,10 @@ class ForwardStep:
 
 
 def _packed_seq_params(batch: Batch, seq_length: int) -> PackedSeqParams | None:
-    """Megatron's description of packed documents; None where none are packed."""
+    """Return Megatron's description of packed documents, or None without packing."""
     if batch.get("cu_seqlens") is None:
         return None
-    # Megatron keeps a batch dimension of 1 on these.
+    # Megatron gives these a batch dimension of 1.
     cu_seqlens = batch["cu_seqlens"].squeeze(0)
     padded = batch.get("cu_seqlens_padded")
     padded = None if padded is None else padded.squeeze(0)
@@ -171,15 +186,16 @@ def _packed_seq_params(batch: Batch, seq_length: int) -> PackedSeqParams | None:
 def masked_loss(
     loss_mask: Tensor, metrics: dict[str, Tensor], losses: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the unmasked token losses.
+    """Sum the losses of the unmasked tokens.
 
     Args:
-        loss_mask: [b, s], 1.0 where a token counts.
-        metrics: name -> [2], a sum and a count over this micro-batch.
+        loss_mask: [b, s], 1.0 for tokens that count.
+        metrics: By name, [2]: a sum and a count over this micro-batch.
         losses: [b, s], cross entropy in nats.
 
     Returns:
-        (sum, number of tokens, what Megatron reduces over micro-batches and ranks and logs).
+        (fp32 sum, int32 number of tokens, sums and counts by name); Megatron reduces the last over
+        micro-batches and ranks and logs them.
     """
     args = get_args()
     loss_mask = loss_mask.view(-1).float()
@@ -190,10 +206,10 @@ def masked_loss(
     return loss, num_tokens, {**report, **metrics}
 
 
-def _check_loss(loss: Tensor, args) -> None:
-    """Megatron's own checks for a loss that is not a number, infinite, or suddenly huge."""
+def _check_loss(loss: Tensor, args: Namespace) -> None:
+    """Make Megatron's own checks for a loss that is NaN, infinite or suddenly huge."""
     state_machine = get_rerun_state_machine()
-    checks = []
+    checks: list[tuple[Callable[[Tensor], Any], str, bool]] = []
     if args.check_for_nan_in_loss_and_grad:
         checks.append((torch.isnan, "found NaN in local forward loss calculation", True))
         checks.append((torch.isinf, "found Inf in local forward loss calculation", True))

@@ -1,20 +1,25 @@
 """Turn the command line of `kvshift_megatron.pretrain` into Megatron's arguments and configuration.
 
-The pretraining entry point and the planner, which runs the same steps without GPUs, both use it.
+For the pretraining entry point and for the planner, which runs the same steps without GPUs.
 """
 
 import argparse
 import sys
 from argparse import Namespace
+from typing import TYPE_CHECKING
 
 from kvshift_megatron import cpu
 from kvshift_megatron.arguments import (
+    add_baseline_arg,
     add_kv_shift_args,
-    add_vanilla_twin_arg,
     kv_shift_config_from_args,
 )
 from kvshift_megatron.training import metrics
 from kvshift_megatron.training.faults.fault_flags import add_faults_args, check_faults_args
+
+if TYPE_CHECKING:
+    # Not at run time: it imports Megatron, which on a CPU must wait for `cpu.enable()`.
+    from kvshift_megatron.training.gpt_builder import KVShiftGPTModelConfig
 
 
 def parse_and_check() -> Namespace:
@@ -33,7 +38,7 @@ def parse_and_check() -> Namespace:
     from kvshift_megatron.training.faults.fallback import settle_checkpoint
 
     if "--kv-shift" in sys.argv:
-        raise ValueError("kv_shift: this entry point shifts without being asked: drop --kv-shift")
+        raise ValueError("kv_shift: this entry point shifts by default: drop --kv-shift")
     args = parse_args(_add_args)
     _check(args)
     settle_checkpoint(args)
@@ -45,14 +50,14 @@ def _add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     from kvshift_megatron.training.task import load_task
 
     add_faults_args(metrics.add_watching_args(parser))
-    add_vanilla_twin_arg(add_kv_shift_args(parser)).add_argument(
+    add_baseline_arg(add_kv_shift_args(parser)).add_argument(
         "--task-module",
         default=None,
         metavar="MODULE",
-        help="Importable module with datasets and validation metrics of its own, as "
-        "kvshift_megatron.training.task describes. Default: Megatron's GPT datasets.",
+        help="Importable module with its own datasets and validation metrics, as described in "
+        "kvshift_megatron.training.task. Default: Megatron's GPT datasets.",
     )
-    # The task's own flags have to be known before the command line can be parsed.
+    # Parse --task-module first: the task's own flags must be known before the rest is parsed.
     known, _ = parser.parse_known_args()
     return load_task(known.task_module).add_args(parser)
 
@@ -65,7 +70,7 @@ def _check(args: Namespace) -> None:
     if args.spec is not None:
         raise ValueError(
             "spec: this entry point chooses the layer itself: drop --spec, or apply "
-            "kvshift_megatron.layer_specs.with_kv_shift to it in a script of your own"
+            "kvshift_megatron.layer_specs.with_kv_shift to it in your own script"
         )
     if args.hybrid_layer_pattern is not None:
         raise ValueError(
@@ -85,7 +90,7 @@ def _check(args: Namespace) -> None:
         check_transformer_config(Namespace(**{**vars(args), "num_query_groups": groups}))
 
 
-def model_config(args: Namespace):
+def model_config(args: Namespace) -> "KVShiftGPTModelConfig":
     """Return Megatron's GPT model configuration with the taps that `args` ask for."""
     from megatron.training.argument_utils import gpt_config_from_args
 

@@ -1,9 +1,9 @@
-"""What a run trains on: Megatron's GPT datasets, or those of a `--task-module`.
+"""Choose what a run trains on: Megatron's GPT datasets, or those of a `--task-module`.
 
-A task module may define, each optional:
+A task module may define any of:
     add_args(parser) -> parser
     train_valid_test_datasets_provider(train_val_test_num_samples, vp_stage=None) -> three datasets
-    BATCH_KEYS: names of further float32 [seq_length] entries of a sample
+    BATCH_KEYS: names of additional float32 [seq_length] entries of a sample
     validation_metrics(logits, batch) -> {name: float32 [2], a sum and a count}
         logits: [b, s, vocab / TP], batch: tensors [b, s]; called on the last pipeline stage.
 """
@@ -17,7 +17,7 @@ from kvshift_megatron.training.datasets import gpt_datasets_provider
 
 @dataclass
 class Task:
-    """The parts of a task module, with defaults for those it lacks."""
+    """The parts of a task module, with defaults for those that it lacks."""
 
     add_args: Callable
     datasets_provider: Callable

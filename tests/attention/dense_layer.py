@@ -1,7 +1,7 @@
-"""The whole KV-shifting layer once more, in float64 and from the paper alone.
+"""A KV-shifting layer written from the paper alone, in float64.
 
-Shares no code with the package or Megatron. What it knows of Megatron are names and the order of
-rows in linear_qkv (per query group: its queries, its key, its value) and linear_fc1 (gate, up).
+It shares no code with the package or Megatron. From Megatron it takes only the names and the order
+of rows in linear_qkv (per query group: queries, key, value) and linear_fc1 (gate, up).
 
     x: [s, b, h]; per head, with n heads in g groups:
     q, k, v = RMSNorm(x) W_q, W_k, W_v
@@ -18,13 +18,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """One layer; `lag` and `rotate_first` are the wrong rules that a comparison must catch.
+    """One layer; other values of `lag` and `rotate_first` are errors that tests plant.
 
     Args:
-        heads, groups, head_size: query heads, key-value heads, and their size.
-        variant: what a tap's parameter means: free, gate or clamp.
-        lag: tokens between two taps; 1 is right.
-        rotate_first: rotate the keys before they are shifted; False is right.
+        heads, groups, head_size: Numbers of query heads and of key-value heads, and their size.
+        variant: What a tap's parameter means: free, gate or clamp.
+        lag: Tokens between two taps; 1 is right.
+        rotate_first: Whether to rotate keys before the shift; False is right.
     """
 
     heads: int
@@ -37,7 +37,7 @@ class DenseLayer:
     rotate_first: bool = False
 
     def __call__(self, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        """Args: x: float64 [s, b, h]; weights: float64, by Megatron's names in a layer."""
+        """Apply the layer to float64 [s, b, h], with float64 weights by Megatron's names."""
         h = self.rms_norm(x, weights["input_layernorm.weight"])
         y = x + self.attention(h, weights)
         h = self.rms_norm(y, weights["pre_mlp_layernorm.weight"])
@@ -67,7 +67,7 @@ class DenseLayer:
         return torch.cat(context, dim=-1) @ weights["self_attention.linear_proj.weight"].T
 
     def taps(self, kind: str, weights: dict[str, Tensor], group: int) -> list[Tensor]:
-        """The taps of one group, current token first; [1] where the kind is not shifted."""
+        """Return the taps of one group, current token first; [1] for a kind that does not shift."""
         if self.variant == "gate" and f"self_attention.{kind}_logit" in weights:
             gate = 1 / (1 + torch.exp(-weights[f"self_attention.{kind}_logit"][group]))
             return [gate, 1 - gate]
@@ -80,7 +80,7 @@ class DenseLayer:
         return taps or [torch.ones((), dtype=torch.float64)]
 
     def shift(self, x: Tensor, taps: list[Tensor]) -> Tensor:
-        """As a matrix over tokens: taps[j] on diagonal -j."""
+        """Multiply by a matrix over tokens, with taps[j] on diagonal -j."""
         tokens = len(x)
         matrix = sum(
             tap * torch.diag(torch.ones(tokens, dtype=x.dtype), -j * self.lag)[:tokens, :tokens]
@@ -89,7 +89,7 @@ class DenseLayer:
         return torch.einsum("ij,jbh->ibh", matrix, x)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Pair i of the two halves turned by position * base^(-2i/d), as a complex product."""
+        """Rotate channels (i, i + d/2) by position * base^(-2i/d), as a complex product."""
         half = self.head_size // 2
         speed = self.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
         angle = torch.arange(len(x), dtype=torch.float64)[:, None, None] * speed

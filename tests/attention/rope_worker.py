@@ -1,7 +1,7 @@
 """A layer that rotates its keys in the pass that shifts them, in Triton's interpreter, on a CPU.
 
-Started by test_rope_fusion.py: the interpreter has to be chosen before Triton is first imported.
-Prints {case: {quantity: relative error}} as JSON, against the layer whose keys Megatron rotates.
+Started by test_rope.py: the interpreter must be chosen before Triton is first imported. Prints
+{case: {quantity: relative error}} as JSON, against a layer whose keys Megatron rotates.
 """
 
 import json
@@ -52,17 +52,17 @@ def errors(kv_shift: KVShiftConfig, settings: dict, packed: bool) -> dict[str, f
 
 
 def run(choice: str, kv_shift: KVShiftConfig, settings: dict, packed: bool) -> dict:
-    """Output and gradients of one attention, and how often Megatron rotated something."""
+    """Return output and gradients of one attention, and the number of Megatron's rotations."""
     seed_everything()
     config = transformer_config(**settings)
-    # Refused where Transformer Engine is not, whose rotation is replaced below.
+    # TransformerConfig refuses it without Transformer Engine, whose rotation is replaced below.
     config.apply_rope_fusion = True
     os.environ[rope.VARIABLE] = choice
     attention = build_attention(kv_shift, config)
     batch = 1 if packed else 2
     generator = torch.Generator().manual_seed(1)
     x, grad = (torch.randn(TOKENS, batch, 32, generator=generator) for _ in range(2))
-    # The two channels of a pair have one angle.
+    # Both channels of a pair have the same angle.
     angles = torch.randn(TOKENS, 1, 1, HEAD // 2, generator=generator)
     if config.rotary_interleaved:
         angles = angles.repeat_interleave(2, dim=-1)

@@ -1,4 +1,4 @@
-"""shift_across_boundaries: a packed document gives exactly what it gives alone."""
+"""shift_across_boundaries: packed documents give exactly what each gives alone."""
 
 import math
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ GROUPS, KEY_SIZE, VALUE_SIZE = 2, 3, 4
 
 
 class FakeGroup:
-    """What the code asks of a process group before it sends anything."""
+    """A process group, as far as the code needs one before it sends anything."""
 
     def __init__(self, size, rank=0):
         self._size, self._rank = size, rank
@@ -42,7 +42,7 @@ def cumulative(lengths):
 
 
 def draw(tokens, window, dtype=torch.float64, seed=0):
-    """(key, value, alpha, beta): normal, so that taps leave [0, 1] and do not sum to 1."""
+    """Draw (key, value, alpha, beta), normal: taps leave [0, 1] and do not sum to 1."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -54,7 +54,7 @@ def draw(tokens, window, dtype=torch.float64, seed=0):
 
 
 def run(shift, tensors, seed=1):
-    """(outputs, gradients of key, value, alpha, beta) for a fixed gradient of the outputs."""
+    """Return (outputs, gradients of key, value, alpha, beta) for a fixed output gradient."""
     outputs = shift(*tensors)
     generator = torch.Generator().manual_seed(seed)
     grads = [
@@ -64,7 +64,7 @@ def run(shift, tensors, seed=1):
 
 
 def one_by_one(lengths):
-    """Each document alone; what stands behind the last one is nobody's and comes last."""
+    """Shift each document alone; tokens after the last one count as one more document."""
 
     def shift(key, value, alpha, beta):
         sizes = [*lengths, len(key) - sum(lengths)]
@@ -80,8 +80,8 @@ def packed(lengths):
     return lambda *tensors: shift_across_boundaries(*tensors, cumulative(lengths), ALONE)
 
 
-def assert_as_alone(shift, lengths, window, behind=0, seed=0):
-    tensors = draw(sum(lengths) + behind, window, seed=seed)
+def assert_as_alone(shift, lengths, window, after=0, seed=0):
+    tensors = draw(sum(lengths) + after, window, seed=seed)
     outputs, grads = run(shift, tensors)
     expected_outputs, expected_grads = run(one_by_one(lengths), tensors)
     for name, actual, expected in zip(("key", "value"), outputs, expected_outputs):
@@ -96,16 +96,16 @@ def assert_as_alone(shift, lengths, window, behind=0, seed=0):
 @pytest.mark.parametrize("window", [2, 3, 4])
 @given(
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any),
-    behind=st.integers(0, 4),
+    after=st.integers(0, 4),
     seed=st.integers(0, 2**16),
 )
-@example(lengths=[1, 1, 1, 1], behind=0, seed=0)
-@example(lengths=[2, 1, 3, 2], behind=3, seed=0)  # windows longer than a document
-@example(lengths=[0, 0, 5, 0, 4, 0, 0], behind=1, seed=0)  # cu_seqlens repeats itself
-@example(lengths=[7], behind=0, seed=0)
+@example(lengths=[1, 1, 1, 1], after=0, seed=0)
+@example(lengths=[2, 1, 3, 2], after=3, seed=0)  # windows longer than a document
+@example(lengths=[0, 0, 5, 0, 4, 0, 0], after=1, seed=0)  # cu_seqlens with equal entries
+@example(lengths=[7], after=0, seed=0)
 @settings(max_examples=25, deadline=None, derandomize=True)
-def test_a_packed_document_gives_what_it_gives_alone(window, lengths, behind, seed):
-    assert_as_alone(packed(lengths), lengths, window, behind, seed)
+def test_a_packed_document_gives_what_it_gives_alone(window, lengths, after, seed):
+    assert_as_alone(packed(lengths), lengths, window, after, seed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -119,8 +119,8 @@ def test_outputs_are_the_same_bits_in_every_dtype(window, dtype):
 
 
 @pytest.mark.parametrize("window", [2, 4])
-def test_padding_behind_a_document_does_not_change_it(window):
-    """With padded lengths in cu_seqlens the real tokens are those of the unpadded document."""
+def test_padding_after_a_document_does_not_change_it(window):
+    """With padded lengths in cu_seqlens the real tokens equal those of the unpadded document."""
     real, whole = [3, 1, 5], [4, 4, 8]
     tensors = draw(sum(whole), window)
     is_real = torch.cat([torch.arange(p) < r for r, p in zip(real, whole)])
@@ -140,7 +140,7 @@ def test_padding_behind_a_document_does_not_change_it(window):
 
 
 def poisoned_run(shift, tensors, where, poison):
-    """(outputs, gradients of key and value), inputs and gradients of the outputs poisoned."""
+    """Return outputs and gradients of key and value, with inputs and output gradients poisoned."""
     key, value, alpha, beta = tensors
     key, value = key.detach().clone(), value.detach().clone()
     key[where], value[where] = poison, poison
@@ -153,13 +153,13 @@ def poisoned_run(shift, tensors, where, poison):
     return [*outputs, *torch.autograd.grad(outputs, inputs, grads)]
 
 
-def assert_poison_stays(shift, lengths, victim, window, poison, behind=2):
-    """`victim`: a document's number, or the tokens behind the last document."""
-    tokens = sum(lengths) + behind
+def assert_poison_stays(shift, lengths, victim, window, poison, after=2):
+    """Poison document number `victim`, or the tokens after the last document."""
+    tokens = sum(lengths) + after
     tensors = draw(tokens, window)
     start = sum(lengths[:victim])
     where = torch.zeros(tokens, dtype=torch.bool)
-    where[start : start + [*lengths, behind][victim]] = True
+    where[start : start + [*lengths, after][victim]] = True
     clean = poisoned_run(shift, tensors, slice(0, 0), 0.0)
     results = poisoned_run(shift, tensors, where, poison)
     for name, actual, expected in zip(("K", "V", "dK", "dV"), results, clean):
@@ -169,7 +169,7 @@ def assert_poison_stays(shift, lengths, victim, window, poison, behind=2):
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("victim", range(5))
 @pytest.mark.parametrize("window", [2, 4])
-def test_what_is_not_finite_stays_in_its_document(window, victim, poison):
+def test_nan_and_infinity_stay_in_their_document(window, victim, poison):
     lengths = [3, 1, 2, 4]
     assert_poison_stays(packed(lengths), lengths, victim, window, poison)
 
@@ -181,7 +181,7 @@ def test_positions_count_from_each_document():
 
 
 def with_wrong_positions(error):
-    """A shift whose positions went through `error`."""
+    """Return a shift whose positions went through `error`."""
 
     def shift_of(lengths):
         def shift(key, value, alpha, beta):
@@ -193,7 +193,7 @@ def with_wrong_positions(error):
     return shift_of
 
 
-def product_instead_of_choice(lengths):
+def multiply_by_mask(lengths):
     def shift(key, value, alpha, beta):
         position = document_positions(cumulative(lengths), len(key))[1]
         outputs = []
@@ -222,7 +222,7 @@ def test_planted_errors_are_caught(error):
 def test_a_mask_that_multiplies_is_caught():
     lengths = [3, 1, 2, 4]
     with pytest.raises(AssertionError, match="spread"):
-        assert_poison_stays(product_instead_of_choice(lengths), lengths, 1, 2, math.nan)
+        assert_poison_stays(multiply_by_mask(lengths), lengths, 1, 2, math.nan)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -237,7 +237,7 @@ def test_a_chunk_too_short_for_the_window_is_refused(tokens, window, ranks):
     assert "--seq-length" in str(caught.value)
 
 
-def test_the_shortest_chunk_that_will_do_is_accepted():
+def test_the_shortest_possible_chunk_is_accepted():
     ZigzagChunks(6, 3, torch.device("cpu"))
     ZigzagChunks(2, 1, torch.device("cpu"))
 
@@ -267,8 +267,8 @@ def test_documents_that_can_be_cut_are_accepted_without_reading_them_back(ranks,
         PackedZigzagChunks(cu_seqlens, tokens, ranks, back)
 
 
-def test_the_configuration_decides_about_context_parallelism_and_not_the_group():
-    """A group may exist for another model of the run, as Megatron's encoders have it."""
+def test_the_configuration_not_the_group_decides_about_context_parallelism():
+    """The group may exist for another model of the run, such as an encoder."""
     groups = SimpleNamespace(cp=object())
     assert context_parallel_group(SimpleNamespace(context_parallel_size=1), groups) is None
     assert context_parallel_group(SimpleNamespace(context_parallel_size=2), groups) is groups.cp

@@ -1,4 +1,4 @@
-"""Megatron's TransformerLayer with our spec in fp32 against the dense layer in float64."""
+"""Megatron's TransformerLayer with this package's spec in fp32, against DenseLayer in float64."""
 
 import re
 
@@ -19,7 +19,7 @@ HEADS, HEAD_SIZE, TOKENS, BATCH = 4, 8, 13, 2
 
 
 def run_megatron(kv_shift, groups):
-    """(results, x, weights, output gradient); results: output and gradients by name."""
+    """Return (output and gradients by name, x, weights, output gradient)."""
     config = transformer_config(
         num_layers=1, num_attention_heads=HEADS, num_query_groups=groups, kv_channels=HEAD_SIZE
     )
@@ -59,10 +59,10 @@ def run_dense(dense, x, weights, grad):
 
 
 def assert_same(actual, expected):
-    """Every tensor at FP32_REL; the taps of keys, and those of values, as one [window, ng] each.
+    """Compare each tensor at FP32_REL, and all taps of keys or of values as one [window, ng].
 
-    With one query group a tap's gradient is a lone sum of thousands of terms of both signs. Where
-    it happens to cancel, its own relative error says nothing.
+    With one query group a tap's gradient is a single sum of thousands of terms of both signs. If
+    they happen to cancel, its own relative error means nothing.
     """
     assert actual.keys() == expected.keys()
     for kind in ("alpha", "beta"):

@@ -1,4 +1,4 @@
-"""What KV shifting adds to a layer: operations to launch, and bytes kept for the backward pass."""
+"""Costs of KV shifting in a layer: operations, and bytes kept for the backward pass."""
 
 from collections import Counter
 
@@ -7,11 +7,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvshift_megatron.config import KVShiftConfig
-from tests.attention.test_self_attention import build_attention, twin_of
+from tests.attention.test_self_attention import baseline_of, build_attention
 from tests.support.single_process import seed_everything, single_process, transformer_config
 
 TOKENS, SAMPLES = 12, 2
-# Views cost no kernel; memory for outputs has to come from somewhere.
+# Views launch no kernel, and every output needs memory.
 FREE = {"detach", "view", "select", "split_with_sizes", "unbind", "empty", "alias"}
 
 
@@ -23,7 +23,7 @@ def process():
 
 
 class Operations(TorchDispatchMode):
-    """Counts what reaches torch's dispatcher, by name."""
+    """Count what reaches torch's dispatcher, by name."""
 
     def __init__(self):
         super().__init__()
@@ -34,10 +34,10 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def twins(**overrides):
+def build_both(**overrides):
     config = transformer_config(**overrides)
     attention = build_attention(KVShiftConfig(), config)
-    return attention, twin_of(attention, config)
+    return attention, baseline_of(attention, config)
 
 
 def run(attention):
@@ -48,14 +48,14 @@ def run(attention):
 
 
 def operations(attention) -> Counter:
-    run(attention).backward()  # the second pass adds to gradients that are there
+    run(attention).backward()  # so that the counted pass adds to existing gradients
     with Operations() as seen:
         run(attention).backward()
     return Counter({name: n for name, n in seen.count.items() if name not in FREE})
 
 
 def saved_bytes(attention) -> int:
-    """Memory behind everything that autograd keeps, each piece once."""
+    """Return the size of all storages that autograd keeps, each counted once."""
     kept = {}
 
     def keep(tensor):
@@ -69,19 +69,19 @@ def saved_bytes(attention) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_beside_the_shift_only_the_taps_are_gathered_and_their_gradients_given_back(dtype):
-    """No copy of keys or values, no cast of them, no .contiguous()."""
-    attention, twin = twins(params_dtype=dtype, bf16=dtype == torch.bfloat16)
+def test_besides_the_shift_only_taps_and_their_gradients_need_operations(dtype):
+    """Keys and values are neither copied nor cast nor made contiguous."""
+    attention, baseline = build_both(params_dtype=dtype, bf16=dtype == torch.bfloat16)
     extra = operations(attention)
-    extra.subtract(operations(twin))
+    extra.subtract(operations(baseline))
     cast = {"_to_copy": 2} if dtype == torch.bfloat16 else {}
-    # Each tap's gradient is added to the one that it has.
+    # Each tap's gradient is added to its existing one.
     expected = {"stack": 1, "cat": 1, "add_": 4, **cast}
     assert {name: n for name, n in extra.items() if n} == expected
 
 
-def test_a_copy_of_the_keys_is_seen(monkeypatch):
-    attention, twin = twins()
+def test_a_copy_of_the_keys_is_caught(monkeypatch):
+    attention, baseline = build_both()
     original = attention.get_query_key_value_tensors
 
     def with_copy(*args, **kwargs):
@@ -90,23 +90,23 @@ def test_a_copy_of_the_keys_is_seen(monkeypatch):
 
     monkeypatch.setattr(attention, "get_query_key_value_tensors", with_copy)
     extra = operations(attention)
-    extra.subtract(operations(twin))
+    extra.subtract(operations(baseline))
     assert extra["clone"] == 1
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_the_shifted_values_are_kept_beside_what_vanilla_keeps(groups, dtype):
-    attention, twin = twins(
+def test_only_the_shifted_values_are_kept_besides_what_the_baseline_keeps(groups, dtype):
+    attention, baseline = build_both(
         num_query_groups=groups, params_dtype=dtype, bf16=dtype == torch.bfloat16
     )
     values = TOKENS * SAMPLES * groups * attention.config.kv_channels * dtype.itemsize
     taps = 4 * groups * 4
-    assert saved_bytes(attention) - saved_bytes(twin) == values + taps
+    assert saved_bytes(attention) - saved_bytes(baseline) == values + taps
 
 
-def test_keeping_the_shifted_keys_twice_is_seen(monkeypatch):
-    attention, twin = twins()
+def test_keeping_the_shifted_keys_twice_is_caught(monkeypatch):
+    attention, baseline = build_both()
     original = attention.get_query_key_value_tensors
 
     def with_more(*args, **kwargs):
@@ -115,4 +115,4 @@ def test_keeping_the_shifted_keys_twice_is_seen(monkeypatch):
 
     monkeypatch.setattr(attention, "get_query_key_value_tensors", with_more)
     keys = TOKENS * SAMPLES * 2 * 8 * 4
-    assert saved_bytes(attention) - saved_bytes(twin) >= 2 * keys
+    assert saved_bytes(attention) - saved_bytes(baseline) >= 2 * keys

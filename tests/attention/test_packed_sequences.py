@@ -1,4 +1,4 @@
-"""Attention and model on packed documents: each gives exactly what it gives alone."""
+"""Attention and model on packed documents, which give what each gives alone."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ RECOMPUTE = {
 
 
 def packed_params(lengths, padded=None):
-    """Megatron's description of documents, each behind its padding where `padded` is given."""
+    """Return Megatron's description of documents, each followed by padding if `padded` is given."""
 
     def cumulative(sizes):
         return torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
@@ -99,7 +99,7 @@ def build_model(fields=None, kv_shift=KVShiftConfig(window=3)):
 
 
 def call_model(module, tokens, params=None):
-    """[t] -> logits [t, vocabulary]."""
+    """Return logits [t, vocabulary] for tokens [t]."""
     positions = torch.arange(len(tokens))[None]
     return module(tokens[None], positions, None, packed_seq_params=params)[0]
 
@@ -113,7 +113,7 @@ def draw_tokens(tokens):
 
 
 def train(module, call, calls, grads, inputs):
-    """Outputs and gradients, of the parameters summed over `calls`."""
+    """Return outputs and the parameters' gradients, summed over `calls`."""
     module.zero_grad()
     outputs = []
     for arguments, keep, grad in zip(calls, inputs, grads):
@@ -126,7 +126,7 @@ def train(module, call, calls, grads, inputs):
 
 
 def assert_as_alone(module, call, inputs, lengths, padded=None):
-    """`inputs`: [tokens, ...], padding included."""
+    """Compare packed documents with each alone; `inputs`: [tokens, ...], padding included."""
     whole = padded or lengths
     is_real = torch.cat([torch.arange(p) < r for r, p in zip(lengths, whole)])
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_attention(fields, kv_shift):
 
 
 @each_configuration
-def test_attention_with_padding_behind_each_document(fields, kv_shift):
+def test_attention_with_padding_after_each_document(fields, kv_shift):
     padded = [8, 4, 8, 4]
     module = build_attention(fields, kv_shift)
     assert_as_alone(module, call_attention, draw_hidden(sum(padded)), LENGTHS, padded)
@@ -166,7 +166,7 @@ def test_attention_with_padding_behind_each_document(fields, kv_shift):
 @pytest.mark.parametrize(
     "lengths", [[1], [6], [1, 1, 1], [0, 4, 0, 0, 3, 0], [2, 9]], ids=lambda x: str(x)
 )
-def test_attention_on_odd_lots(lengths):
+def test_attention_on_unusual_lengths(lengths):
     module = build_attention(kv_shift=KVShiftConfig(window=4))
     documents = [n for n in lengths if n]
     inputs, params = draw_hidden(sum(lengths)), packed_params(lengths)
@@ -201,12 +201,14 @@ def test_an_unpacked_call_after_a_packed_one_is_unpacked():
     before = unpacked()
     call_attention(module, inputs, packed_params([4, 5]))
     assert_unchanged()
-    with pytest.raises(RuntimeError, match="split"):  # after the shift, in Megatron's rope
+    with pytest.raises(
+        RuntimeError, match="split"
+    ):  # after the shift, in Megatron's rotary embedding
         call_attention(module, inputs, packed_params([4, 6]))
     assert_unchanged()
 
 
-def test_where_documents_lie():
+def test_bounds_of_documents_in_memory():
     params = packed_params([3, 1], [4, 4])
     assert physical_cu_seqlens(params).tolist() == [0, 4, 8]
     assert physical_cu_seqlens(packed_params([3, 1])).tolist() == [0, 3, 4]
@@ -215,7 +217,7 @@ def test_where_documents_lie():
 
 
 def guard(monkeypatch, owner, name, calls):
-    """Let `owner.name` run, but not read anything back."""
+    """Make `owner.name` raise if it reads anything back."""
     original = getattr(owner, name)
 
     def watched(*args, **kwargs):
@@ -230,7 +232,7 @@ def guarded_call(monkeypatch):
     module, calls = build_attention(), []
     guard(monkeypatch, module, "get_query_key_value_tensors", calls)
     guard(monkeypatch, module.core_attention, "forward", calls)
-    # Megatron's own rope, between the two, does read cu_seqlens back.
+    # Megatron's own rotary embedding, between the two, does read cu_seqlens back.
     call_attention(module, draw_hidden(sum(LENGTHS)), packed_params(LENGTHS))
     assert calls == ["get_query_key_value_tensors", "forward"]
 

@@ -1,4 +1,4 @@
-"""Keys that are rotated in the pass that shifts them: in the layer, and when that is refused."""
+"""Rotating keys in the pass that shifts them: results of a layer, conditions and refusals."""
 
 import json
 import os
@@ -31,13 +31,13 @@ def found():
 
 
 @pytest.mark.parametrize("case", ["free", "window 3, interleaved", "keys", "values", "packed"])
-def test_the_layer_is_the_one_whose_keys_megatron_rotates(found, case):
+def test_the_layer_equals_one_whose_keys_megatron_rotates(found, case):
     assert {"output", "input gradient", "linear_qkv.weight"} < found[case].keys()
     for name, error in found[case].items():
         assert error <= FP32_REL, (name, error)
 
 
-def test_keys_that_are_turned_wrongly_are_seen(found):
+def test_wrongly_rotated_keys_are_caught(found):
     assert found["planted"]["output"] > 1e-3
 
 
@@ -74,7 +74,7 @@ def test_a_choice_that_does_not_exist_is_refused(monkeypatch, megatron_rank):
         build_attention(KVShiftConfig())
 
 
-def test_on_a_cpu_megatron_rotates_unless_the_other_is_forced(monkeypatch):
+def test_on_a_cpu_megatron_rotates_and_forcing_fusion_is_refused(monkeypatch):
     angles, x = torch.randn(5, 1, 1, 8), torch.randn(5, 1, 32)
     assert RopeFusion(config(), 1, False).take(angles, x) == (None, angles)
     monkeypatch.setenv("KVSHIFT_ROPE", "fused")

@@ -1,4 +1,4 @@
-"""KVShiftSelfAttention on one rank, against its vanilla twin with hand-shifted keys and values."""
+"""KVShiftSelfAttention on one rank, against vanilla attention with keys and values shifted here."""
 
 from functools import partial
 
@@ -44,7 +44,7 @@ each_configuration = pytest.mark.parametrize(
 
 
 def build_attention(kv_shift, config=None, layer_number=1):
-    """One attention with random weights, taps and norms; None for the vanilla one."""
+    """Build an attention with random weights, taps and norms; None for a vanilla one."""
     config = transformer_config() if config is None else config
     if kv_shift is None:
         spec = vanilla_layer_spec(config)
@@ -62,17 +62,17 @@ def build_attention(kv_shift, config=None, layer_number=1):
     return attention
 
 
-def twin_of(attention, config=None):
-    """The vanilla attention with the same weights."""
-    twin = build_attention(None, config)
+def baseline_of(attention, config=None):
+    """Return vanilla attention with the same weights."""
+    baseline = build_attention(None, config)
     taps = {name for names in tap_names(attention.kv_shift).values() for name in names}
-    report = twin.load_state_dict(attention.state_dict(), strict=False)
+    report = baseline.load_state_dict(attention.state_dict(), strict=False)
     assert not report.missing_keys and set(report.unexpected_keys) == taps
-    return twin
+    return baseline
 
 
 def taps_by_hand(attention, kind):
-    """[window, ng] from the parameters; None where the kind is not shifted."""
+    """Return taps [window, ng] from the parameters, or None for a kind that does not shift."""
     config = attention.kv_shift
     if not (config.shift_keys if kind == "alpha" else config.shift_values):
         return None
@@ -97,17 +97,17 @@ def hidden_states(dtype=torch.float32, requires_grad=False):
 @each_configuration
 def test_equals_the_vanilla_attention_with_shifted_keys_and_values(kv_shift):
     attention = build_attention(kv_shift)
-    twin = twin_of(attention)
-    plain = twin.get_query_key_value_tensors
+    baseline = baseline_of(attention)
+    plain = baseline.get_query_key_value_tensors
 
     def shifted(*args, **kwargs):
         query, key, value = plain(*args, **kwargs)
         key = shift_by_hand(attention, "alpha", key)
         return query, key, shift_by_hand(attention, "beta", value)
 
-    twin.get_query_key_value_tensors = shifted
+    baseline.get_query_key_value_tensors = shifted
     results = []
-    for module in (attention, twin):
+    for module in (attention, baseline):
         attention.zero_grad()
         x = hidden_states(requires_grad=True)
         output, _ = module(x, attention_mask=None)
@@ -119,13 +119,13 @@ def test_equals_the_vanilla_attention_with_shifted_keys_and_values(kv_shift):
         ]
         results.append((output, x.grad, module.linear_qkv.weight.grad.clone(), *taps))
     for number, (actual, expected) in enumerate(zip(*results, strict=True)):
-        # Taps clamped on every group have a zero gradient; nothing else has.
+        # Only taps that are clamped on every group may have a zero gradient.
         assert expected.any() or (number > 2 and kv_shift.variant == "clamp")
         assert_close_rel(f"result {number}", actual, expected)
-    # The taps did something at all.
-    del twin.get_query_key_value_tensors
+    # The taps change the output at all.
+    del baseline.get_query_key_value_tensors
     with pytest.raises(AssertionError, match="output"):
-        assert_close_rel("output", results[0][0], twin(hidden_states(), attention_mask=None)[0])
+        assert_close_rel("output", results[0][0], baseline(hidden_states(), attention_mask=None)[0])
 
 
 @pytest.mark.parametrize("gate", [False, True], ids=["plain", "output gate"])
@@ -133,22 +133,22 @@ def test_equals_the_vanilla_attention_with_shifted_keys_and_values(kv_shift):
 def test_the_shift_comes_after_the_norm_of_the_keys_and_before_rope(kv_shift, gate):
     config = transformer_config(qk_layernorm=True, attention_output_gate=gate)
     attention = build_attention(kv_shift, config)
-    twin = twin_of(attention, config)
+    baseline = baseline_of(attention, config)
     x = hidden_states()
     arguments = {"output_gate": True} if gate else {}
     actual = attention.get_query_key_value_tensors(x, None, **arguments)
-    expected = list(twin.get_query_key_value_tensors(x, None, **arguments))
+    expected = list(baseline.get_query_key_value_tensors(x, None, **arguments))
     assert len(actual) == len(expected) == 3 + gate
     expected[1] = shift_by_hand(attention, "alpha", expected[1])
     expected[2] = shift_by_hand(attention, "beta", expected[2])
     for ours, theirs in zip(actual, expected):
         assert torch.equal(ours, theirs)
 
-    # What reaches the core attention is rotated after all that.
+    # The core attention gets all this rotated.
     seen = []
     attention.core_attention.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[:3]))
     rotary = angles(config.kv_channels)
-    # Megatron compiles its own, which takes seconds and a C++ compiler.
+    # Megatron would compile its own, which takes seconds and a C++ compiler.
     attention._apply_output_gate = lambda context, gate: context * gate.sigmoid().view_as(context)
     output, _ = attention(x, attention_mask=None, rotary_pos_emb=rotary)
     assert output.shape == x.shape
@@ -167,7 +167,7 @@ def angles(head_size):
 
 
 def train(spec, state=None, **fields):
-    """(model, loss, logit gradients and so on) of one step of a small GPT."""
+    """Return (model, (loss, gradients)) of one step of a small GPT."""
     model = gpt_model(transformer_config(**fields), spec, vocab_size=VOCABULARY)
     if state is not None:
         report = model.load_state_dict(state, strict=False)
@@ -177,7 +177,7 @@ def train(spec, state=None, **fields):
 
 
 def step(model):
-    """(loss, gradients) on fixed tokens with a fixed RNG state."""
+    """Return (loss, gradients) on fixed tokens with a fixed RNG state."""
     seed_everything()
     tokens = torch.randint(0, VOCABULARY, (BATCH, TOKENS))
     labels = tokens.roll(-1, dims=1)
@@ -200,17 +200,19 @@ def test_identity_taps_are_vanilla_attention(window, groups):
     assert len(taps) == 2 * 2 * window
     assert all(grads[name].any() for name in taps)  # they learn from the start
 
-    _, (twin_loss, twin_grads) = train(vanilla_layer_spec(config), state, num_query_groups=groups)
-    assert torch.equal(loss, twin_loss)
-    assert set(grads) - set(taps) == set(twin_grads)
-    for name, grad in twin_grads.items():
+    _, (baseline_loss, baseline_grads) = train(
+        vanilla_layer_spec(config), state, num_query_groups=groups
+    )
+    assert torch.equal(loss, baseline_loss)
+    assert set(grads) - set(taps) == set(baseline_grads)
+    for name, grad in baseline_grads.items():
         assert grad.any()
         assert torch.equal(grads[name], grad), name
 
     stock = get_gpt_layer_local_spec(normalization="RMSNorm")
     _, (stock_loss, stock_grads) = train(stock, state, num_query_groups=groups)
     assert_close_rel("loss", loss, stock_loss)
-    assert set(stock_grads) == set(twin_grads)
+    assert set(stock_grads) == set(baseline_grads)
     for name, grad in stock_grads.items():
         assert_close_rel(name, grads[name], grad)
 
@@ -235,7 +237,7 @@ def test_parameters(kv_shift, dtype):
     for name, tap in taps.items():
         assert tap.shape == (GROUPS,) and tap.dtype == dtype  # 1-D: no weight decay
         assert tap.tensor_model_parallel and tap.partition_dim == 0
-        # Either would have Megatron sum the taps of different query groups.
+        # With either Megatron would sum the gradients of different query groups.
         assert not getattr(tap, "sequence_parallel", False)
         assert not getattr(tap, "average_gradients_across_tp_domain", False)
         assert "layernorm" not in name
@@ -260,15 +262,15 @@ def test_the_shift_of_bf16_is_computed_in_fp32():
     attention = build_attention(KVShiftConfig(), transformer_config(params_dtype=torch.bfloat16))
     assert all(taps.dtype == torch.float32 for taps in attention.taps().values())
     x = hidden_states(torch.bfloat16)
-    twin = twin_of(attention, transformer_config(params_dtype=torch.bfloat16))
-    _, key, value = twin.get_query_key_value_tensors(x)
+    baseline = baseline_of(attention, transformer_config(params_dtype=torch.bfloat16))
+    _, key, value = baseline.get_query_key_value_tensors(x)
     _, shifted_key, shifted_value = attention.get_query_key_value_tensors(x)
     for kind, raw, got in (("alpha", key, shifted_key), ("beta", value, shifted_value)):
         assert got.dtype == raw.dtype == torch.bfloat16
         first, second = (getattr(attention, f"{kind}_{j}").double()[:, None] for j in (1, 2))
         exact = first * raw.double()
         exact[1:] += second * raw[:-1].double()
-        # A product of two bf16 numbers is exact in fp32, so that only the sum and the result round.
+        # A product of two bf16 numbers is exact in fp32: only the sum and the result round.
         error = (got.double() - exact).abs()
         assert (error <= exact.abs() * 2**-8 + 1e-6).all()
         in_bf16 = first.bfloat16() * raw
@@ -280,8 +282,8 @@ def test_the_shift_of_bf16_is_computed_in_fp32():
 def test_sharded_state_dict(kv_shift):
     attention = build_attention(kv_shift)
     sharded = attention.sharded_state_dict(prefix="self_attention.")
-    # A fresh twin: Megatron's own keys and shapes are all there, unchanged.
-    for key, theirs in twin_of(attention).sharded_state_dict(prefix="self_attention.").items():
+    # All of Megatron's own keys and shapes are there, unchanged.
+    for key, theirs in baseline_of(attention).sharded_state_dict(prefix="self_attention.").items():
         ours = sharded.pop(key)
         assert type(ours) is type(theirs)
         if isinstance(theirs, ShardedTensor):
@@ -331,13 +333,13 @@ def test_sharded_state_dict_of_a_model_names_every_layers_taps():
         ({"inference_params": object()}, "inference_context"),
     ],
 )
-def test_a_call_it_cannot_honour_is_refused(call, named):
+def test_an_unsupported_call_is_refused(call, named):
     attention = build_attention(KVShiftConfig())
     with pytest.raises(ValueError, match=named):
         attention(hidden_states(), attention_mask=None, **call)
 
 
-def test_a_group_of_its_own_is_refused_through_the_whole_model():
+def test_a_context_parallel_group_of_the_batch_is_refused_in_a_whole_model():
     config = transformer_config()
     model = gpt_model(config, kv_shift_layer_spec(config))
     tokens = torch.zeros(1, TOKENS, dtype=torch.int64)
@@ -364,7 +366,7 @@ def test_a_group_of_its_own_is_refused_through_the_whole_model():
         ("tensor_model_parallel_size", 3),
     ],
 )
-def test_a_configuration_it_cannot_honour_is_refused_at_construction(name, value):
+def test_an_unsupported_configuration_is_refused_at_construction(name, value):
     config = transformer_config()
     spec = kv_shift_layer_spec(config).layer_specs[0].submodules.self_attention
     setattr(config, name, value)
@@ -409,13 +411,13 @@ def test_recomputed_activations_give_the_same_gradients(recompute, dropout):
         attention.core_attention.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         results.append((*step(model), len(calls)))
     (loss, grads, once), (other_loss, other_grads, twice) = results
-    assert (once, twice) == (1, 2)  # it was in fact recomputed
+    assert (once, twice) == (1, 2)  # it was indeed recomputed
     assert torch.equal(loss, other_loss)
     for name, grad in grads.items():
         assert torch.equal(grad, other_grads[name]), name
 
 
-def test_meta_construction_and_later_storage():
+def test_taps_of_a_meta_model_are_drawn_once_it_has_storage():
     kv_shift = KVShiftConfig(window=3, seed=7)
     build = partial(build_module, layer_number=2)
     config = transformer_config()
@@ -434,14 +436,14 @@ def test_meta_construction_and_later_storage():
             assert getattr(attention, name).requires_grad
 
 
-def test_no_gpu_initialization_puts_taps_where_megatron_puts_weights():
+def test_taps_are_on_the_device_of_megatrons_weights():
     config = transformer_config(use_cpu_initialization=False)
     attention = build_attention(KVShiftConfig(), config)
     assert attention.alpha_1.device == attention.linear_qkv.weight.device
 
 
 def test_a_token_sees_no_later_one():
-    """The shift looks back only: a change at one token leaves every earlier output as it was."""
+    """The shift only looks back: a change at one token does not change any earlier output."""
     attention = build_attention(KVShiftConfig(window=4))
     x = hidden_states()
     output, _ = attention(x, attention_mask=None)

@@ -1,7 +1,7 @@
-"""Theorem 2: alpha = (0, 1), beta = (1, 0) and identity projections ARE the induction head.
+"""Theorem 2: alpha = (0, 1), beta = (1, 0) and identity projections are an induction head.
 
-One head, one-hot tokens, no positions: the key of token j is the token before it, so that a query
-finds exactly the positions that follow an earlier occurrence of its own token.
+With one head, one-hot tokens and no positions the key of a token is the token before it, so that a
+query attends to exactly the positions after an earlier occurrence of its own token.
 """
 
 import pytest
@@ -21,13 +21,13 @@ TOKENS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=14)
 
 @pytest.fixture
 def induction_head(megatron_rank):
-    """head(tokens, alpha, beta) -> [s, VOCABULARY]."""
+    """Return head(tokens, alpha, beta) -> [s, VOCABULARY]."""
     config = transformer_config(
         num_attention_heads=1,
         num_query_groups=1,
         hidden_size=VOCABULARY,
         kv_channels=VOCABULARY,
-        # exp(-200) is 0 in fp32, so that a key that does not match has no weight at all.
+        # exp(-200) is 0 in fp32: a key that does not match has no weight at all.
         softmax_scale=200.0,
     )
     spec = kv_shift_layer_spec(config, kv_shift=KVShiftConfig()).layer_specs[0]
@@ -49,7 +49,7 @@ def induction_head(megatron_rank):
 
 
 def successors(tokens, position):
-    """The tokens that followed an earlier occurrence of the one at `position`, up to there."""
+    """Return the tokens after earlier occurrences of the one at `position`."""
     return [tokens[i + 1] for i in range(position) if tokens[i] == tokens[position]]
 
 
@@ -95,7 +95,7 @@ def test_a_first_repeat_is_exactly_the_successor(induction_head):
         ((0.0, 1.0), (0.5, 0.5)),
     ],
 )
-def test_other_taps_are_no_induction_head(induction_head, alpha, beta):
+def test_other_taps_are_not_an_induction_head(induction_head, alpha, beta):
     tokens = [3, 1, 4, 0, 5, 3, 1, 4, 0, 5]
     with pytest.raises(AssertionError, match="position 5"):
         assert_is_induction(tokens, induction_head(tokens, alpha, beta))

@@ -11,7 +11,7 @@ from tests.support.single_process import transformer_config
 
 
 def model(**fields):
-    """What every TransformerConfig and Megatron's arguments have, and `fields`."""
+    """Return what every TransformerConfig and Megatron's arguments have, with `fields`."""
     return Namespace(
         **{
             "num_query_groups": 4,

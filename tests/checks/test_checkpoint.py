@@ -1,4 +1,4 @@
-"""Checkpoints with taps for models without, and the reverse: refused before a weight is loaded."""
+"""Checkpoints that do not fit the model or are damaged: refused before a weight is loaded."""
 
 import re
 from argparse import Namespace
@@ -64,7 +64,7 @@ def test_the_tracker_file_or_ckpt_step_names_the_folder(tmp_path, tracker, step,
 def test_nothing_to_load(tmp_path):
     assert checkpoint_to_load(arguments()) is None
     assert checkpoint_to_load(Namespace()) is None
-    # Megatron starts from scratch where --load has no checkpoint yet.
+    # Megatron starts from scratch if --load has no checkpoint yet.
     assert checkpoint_to_load(arguments(load=str(tmp_path / "new"))) is None
     (tmp_path / "empty").mkdir()
     assert checkpoint_to_load(arguments(load=str(tmp_path / "empty"))) is None
@@ -80,7 +80,7 @@ def test_load_comes_before_pretrained_checkpoint(tmp_path):
         assert found == Path(base) / "iter_0000007"
 
 
-# --- what taps it holds ---
+# --- which taps it holds ---
 
 
 def save_distributed(directory, names):
@@ -116,14 +116,14 @@ def test_taps_of_a_distributed_checkpoint(tmp_path, keys, taps):
     assert stored_taps(directory) == taps
 
 
-def test_another_format_is_left_to_the_load_itself(tmp_path):
+def test_another_format_is_left_to_the_load(tmp_path):
     legacy = tmp_path / "iter_0000002" / "mp_rank_00"
     legacy.mkdir(parents=True)
     torch.save({"model": {}}, legacy / "model_optim_rng.pt")
     assert stored_taps(legacy.parent) is None
 
 
-# --- whether they go together with what was asked for ---
+# --- whether they are the taps that were asked for ---
 
 
 def test_equal_taps_are_loaded():
@@ -153,7 +153,7 @@ def test_equal_taps_are_loaded():
         ),
         (FREE_TAPS, KVShiftConfig(variant="gate"), {}, ["gate, window 2", "alpha_logit"]),
         (FREE_TAPS, KVShiftConfig(shift_keys=False), {}, ["has beta_1, beta_2:"]),
-        # Identity is for checkpoints without any tap.
+        # Identity taps start only from checkpoints without taps.
         (FREE_TAPS, KVShiftConfig(window=3, init="identity"), {"finetune": True}, ["alpha_3"]),
         (set(), FREE, {}, ["load: ", "holds no taps", "--kv-shift-init identity"]),
         (set(), FREE, {"finetune": True}, ["holds no taps", "--kv-shift-init identity"]),
@@ -172,7 +172,7 @@ def test_unequal_taps_are_refused_with_setting_and_remedy(stored, kv_shift, give
     [
         {"load": "run", "finetune": True},
         {"load": "run", "no_load_optim": True},
-        # Megatron loads the weights of --pretrained-checkpoint and no more.
+        # Megatron loads only the weights of --pretrained-checkpoint.
         {"load": None, "pretrained_checkpoint": "run"},
         {"load": "new", "pretrained_checkpoint": "run"},
     ],
@@ -181,14 +181,14 @@ def test_identity_taps_start_from_a_vanilla_checkpoints_weights(given):
     assert compare_taps(Path("run/iter_0000002"), set(), IDENTITY, arguments(**given)) is True
 
 
-def test_a_trailing_slash_in_load_does_not_pass_for_another_folder(tmp_path):
+def test_a_trailing_slash_in_load_still_names_the_same_folder(tmp_path):
     root = checkpoints(tmp_path / "run")
     args = arguments(load=root + "/")
     with pytest.raises(ValueError, match="--finetune"):
         compare_taps(checkpoint_to_load(args), set(), IDENTITY, args)
 
 
-# --- all of it, as check_model calls it ---
+# --- the whole check, as check_model calls it ---
 
 
 def build(kv_shift, vocab_size=64, **overrides):
@@ -201,7 +201,7 @@ def build(kv_shift, vocab_size=64, **overrides):
 
 @pytest.fixture
 def loading(tmp_path, monkeypatch):
-    """Has Megatron's arguments load a checkpoint with these keys."""
+    """Return a function that makes Megatron's arguments load a checkpoint with given keys."""
 
     def load(keys, **given):
         root = checkpoints(tmp_path / "run", "2")
@@ -226,7 +226,7 @@ def test_a_vanilla_checkpoint_is_refused_before_it_is_loaded(megatron_rank, load
         check_checkpoint([model], FREE)
 
 
-def test_a_checkpoint_with_taps_is_refused_by_the_twin(megatron_rank, loading):
+def test_a_checkpoint_with_taps_is_refused_for_the_baseline(megatron_rank, loading):
     loading(TAP_KEYS)
     with pytest.raises(ValueError, match="drop --no-kv-shift"):
         check_checkpoint([build(None)], None)
@@ -240,7 +240,7 @@ def test_a_model_asks_a_vanilla_checkpoint_for_no_taps(megatron_rank, loading):
     assert asked_for(model) == []
 
 
-def test_matching_checkpoints_and_none_at_all_pass(megatron_rank, loading, monkeypatch):
+def test_a_matching_checkpoint_passes_and_so_does_none(megatron_rank, loading, monkeypatch):
     monkeypatch.setattr(checkpoint, "megatron_args", lambda: None)
     for kv_shift in (None, FREE, IDENTITY):
         check_checkpoint([build(kv_shift)], kv_shift)
@@ -252,7 +252,7 @@ def test_matching_checkpoints_and_none_at_all_pass(megatron_rank, loading, monke
 
 # --- the rest of the model, and the files ---
 
-# Keys with the layers' numbers; without experts the layers of a model are stacked under one key.
+# With these settings keys have layer numbers; otherwise layers are stacked under one key.
 NUMBERED = {
     "num_moe_experts": 4,
     "moe_layer_freq": [0, 1],
@@ -271,7 +271,7 @@ def build_mtp():
 
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
-    """Saves a model as Megatron does, and has Megatron's arguments load it."""
+    """Return a function that saves a model and makes Megatron's arguments load it."""
 
     def save(model, **given):
         root = checkpoints(tmp_path / "run", "2")
@@ -308,7 +308,7 @@ def test_wrapped_models_pass_and_so_does_multi_token_prediction(megatron_rank, s
 
 
 @pytest.mark.parametrize("overrides", [{}, NUMBERED], ids=["stacked", "numbered"])
-def test_identity_taps_are_not_missed_in_a_vanilla_checkpoint(megatron_rank, saved, overrides):
+def test_identity_taps_are_not_expected_in_a_vanilla_checkpoint(megatron_rank, saved, overrides):
     saved(build(None, **overrides), finetune=True)
     model = build(IDENTITY, **overrides)
     check_checkpoint([model], IDENTITY)
@@ -354,7 +354,7 @@ def test_a_checkpoint_of_another_model_is_refused(megatron_rank, saved, trained,
 @pytest.mark.parametrize(
     "given", [{"dist_ckpt_strictness": "log_unexpected"}, {"hybrid_layer_pattern": "*-*-"}]
 )
-def test_what_the_user_lets_be_missing_may_be_missing(megatron_rank, saved, given):
+def test_parts_may_be_missing_if_the_user_allows_it(megatron_rank, saved, given):
     saved(build(FREE), **given)
     check_checkpoint([build(FREE, qk_layernorm=True)], FREE)
     with pytest.raises(ValueError, match=r"\[2, 32\].*\[3, 32\]"):
@@ -383,7 +383,7 @@ def shards(directory):
     ],
     ids=["no shard", "short shard", "no metadata", "short metadata", "no bytes", "no folder"],
 )
-def test_a_checkpoint_that_is_not_whole_is_refused(megatron_rank, saved, damage, parts):
+def test_a_damaged_checkpoint_is_refused(megatron_rank, saved, damage, parts):
     directory = saved(build(FREE))
     damage(directory)
     with pytest.raises(ValueError) as caught:
@@ -392,7 +392,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(megatron_rank, saved, damage,
         assert part in str(caught.value)
 
 
-def test_plain_torch_checkpoints_are_looked_at_for_their_files_and_taps_only(tmp_path):
+def test_only_files_and_taps_of_plain_torch_checkpoints_are_checked(tmp_path):
     directory = save_distributed(tmp_path / "iter_0000002", VANILLA_NAMES)
     assert read_checkpoint(directory).content is None
     shards(directory)[0].unlink()
@@ -400,7 +400,7 @@ def test_plain_torch_checkpoints_are_looked_at_for_their_files_and_taps_only(tmp
         read_checkpoint(directory)
 
 
-# --- state dicts: what older formats and scripts of one's own load ---
+# --- state dicts, which older formats and users' scripts load ---
 
 
 def taps(model):
@@ -447,7 +447,7 @@ def test_other_missing_keys_are_still_reported(megatron_rank):
 
 @pytest.mark.parametrize("kv_shift", [FREE, IDENTITY], ids=["uniform", "identity"])
 @pytest.mark.parametrize("missing", [["alpha_2"], ["beta_1", "beta_2"]])
-def test_a_part_of_the_taps_is_refused_whatever_the_initial_ones(megatron_rank, kv_shift, missing):
+def test_some_of_the_taps_alone_are_refused(megatron_rank, kv_shift, missing):
     model = build(kv_shift)
     state = model.state_dict()
     for name in missing:
@@ -457,7 +457,7 @@ def test_a_part_of_the_taps_is_refused_whatever_the_initial_ones(megatron_rank, 
 
 
 @pytest.mark.parametrize("kv_shift", [FREE, IDENTITY], ids=["uniform", "identity"])
-def test_a_state_dict_of_adapters_only_passes_and_leaves_the_taps(megatron_rank, kv_shift):
+def test_a_state_dict_of_adapters_passes_and_does_not_change_the_taps(megatron_rank, kv_shift):
     model = build(kv_shift)
     randomize_taps(model)
     before = {name: tap.clone() for name, tap in taps(model).items()}
@@ -478,18 +478,18 @@ def test_a_state_dict_with_its_taps_is_loaded(megatron_rank):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_the_twin_refuses_a_state_dict_with_taps(megatron_rank, strict):
-    twin, state = build(None), build(FREE).state_dict()
-    check_checkpoint([twin], None)
-    before = {name: p.clone() for name, p in twin.named_parameters()}
+def test_the_baseline_refuses_a_state_dict_with_taps(megatron_rank, strict):
+    baseline, state = build(None), build(FREE).state_dict()
+    check_checkpoint([baseline], None)
+    before = {name: p.clone() for name, p in baseline.named_parameters()}
     with pytest.raises(ValueError, match=r"self_attention\.alpha_1 and 7 more.*--no-kv-shift"):
-        twin.load_state_dict(state, strict=strict)
-    assert all(torch.equal(p, before[name]) for name, p in twin.named_parameters())
-    twin.load_state_dict(build(None).state_dict())
+        baseline.load_state_dict(state, strict=strict)
+    assert all(torch.equal(p, before[name]) for name, p in baseline.named_parameters())
+    baseline.load_state_dict(build(None).state_dict())
 
 
-def test_the_twin_refuses_it_also_where_megatron_has_wrapped_the_model(megatron_rank):
-    """Megatron's wrappers hand a state dict on to the model inside; their own hooks never run."""
+def test_a_wrapped_baseline_refuses_it_too(megatron_rank):
+    """Megatron's wrappers pass a state dict to the model inside and do not run their own hooks."""
     config = transformer_config(bf16=True, params_dtype=torch.bfloat16)
     wrapped = Float16Module(config, build(None))
     state = build(FREE).state_dict()
@@ -508,7 +508,7 @@ def leaving_out(megatron_rank):
     for layer in model.decoder.layers:
         layer.self_attention.load_without_taps()
     assert everything - set(model.sharded_state_dict()) == set(taps(model))
-    # As often as it is asked, until the load.
+    # Every call leaves them out until the load.
     assert asked_for(model) == []
     return model
 

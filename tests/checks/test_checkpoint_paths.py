@@ -1,4 +1,4 @@
-"""Names below a checkpoint folder, against Megatron's own."""
+"""Names in a checkpoint folder, against Megatron's own."""
 
 import pytest
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
@@ -22,7 +22,7 @@ def test_names_are_megatrons(tmp_path):
     assert str(iteration_folder(tmp_path, RELEASE)) == expected
 
 
-def test_neither_a_number_nor_release_is_refused(tmp_path):
+def test_other_names_of_iterations_are_refused(tmp_path):
     with pytest.raises(ValueError, match="newest"):
         iteration_folder(tmp_path, "newest")
 

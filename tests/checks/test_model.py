@@ -1,4 +1,4 @@
-"""The report of which attention each layer got, and the stop where it is not what was asked for."""
+"""The report of each layer's attention, and the refusal of a model that was not asked for."""
 
 from types import SimpleNamespace
 
@@ -106,14 +106,14 @@ def test_layers_of_a_mixed_model_come_by_number(megatron_rank):
     model = gpt_model(config, spec)
     shifting = [layer[2] for layer in local_layers([model])]
     assert shifting == [None, None, FREE, None]
-    # Virtual pipeline stages come as chunks in any order.
+    # Chunks of virtual pipeline stages may come in any order.
     holder = SimpleNamespace(pg_collection=model.pg_collection)
     chunks = [torch.nn.ModuleList(model.decoder.layers[i:j]) for i, j in ((2, 4), (0, 2))]
     chunks[0].pg_collection = holder.pg_collection
     assert [layer[0] for layer in gather_layers(chunks)] == [1, 2, 3, 4]
 
 
-def test_the_report_passes_what_was_asked_for_and_says_it_once(megatron_rank, capsys):
+def test_the_right_model_passes_and_is_reported_once(megatron_rank, capsys):
     for kv_shift, line in (
         (
             FREE,
@@ -128,13 +128,13 @@ def test_the_report_passes_what_was_asked_for_and_says_it_once(megatron_rank, ca
         assert capsys.readouterr().out == line
 
 
-def test_a_vanilla_model_where_shifting_was_asked_for_stops_the_run(megatron_rank):
+def test_a_vanilla_model_instead_of_a_shifting_one_is_refused(megatron_rank):
     with pytest.raises(ValueError, match=r"vanilla \(SelfAttention\) in layers 1-2.*--spec"):
         ModelCheck(FREE)([build(None)])
 
 
-def test_a_shifting_model_where_the_twin_was_asked_for_stops_the_run(megatron_rank):
-    with pytest.raises(ValueError, match=r"vanilla twin.*KV shifting \(free.*layers 1-2"):
+def test_a_shifting_model_instead_of_the_baseline_is_refused(megatron_rank):
+    with pytest.raises(ValueError, match=r"baseline model.*KV shifting \(free.*layers 1-2"):
         ModelCheck(None)([build(FREE)])
 
 
@@ -150,7 +150,7 @@ def test_one_hook_is_added_whatever_the_number_of_stages(megatron_rank):
     assert isinstance(second, ModelCheck) and second.kv_shift is GATE
 
 
-def test_a_configuration_without_hooks_is_left_alone():
+def test_a_configuration_without_hooks_is_not_changed():
     report_after_build(transformer_config(), FREE)
     config = SimpleNamespace(post_wrap_hooks=None)
     report_after_build(config, FREE)

@@ -1,4 +1,4 @@
-"""Every way that is known to get a vanilla model while KV shifting was asked for, and its stop."""
+"""Every known way to get a vanilla model although KV shifting was asked for, and how it ends."""
 
 import os
 import sys
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("megatron_rank")
 
 @pytest.fixture
 def unimported():
-    """This package is not imported yet, as in a process of Megatron's; it is again afterwards."""
+    """Undo the package's import, as in a process of Megatron's, until the test ends."""
 
     def ours():
         return {name for name in sys.modules if name.partition(".")[0] == "kvshift_megatron"}
@@ -55,7 +55,7 @@ def unimported():
 
 @pytest.fixture(params=["on the command line", "in parsed arguments"])
 def told(request, unimported, megatron_arguments, monkeypatch):
-    """Tells a process what --spec is, in one of the ways in which Megatron hears of it."""
+    """Return a function that sets --spec in one of the places where Megatron finds it."""
 
     def tell(*spec):
         words = ["--bf16", "--spec", *spec, "--swiglu"]
@@ -72,7 +72,7 @@ def told(request, unimported, megatron_arguments, monkeypatch):
     ("module", "name"),
     [
         ("kvshift_megatron.layer_spec", "kv_shift_layer_spec"),
-        ("kvshift_megatron.finished_spec", "local_layer_spec"),
+        ("kvshift_megatron.static_spec", "local_layer_spec"),
         ("kvshift_megatron.specs.te_free.layer_specs", "kv_shift_layer_spec"),
         ("kvshift_megatron.layer_specs.kv_shift_layer_spec", "kv_shift_layer_spec"),
     ],
@@ -91,17 +91,17 @@ def test_a_misspelt_module_stops_a_script_that_imports_the_package_itself(unimpo
 
 
 @pytest.mark.parametrize("spec", [ModuleSpec(SelfAttention), [], ["local"], [None, None], "local"])
-def test_other_values_of_spec_are_somebody_elses(unimported, megatron_arguments, spec):
+def test_other_values_of_spec_are_ignored(unimported, megatron_arguments, spec):
     megatron_arguments(spec=spec)
     assert import_module(("kvshift_megatron.config", "KVShiftConfig")) is not None
 
 
-def test_what_nobody_can_catch(unimported, monkeypatch):
-    """Megatron goes on without a spec: `assert_kv_shift` is what is left (README, Out of reach)."""
+def test_what_cannot_be_caught(unimported, monkeypatch):
+    """Megatron goes on without a spec; only `assert_kv_shift` sees it (README, Out of reach)."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    # The name is a script's own, and neither on the command line nor in Megatron's arguments.
+    # The name is neither on the command line nor in Megatron's arguments, but in a script.
     assert import_module(("kvshift_megatron.layer_spec", "kv_shift_layer_spec")) is None
-    # Another package's name: nothing of this one is imported.
+    # The name of another package: this one is not imported at all.
     argv = ["train.py", "--spec", "kvshift_megatronic.layer_specs", "kv_shift_layer_spec"]
     monkeypatch.setattr(sys, "argv", argv)
     assert import_module(("kvshift_megatronic.layer_specs", "kv_shift_layer_spec")) is None
@@ -129,15 +129,15 @@ def test_the_names_of_the_readme_are_found(told):
     assert isinstance(spec, ModuleSpec)
 
 
-# --- multi-token prediction, which Megatron rebuilds from specs of its own ---
+# --- multi-token prediction, which Megatron builds from its own specs ---
 
 
 @pytest.fixture
 def megatron_arguments(monkeypatch):
-    """Sets Megatron's arguments, as its training scripts do."""
+    """Return a function that sets Megatron's arguments, as its training scripts do."""
 
     def set_arguments(**values):
-        # Everything else off.
+        # All other flags are missing, which counts as off.
         defaults = {
             "pipeline_model_parallel_size": 1,
             "context_parallel_size": 1,
@@ -174,7 +174,7 @@ def build(builder, config):
 
 
 def with_post_wrap_hooks(config, model):
-    """What GPTModelBuilder.build_distributed_models does after it has wrapped the model."""
+    """Run the hooks as GPTModelBuilder.build_distributed_models does after wrapping."""
     for hook in config.post_wrap_hooks:
         (model,) = hook([model])
     return model
@@ -190,7 +190,7 @@ def test_megatrons_builder_is_stopped_with_spec_and_mtp(megatron_arguments):
         build(GPTModelBuilder, config)
 
 
-def test_spec_with_mtp_is_refused_for_a_finished_spec(megatron_arguments):
+def test_mtp_with_a_static_spec_is_refused(megatron_arguments):
     megatron_arguments(spec=["kvshift_megatron.static_specs", "local_layer_spec"])
     gpt_model(transformer_config(), static_specs.local_layer_spec)
     megatron_arguments(spec=["kvshift_megatron.static_specs", "local_layer_spec"], mtp_num_layers=1)
@@ -199,7 +199,7 @@ def test_spec_with_mtp_is_refused_for_a_finished_spec(megatron_arguments):
 
 
 def test_megatrons_builder_is_stopped_with_mtp_of_its_own_specs():
-    """Without arguments, in a script of one's own: the hook on the configuration sees it."""
+    """Without Megatron's arguments, as in a user's script, the configuration's hook sees it."""
     from megatron.training.models.gpt import GPTModelBuilder
 
     config = mtp_config(transformer_layer_spec=kv_shift_layer_spec)
@@ -212,7 +212,7 @@ def test_megatrons_builder_is_stopped_with_mtp_of_its_own_specs():
         assert_kv_shift(model)
 
 
-def test_stock_mtp_beside_shifting_layers_is_found_on_every_release():
+def test_stock_mtp_after_shifting_layers_is_found_on_every_release():
     config = transformer_config(mtp_num_layers=1)
     layers = kv_shift_layer_spec(config, kv_shift=KV_SHIFT)
     stock = get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -239,8 +239,8 @@ def test_this_packages_builder_makes_mtp_that_shifts():
     )
     with_post_wrap_hooks(config, model)
 
-    twin = KVShiftGPTModelConfig(transformer=transformer_config(mtp_num_layers=1), **fields)
-    model = build(KVShiftGPTModelBuilder, twin)
+    baseline = KVShiftGPTModelConfig(transformer=transformer_config(mtp_num_layers=1), **fields)
+    model = build(KVShiftGPTModelBuilder, baseline)
     kinds = {type(m) for m in model.modules() if isinstance(m, SelfAttention)}
     assert kinds == {SelfAttention}
     assert (gpt.default_layer_spec, gpt.mtp_block_spec) == before
@@ -298,7 +298,7 @@ def test_megatron_still_ignores_the_hybrid_spec_with_inference_optimized(monkeyp
     assert hybrid_config_from_args(args, config).hybrid_stack_spec is None
 
 
-# --- the schedule plan, which runs layers without the documents' edges ---
+# --- the schedule plan, which does not pass the documents' bounds to layers ---
 
 
 @pytest.mark.parametrize("packing", ["sft", "dataloader_inter_document_masking"])
@@ -308,14 +308,14 @@ def test_the_schedule_plan_is_refused_with_packed_documents(megatron_arguments, 
     match = "overlap_moe_expert_parallel_comm with packed documents.*drop --overlap"
     with pytest.raises(ValueError, match=match):
         check_args(args)
-    # Also where the model is built by anyone else's script.
+    # The layers refuse it too, whichever script builds the model.
     with pytest.raises(ValueError, match=match):
         gpt_model(transformer_config(), static_specs.local_layer_spec)
     check_args(megatron_arguments(**overlap))
     check_args(megatron_arguments(**{packing: True}))
 
 
-# --- a spec that is shared, and changed by somebody ---
+# --- a shared spec that other code changes ---
 
 
 def local_attention_config(spec):
@@ -333,7 +333,7 @@ def local_attention_config(spec):
 
 @contextmanager
 def unset_backend():
-    """Megatron notes its attention backend in the environment, for the whole process."""
+    """Keep Megatron's attention backend, which it stores in the environment, to one test."""
     with mock.patch.dict(os.environ):
         for name in ("FLASH", "FUSED", "UNFUSED"):
             os.environ.pop(f"NVTE_{name}_ATTN", None)
@@ -345,28 +345,28 @@ def core_attentions(model):
 
 
 @pytest.fixture
-def finished_spec(monkeypatch):
-    """The module global; whatever is done to it is undone."""
+def static_spec(monkeypatch):
+    """Return the module global; changes to it are undone."""
     spec = static_specs.local_layer_spec
     parts = spec.submodules.self_attention.submodules
     monkeypatch.setattr(parts, "core_attention", parts.core_attention)
     return spec
 
 
-def test_megatrons_builder_swaps_core_attention_and_a_finished_spec_still_shifts(finished_spec):
+def test_megatrons_builder_swaps_core_attention_and_a_static_spec_still_shifts(static_spec):
     from megatron.training.models.gpt import GPTModelBuilder
 
-    config = local_attention_config(finished_spec)
+    config = local_attention_config(static_spec)
     with unset_backend():
         first, second = build(GPTModelBuilder, config), build(GPTModelBuilder, config)
     for model in (first, second):
         assert assert_kv_shift(model) == f"attention: {FREE_KIND} in layers 1-2; 16 taps"
         assert core_attentions(model) == [DotProductAttention] * 2
-    # Megatron's own global specs are not behind it.
+    # A model that is built directly from the changed spec shifts too.
     assert_kv_shift(gpt_model(transformer_config(), static_specs.local_layer_spec))
 
 
-def test_megatrons_builder_swaps_core_attention_of_a_callables_spec_for_nobody_else():
+def test_megatrons_builder_swaps_core_attention_in_its_own_copy_of_a_callables_spec():
     from megatron.training.models.gpt import GPTModelBuilder
 
     def taps(model):
@@ -380,8 +380,8 @@ def test_megatrons_builder_swaps_core_attention_of_a_callables_spec_for_nobody_e
     assert core_attentions(first) == core_attentions(second)
     plain = gpt_model(transformer_config(), kv_shift_layer_spec(transformer_config()))
     assert core_attentions(plain) == [SDPACoreAttention] * 2
-    twins = taps(plain)
-    assert all(torch.equal(tap, twins[name]) for name, tap in taps(second).items())
+    expected = taps(plain)
+    assert all(torch.equal(tap, expected[name]) for name, tap in taps(second).items())
 
 
 @pytest.mark.parametrize("change", ["module", "core_attention", "params", "layer"])

@@ -1,4 +1,4 @@
-"""Which attention stands where in a model, and where its vanilla twin has Megatron's."""
+"""The class of every attention in a model and in its baseline model."""
 
 import torch
 from megatron.core import parallel_state
@@ -8,18 +8,18 @@ from kvshift_megatron import assert_kv_shift
 from tests.distributed.canonical import canonical_name
 
 
-def of_model(chunks: list[torch.nn.Module], vanilla: list[torch.nn.Module]) -> dict:
-    """What the whole model has, on every rank.
+def of_model(chunks: list[torch.nn.Module], baseline: list[torch.nn.Module]) -> dict:
+    """Describe the whole model, on every rank.
 
     Args:
-        chunks: this rank's part of the model.
-        vanilla: the same of its vanilla twin.
+        chunks: This rank's part of the model.
+        baseline: This rank's part of the baseline model.
 
     Returns:
-        {"line": what `assert_kv_shift` says of the model, "refusal": what it raises instead,
-        "classes": {global name of an attention: its class}, "vanilla": the same of the twin}
+        {"line": what `assert_kv_shift` says of the model, or "refusal": what it raises, "classes":
+        {global name of an attention: its class}, "baseline": the same of the baseline model}.
     """
-    outcome = {"classes": _classes(chunks), "vanilla": _classes(vanilla)}
+    outcome = {"classes": _classes(chunks), "baseline": _classes(baseline)}
     try:
         return {"line": assert_kv_shift(chunks), **outcome}
     except ValueError as error:

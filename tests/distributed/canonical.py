@@ -1,6 +1,6 @@
-"""The same weights at every layout, and one whole tensor back from any layout.
+"""Give a model the same weights at every layout, and gather whole tensors from any layout.
 
-Written without the package's checkpoint code, which it helps to check: a parameter's whole tensor
+This does not use the package's checkpoint code, which it helps to check: a parameter's whole tensor
 is drawn from its name, and its slice follows from Megatron's partition attributes alone.
 """
 
@@ -13,10 +13,7 @@ from torch import Tensor
 
 
 def canonical_name(name: str, chunk: torch.nn.Module) -> str:
-    """A parameter's name with the global layer number instead of the stage's own.
-
-    Likewise the global number of an expert.
-    """
+    """Return a parameter's name with global numbers of its layer and expert, not the rank's own."""
     name = re.sub(r"(local_experts\.)(\d+)", _global_expert(chunk), name.replace("module.", ""))
     match = re.match(r"(decoder\.layers\.)(\d+)(\..*)", name)
     if match is None:
@@ -33,7 +30,7 @@ def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _global_expert(chunk: torch.nn.Module):
-    """What `re.sub` puts for (prefix, number among this rank's experts)."""
+    """Return the replacement for matches of (prefix, number among this rank's experts)."""
     experts = _unwrapped(chunk).config.num_moe_experts or 0
     local = experts // parallel_state.get_expert_model_parallel_world_size()
     first = parallel_state.get_expert_model_parallel_rank() * local
@@ -70,7 +67,7 @@ def _partition_dim(param) -> int | None:
 
 
 def _parts(name: str, whole: Tensor, tp: int, dim: int) -> list[Tensor]:
-    """The ranks' slices. A gated fc1 holds [gate; up], each sharded by itself."""
+    """Return the ranks' slices. A gated fc1 holds [gate; up], which are sharded separately."""
     if "linear_fc1" in name:
         gate, up = whole.chunk(2, dim)
         return [torch.cat(p, dim) for p in zip(gate.chunk(tp, dim), up.chunk(tp, dim))]
@@ -85,14 +82,14 @@ def _join(name: str, parts: list[Tensor], dim: int) -> Tensor:
 
 
 def gather(chunks: list[torch.nn.Module], tensor_of) -> dict[str, Tensor]:
-    """Whole tensors by canonical name, on every rank.
+    """Gather whole tensors by canonical name, on every rank.
 
     Args:
-        chunks: this rank's model chunks.
-        tensor_of: param -> tensor of the param's shape (its value or its gradient).
+        chunks: This rank's model chunks.
+        tensor_of: Returns a tensor of a parameter's shape, such as its value or gradient.
 
     Raises:
-        AssertionError: tensor-parallel ranks hold different values of a replicated parameter.
+        AssertionError: Tensor-parallel ranks hold different values of a replicated parameter.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     result, differing = {}, []
@@ -117,7 +114,7 @@ def gather(chunks: list[torch.nn.Module], tensor_of) -> dict[str, Tensor]:
         parts = [None] * group.size()
         torch.distributed.all_gather_object(parts, stages, group=group)
         stages = [stage for part in parts for stage in part]
-    # Checked after the last collective, so that no rank is left waiting in one.
+    # Checked after the last collective, so that no rank waits in one forever.
     differing = [name for _, names in stages for name in names]
     assert not differing, f"replicated, but differs between tensor-parallel ranks: {differing}"
     return {name: tensor for stage, _ in stages for name, tensor in stage.items()}

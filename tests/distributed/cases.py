@@ -1,4 +1,4 @@
-"""What is compared: models, and the layouts each of them runs at."""
+"""The compared models, and the layouts of each."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -10,8 +10,8 @@ from kvshift_megatron import KVShiftConfig
 class Model:
     """A tiny GPT; `transformer` overrides TransformerConfig fields.
 
-    With `hybrid`, a hybrid model instead, of one pipeline segment of that layer pattern after the
-    other (every pipeline stage gets as many).
+    With `hybrid`, a hybrid model with these layer patterns as pipeline segments, of which every
+    stage gets the same number.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Case:
-    """One model at one layout. Data parallelism takes what the other axes leave of the world."""
+    """One model at one layout. Ranks that the other axes do not use are data-parallel."""
 
     model: Model
     tp: int = 1
@@ -38,12 +38,12 @@ class Case:
     overlap: bool = False
     transformer: dict = field(default_factory=dict)
     planted_error: str | None = None
-    # bf16 only: a single process sums in another order (parts of a product, micro-batch size).
+    # bf16 only, (parts of a product, micro-batch size): a single process sums in another order.
     reordering: tuple[int, int] | None = None
 
     @property
     def layout(self) -> tuple[int, int, int, int | None]:
-        """What a launch's process groups depend on: (tp, pp, cp, vpp). `ep` makes its own."""
+        """What a launch's process groups depend on: (tp, pp, cp, vpp). `ep` adds its own groups."""
         return self.tp, self.pp, self.cp, self.vpp
 
     @property
@@ -68,7 +68,7 @@ MQA = Model("mqa", num_query_groups=1)
 MHA = Model("mha", num_query_groups=8)
 QK_NORM = Model("qk-layernorm", num_query_groups=2, transformer={"qk_layernorm": True})
 GATED = Model("output-gate", num_query_groups=2, transformer={"attention_output_gate": True})
-# Under CP 2 and 4: one token a chunk for a window of 2, two for a window of 3.
+# Under CP 2 and 4 these have chunks of one or two tokens.
 SHORT_4 = Model("gqa2-4-tokens", num_query_groups=2, seq_length=4)
 SHORT_8 = Model("gqa2-8-tokens", num_query_groups=2, seq_length=8)
 WINDOW_3 = Model("window3", num_query_groups=2, kv_shift=KVShiftConfig(window=3))
@@ -81,7 +81,7 @@ KEYS_ONLY = Model(
 VANILLA = Model("vanilla", kv_shift=None)
 BF16 = Model("bf16-gqa2", num_query_groups=2, bf16=True)
 
-# Layers 1 and 3 have the window, or no rotation; 2 and 4 are as everywhere else.
+# Layers 1 and 3 have the window, or no rotary embedding; 2 and 4 are ordinary.
 SLIDING = Model(
     "sliding-window",
     num_query_groups=2,
@@ -98,7 +98,7 @@ MOE = Model(
         "moe_router_topk": 2,
         "moe_ffn_hidden_size": 48,
         "moe_shared_expert_intermediate_size": 32,
-        # A balancing loss is one of each micro-batch, and those differ with the layout.
+        # A balancing loss depends on the micro-batches, which differ between layouts.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_token_dispatcher_type": "alltoall",
@@ -108,7 +108,7 @@ MTP = Model("mtp", num_query_groups=2, transformer={"mtp_num_layers": 1})
 
 
 def _block(groups: int | None = None, ffn: int | None = 96, linear: bool = False) -> dict:
-    """One layer of a heterogeneous model; without groups, no attention or one matrix."""
+    """Describe a layer of a heterogeneous model; without groups, no attention or one matrix."""
     return {
         "attention": {
             "num_query_groups": groups,
@@ -134,9 +134,9 @@ HETEROGENEOUS = Model(
 )  # fmt: skip
 HYBRID = Model("hybrid", num_query_groups=2, hybrid=("*-", "*-"))
 
-# Models of another kind than a stack of equal GPT layers; each has its attention looked at.
+# Models that are not a stack of equal, ordinary GPT layers.
 KINDS = (SLIDING, SCALED, NO_ROPE, MOE, MTP, HETEROGENEOUS, HYBRID)
-# The other dispatcher, over several ranks, hands gloo counts that it does not take.
+# On several ranks the other dispatcher passes counts to gloo that gloo does not accept.
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
 UNEVEN = {"pipeline_model_parallel_layout": "Et|tt|t|L"}
 UNEVEN_MTP = {"pipeline_model_parallel_layout": "Ett|t|t|mL"}
@@ -178,7 +178,7 @@ _TWO = [
     Case(GQA2, cp=2, transformer=SELECTIVE_RECOMPUTE),
     Case(GQA2, cp=2, distributed_optimizer=True, overlap=True),
     *(Case(model, tp=2, sp=True) for model in KINDS if model != HETEROGENEOUS),
-    # Without sequence parallelism, under which Megatron's linear replacement gives a wrong shape.
+    # Without sequence parallelism, with which Megatron's linear replacement has a wrong shape.
     Case(HETEROGENEOUS, tp=2),
     *(Case(model, pp=2) for model in (SLIDING, NO_ROPE, MOE, MTP, HYBRID)),
     Case(HETEROGENEOUS, pp=2, transformer=UNEVEN_HETEROGENEOUS),
@@ -215,15 +215,15 @@ _PLANTED = {
         Case(MQA, tp=2, planted_error="shared_groups_not_summed"),
         Case(BF16, tp=2, planted_error="taps_swapped"),
         Case(MTP, tp=2, planted_error="mtp_spec_not_converted"),
-        Case(GQA, cp=2, planted_error="second_half_from_wrong_rank"),
-        Case(GQA, cp=2, planted_error="no_own_edge_on_the_last_rank"),
+        Case(GQA, cp=2, planted_error="second_chunk_from_wrong_rank"),
+        Case(GQA, cp=2, planted_error="no_own_tokens_on_the_last_rank"),
         Case(GQA, cp=2, planted_error="no_backward_exchange"),
     ],
     4: [
         Case(GQA2, tp=4, planted_error="shard_permuted"),
         Case(GQA2, tp=4, sp=True, planted_error="shared_groups_not_summed"),
-        Case(GQA, cp=4, planted_error="second_half_from_wrong_rank"),
-        Case(GQA, cp=4, planted_error="no_own_edge_on_the_last_rank"),
+        Case(GQA, cp=4, planted_error="second_chunk_from_wrong_rank"),
+        Case(GQA, cp=4, planted_error="no_own_tokens_on_the_last_rank"),
         Case(GQA, cp=4, planted_error="no_backward_exchange"),
     ],
 }
@@ -250,7 +250,7 @@ BF16_LAYOUTS = _BF16
 
 
 def cases(world_size: int) -> list[Case]:
-    """Everything that the launch of this world size runs."""
+    """Return everything that the launch of this world size runs."""
     return [
         *LAYOUTS[world_size],
         *PLANTED.get(world_size, []),

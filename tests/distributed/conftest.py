@@ -1,4 +1,4 @@
-"""One launch per world size, its results shared by every test."""
+"""One launch per world size, whose results all tests share."""
 
 import json
 from pathlib import Path
@@ -13,14 +13,14 @@ _TIMEOUT = 600  # seconds for one launch; the largest takes under 100 on two cor
 
 
 class Results:
-    """What the cases of each world size gave; the launch happens when first asked for."""
+    """The results of each world size's cases, launched when first asked for."""
 
     def __init__(self, directory):
         self._directory = directory
         self._launched = {}
 
     def __call__(self, world_size: int, name: str) -> dict:
-        """The result of a case or property; re-raises its failure as an AssertionError."""
+        """Return the result of a case or property; raise its failure as an AssertionError."""
         output = self._directory / f"world-{world_size}"
         if world_size not in self._launched:
             output.mkdir()
@@ -36,7 +36,7 @@ class Results:
         return outcome["result"]
 
     def _check_release(self, world_size: int, output: Path) -> None:
-        """The ranks must have run the Megatron that this process imports."""
+        """Check that the ranks have run the Megatron that this process imports."""
         left = [output / f"megatron-{rank}.json" for rank in range(world_size)]
         said = self._launched[world_size].stdout[-5000:]
         assert all(path.exists() for path in left), f"not every rank started:\n{said}"

@@ -1,4 +1,4 @@
-"""Trains a case for a few steps with Megatron-Core's own schedules, DDP and optimizer."""
+"""Train a case for a few steps with Megatron-Core's own schedules, DDP and optimizer."""
 
 import contextlib
 import functools
@@ -28,23 +28,23 @@ from tests.distributed import attentions, canonical, models
 from tests.distributed.cases import Case
 from tests.distributed.plants import planted
 
-# The last one's loss is of parameters that two steps with moments have changed.
+# The last step's loss depends on two updates with Adam's moments.
 STEPS = 3
-# In bf16 runs that differ in rounding need more of them to move apart.
+# bf16 runs that differ only in rounding need more steps to diverge.
 BF16_STEPS = 5
 GLOBAL_BATCH = 8
 
 
 def run(case: Case) -> dict:
-    """Train `case` in its layout; returns what comparisons need, as CPU tensors and floats.
+    """Train `case` in its layout; return what comparisons need, as CPU tensors and floats.
 
     Returns:
         {"losses": [steps], "grad_norms": [steps], "params": {name: whole tensor after the last
-        step}, "grads": {name: whole gradient of the first step} (absent where the distributed
-        optimizer leaves each rank a shard of it), "weight_decay": {name: multiplier},
-        "attention": what `attentions.of_model` says, absent for a vanilla model}
+        step}, "grads": {name: whole gradient of the first step} (not with the distributed
+        optimizer, which leaves each rank a shard), "weight_decay": {name: multiplier},
+        "attention": from `attentions.of_model`, not for a vanilla model}.
     """
-    # The one that the model is built with: models.py.
+    # models.py plants this one when it builds the model.
     error = None if case.planted_error == models.MTP_NOT_CONVERTED else case.planted_error
     with expert_parallel(case), planted(error), reordered_sums(case.reordering):
         tensor_parallel.model_parallel_cuda_manual_seed(1234)
@@ -53,7 +53,7 @@ def run(case: Case) -> dict:
 
 @contextlib.contextmanager
 def expert_parallel(case: Case):
-    """The process groups of a case with expert parallelism; before and after, those without."""
+    """Set up the process groups of a case with expert parallelism, and then those without."""
     if case.ep == 1:
         yield
         return
@@ -99,8 +99,8 @@ def transformer_config(case: Case) -> TransformerConfig:
         expert_model_parallel_size=case.ep,
         virtual_pipeline_model_parallel_size=case.vpp,
         sequence_parallel=case.sp,
-        # What Megatron's arguments set for an interleaved schedule: without it, two stages would
-        # have two messages under way to each other in one batch, and could take one for the other.
+        # As Megatron's arguments set it for an interleaved schedule. Otherwise two stages would
+        # send each other two messages in one batch, and could mistake one for the other.
         overlap_p2p_comm=case.vpp is not None,
         batch_p2p_comm=case.vpp is None,
         pipeline_dtype=dtype,
@@ -114,7 +114,7 @@ def transformer_config(case: Case) -> TransformerConfig:
 
 
 def build(case: Case) -> list[torch.nn.Module]:
-    """The case's model chunks with canonical weights, not yet wrapped."""
+    """Build the case's model chunks, not yet wrapped."""
     config = transformer_config(case)
     chunks = []
     for stage in range(case.vpp or 1):
@@ -128,7 +128,7 @@ def build(case: Case) -> list[torch.nn.Module]:
 
 
 def prepare(case: Case, chunks: list[torch.nn.Module]) -> tuple[list[torch.nn.Module], object]:
-    """Canonical weights, Megatron's wrappers as the case has them, and an optimizer.
+    """Add canonical weights, the case's wrappers of Megatron, and an optimizer.
 
     Returns:
         (wrapped chunks, optimizer).
@@ -157,8 +157,8 @@ def prepare(case: Case, chunks: list[torch.nn.Module]) -> tuple[list[torch.nn.Mo
             min_lr=1e-3,
             weight_decay=0.1,
             clip_grad=1.0,
-            # Above the rounding of a gradient: with Adam's 1e-8 a gradient of almost 0 moves its
-            # parameter by what the processor's order of summation makes of it.
+            # Above the rounding of a gradient. With Adam's 1e-8 the step of a parameter whose
+            # gradient is almost 0 would depend on the processor's order of summation.
             adam_eps=1e-6,
             bf16=case.model.bf16,
             params_dtype=config.params_dtype,
@@ -184,8 +184,8 @@ def _train(case: Case) -> dict:
     chunks = build(case)
     result = {"losses": [], "grad_norms": []}
     if case.model.kv_shift is not None:
-        vanilla = build(replace(case, model=replace(case.model, kv_shift=None)))
-        result["attention"] = attentions.of_model(chunks, vanilla)
+        baseline = build(replace(case, model=replace(case.model, kv_shift=None)))
+        result["attention"] = attentions.of_model(chunks, baseline)
     chunks, optimizer = prepare(case, chunks)
     for step in range(BF16_STEPS if case.model.bf16 else STEPS):
         result["losses"].append(forward_backward(case, chunks, optimizer, step))
@@ -203,7 +203,7 @@ def _train(case: Case) -> dict:
 
 
 def forward_backward(case: Case, chunks, optimizer, step: int) -> float:
-    """One step's gradients, left in main_grad; returns the mean loss over the global batch."""
+    """Compute one step's gradients into main_grad; return the global batch's mean loss."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -220,7 +220,7 @@ def forward_backward(case: Case, chunks, optimizer, step: int) -> float:
         micro_batch_size=micro_batch,
         forward_only=False,
     )
-    # Only the last stage knows the loss: the others add zero.
+    # Only the last stage knows the loss; the others add zero.
     total = torch.tensor([sum(float(x["loss"]) for x in losses) if losses else 0.0]).double()
     torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
     ranks = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -229,14 +229,14 @@ def forward_backward(case: Case, chunks, optimizer, step: int) -> float:
 
 
 def _micro_batch(case: Case, samples: int) -> int:
-    """Its size: two micro-batches a rank, whose gradients are summed, and more for a pipeline."""
+    """Return the micro-batch size: two micro-batches per rank, and more for a pipeline."""
     if case.reordering:
         return case.reordering[1]
     return 2 if case.pp > 1 or case.model.bf16 else samples // 2
 
 
 def _samples(step: int, seq_length: int) -> torch.Tensor:
-    """int64 [GLOBAL_BATCH, seq_length + 1]."""
+    """Draw int64 [GLOBAL_BATCH, seq_length + 1]."""
     generator = torch.Generator().manual_seed(100 + step)
     return torch.randint(0, models.VOCAB_SIZE, (GLOBAL_BATCH, seq_length + 1), generator=generator)
 
@@ -261,11 +261,11 @@ def _forward_step(data_iterator, model):
 
 
 def mtp_loss_mask(labels: torch.Tensor) -> torch.Tensor:
-    """What the loss of multi-token prediction counts: everything but one token in the middle.
+    """Mask one token in the middle out of the loss of multi-token prediction.
 
     Each context-parallel rank takes the mean over its own tokens. The last token of a sequence has
-    no label two tokens ahead, so that of two ranks the first would have fewer; one token less on
-    the second makes the mean of both means that of the single process.
+    no label two tokens ahead, so that the first of two ranks would have one token less. With one
+    less on the second too, the mean of both means is that of the single process.
     """
     mask = torch.ones(labels.shape)
     mask[:, labels.size(1) // 2] = 0.0
@@ -273,7 +273,7 @@ def mtp_loss_mask(labels: torch.Tensor) -> torch.Tensor:
 
 
 def on_this_cp_rank(x: torch.Tensor) -> torch.Tensor:
-    """[b, s] -> [b, s / C]: chunks r and 2C-1-r of 2C, written down from the definition."""
+    """Return chunks r and 2C-1-r of [b, s], as [b, s / C], from the definition."""
     rank = parallel_state.get_context_parallel_rank()
     ranks = parallel_state.get_context_parallel_world_size()
     chunks = x.chunk(2 * ranks, dim=1)
@@ -281,7 +281,7 @@ def on_this_cp_rank(x: torch.Tensor) -> torch.Tensor:
 
 
 def _weight_decay(chunks, optimizer) -> dict[str, float]:
-    """Canonical name -> weight-decay multiplier, of the parameters that the optimizer holds."""
+    """Return weight-decay multipliers of the optimizer's parameters, by canonical name."""
     names = {
         id(param): canonical.canonical_name(name, chunk)
         for chunk in chunks
@@ -297,10 +297,10 @@ def _weight_decay(chunks, optimizer) -> dict[str, float]:
 
 @contextlib.contextmanager
 def reordered_sums(reordering: tuple[int, int] | None):
-    """Sum in `chunks` rounded parts what tensor parallelism sums over that many ranks.
+    """Sum in rounded parts what tensor parallelism sums over as many ranks.
 
     These are the outputs of row-parallel layers, and in the backward pass the input gradients of
-    column-parallel ones.
+    column-parallel layers.
     """
     if reordering is None:
         yield

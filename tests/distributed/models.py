@@ -1,4 +1,4 @@
-"""Building one model chunk of a case: a GPT of any kind, or a hybrid stack."""
+"""Build one model chunk of a case: a GPT of any kind, or a hybrid stack."""
 
 from unittest import mock
 
@@ -35,12 +35,12 @@ except ImportError:  # before 0.18
     from megatron.core.ssm.mamba_block import MambaStackSubmodules as HybridStackSubmodules
 
 VOCAB_SIZE = 64
-# A planted error of the model itself: multi-token prediction gets what Megatron builds by itself.
+# A planted error of the model itself: multi-token prediction with Megatron's own spec.
 MTP_NOT_CONVERTED = "mtp_spec_not_converted"
 
 
 def chunk(case: Case, config: TransformerConfig, vp_stage: int | None) -> torch.nn.Module:
-    """One chunk of this rank, with weights of Megatron's own initialization."""
+    """Build one chunk of this rank, with weights of Megatron's own initialization."""
     arguments = dict(
         config=config,
         vocab_size=VOCAB_SIZE,
@@ -73,7 +73,7 @@ def _specs(case: Case, config: TransformerConfig, vp_stage: int | None) -> tuple
 
 
 def _stock_specs(config: TransformerConfig, vp_stage: int | None) -> tuple:
-    """The layers and the multi-token prediction that Megatron's own model builder would take."""
+    """Return the specs that Megatron's own model builder would use."""
     if config.heterogeneous_block_specs:
         return get_gpt_heterogeneous_layer_spec(config, use_te=False, vp_stage=vp_stage), None
     block = get_gpt_decoder_block_spec(
@@ -85,9 +85,9 @@ def _stock_specs(config: TransformerConfig, vp_stage: int | None) -> tuple:
 
 
 def _hybrid(case: Case, arguments: dict) -> torch.nn.Module:
-    """Attention and MLP layers: Mamba's own need a GPU, and Megatron has a hybrid spec for TE only.
+    """Build attention and MLP layers: Mamba's need a GPU, and Megatron's hybrid spec needs TE.
 
-    The final norm is no part of a hybrid spec; Transformer Engine's is replaced by hand.
+    The final norm is not part of a hybrid spec, so that Transformer Engine's is replaced here.
     """
     spec = ModuleSpec(HybridStack, submodules=_hybrid_layers())
     spec, _ = convert_specs(spec, None, arguments["config"], case.model.kv_shift)
@@ -100,7 +100,7 @@ def _hybrid(case: Case, arguments: dict) -> torch.nn.Module:
 
 
 def _hybrid_layers() -> HybridStackSubmodules:
-    """The two halves of Megatron's TE-free GPT layer, each as a layer of its own."""
+    """Return the attention and the MLP of Megatron's TE-free GPT layer as two kinds of layers."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm").submodules
     return HybridStackSubmodules(
         attention_layer=ModuleSpec(

@@ -1,4 +1,4 @@
-"""Packed documents over context-parallel ranks: each must give what it gives alone."""
+"""Packed documents on context-parallel ranks, each of which must give what it gives alone."""
 
 import torch
 from megatron.core import parallel_state
@@ -11,12 +11,12 @@ from tests.distributed import canonical
 from tests.distributed.cases import Case
 from tests.distributed.engine import transformer_config
 
-# Document lots are drawn from these seeds; a failure names its seed.
+# Seeds of the documents' lengths and contents; a failure names its seed.
 SEEDS = range(6)
 
 
 def document_lengths(seed: int, window: int, ranks: int = 4) -> list[int]:
-    """Lengths that 4 ranks can also share: multiples of 8, each chunk as long as the look-back."""
+    """Draw lengths that 4 ranks can split, with chunks at least as long as the shift looks back."""
     generator = torch.Generator().manual_seed(seed)
     count = int(torch.randint(1, 6, (1,), generator=generator))
     shortest = window - 1
@@ -25,7 +25,7 @@ def document_lengths(seed: int, window: int, ranks: int = 4) -> list[int]:
 
 
 def hidden_states(seed: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input, gradient of the output), each [tokens, 1, 64]."""
+    """Draw (input, gradient of the output), each fp32 [tokens, 1, 64]."""
     generator = torch.Generator().manual_seed(1000 + seed)
     return tuple(torch.randn(tokens, 1, 64, generator=generator) for _ in range(2))
 
@@ -41,7 +41,7 @@ def attention_of(case: Case) -> torch.nn.Module:
 
 
 def alone(case: Case) -> dict[int, dict]:
-    """Seed -> what each document gives by itself, on one rank and unpacked, one behind another."""
+    """Run each document alone, unpacked on one rank; return the joined results by seed."""
     results = {}
     for seed in SEEDS:
         attention = attention_of(case)
@@ -58,7 +58,7 @@ def alone(case: Case) -> dict[int, dict]:
 
 
 def packed(case: Case) -> dict[int, dict]:
-    """The same documents packed and spread over the context-parallel ranks."""
+    """Run the same documents packed and split over the context-parallel ranks."""
     rank = parallel_state.get_context_parallel_rank()
     group = parallel_state.get_context_parallel_group()
     results = {}
@@ -89,7 +89,7 @@ def packed(case: Case) -> dict[int, dict]:
 
 
 def local_tokens(lengths: list[int], rank: int, ranks: int) -> torch.Tensor:
-    """Indices of this rank's tokens: chunks r and 2C-1-r of each document, from the definition."""
+    """Return the indices of a rank's tokens: chunks r and 2C-1-r of each document."""
     indices, start = [], 0
     for length in lengths:
         chunks = torch.arange(start, start + length).chunk(2 * ranks)

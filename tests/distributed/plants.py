@@ -1,4 +1,4 @@
-"""Errors planted on purpose, to show that the comparisons would notice them."""
+"""Errors to plant, which the comparisons must notice."""
 
 import contextlib
 from unittest import mock
@@ -14,7 +14,7 @@ from kvshift_megatron.specs.te_free import SDPACoreAttention
 
 
 def planted(error: str | None) -> contextlib.AbstractContextManager:
-    """The context in which the named error is in force."""
+    """Return a context with the named error, or without any."""
     return _PLANTS[error]() if error else contextlib.nullcontext()
 
 
@@ -32,7 +32,7 @@ def _taps_swapped():
 
 
 def _shard_permuted():
-    """Rank 1 applies its groups' taps in reverse; with one group a rank, another rank's taps."""
+    """Reverse the order of rank 1's groups, or of its taps if it has one group."""
 
     def change(self, taps):
         if self.pg_collection.tp.rank() != 1:
@@ -55,7 +55,7 @@ def _shift_by_two():
 
 @contextlib.contextmanager
 def _rope_before_shift():
-    """The shift moves behind the rotation, into the core attention."""
+    """Shift after the rotation, in the core attention."""
     forward = SDPACoreAttention.forward
     taps = {}
 
@@ -87,8 +87,8 @@ def _patch_exchange(name, change):
     return mock.patch.object(HaloExchange, name, lambda *args: change(original, *args))
 
 
-def _second_half_from_wrong_rank():
-    """Second halves take their history from below, where only first halves should."""
+def _second_chunk_from_wrong_rank():
+    """Give second chunks the tokens from the rank below, which belong before first chunks."""
 
     def finish(original, self):
         below, above = self._received
@@ -98,9 +98,9 @@ def _second_half_from_wrong_rank():
     return _patch_exchange("finish", finish)
 
 
-def _no_own_edge_on_the_last_rank():
-    def start(original, self, tails):
-        original(self, tails)
+def _no_own_tokens_on_the_last_rank():
+    def start(original, self, last_tokens):
+        original(self, last_tokens)
         if self._rank == self._size - 1:
             self._received[1].zero_()
 
@@ -111,8 +111,8 @@ def _no_backward_exchange():
     return _patch_exchange("finish_backward", lambda original, self: original(self).zero_())
 
 
-def _halves_of_the_whole_sequence():
-    """Packed documents are cut as if they were one: boundaries in the middle of the memory."""
+def _chunks_of_the_whole_sequence():
+    """Cut packed documents into chunks as if they were one document."""
     return mock.patch.object(
         context_parallel,
         "PackedZigzagChunks",
@@ -121,9 +121,9 @@ def _halves_of_the_whole_sequence():
 
 
 _PLANTS = {
-    "halves_of_the_whole_sequence": _halves_of_the_whole_sequence,
-    "second_half_from_wrong_rank": _second_half_from_wrong_rank,
-    "no_own_edge_on_the_last_rank": _no_own_edge_on_the_last_rank,
+    "chunks_of_the_whole_sequence": _chunks_of_the_whole_sequence,
+    "second_chunk_from_wrong_rank": _second_chunk_from_wrong_rank,
+    "no_own_tokens_on_the_last_rank": _no_own_tokens_on_the_last_rank,
     "no_backward_exchange": _no_backward_exchange,
     "taps_swapped": _taps_swapped,
     "shard_permuted": _shard_permuted,

@@ -1,4 +1,4 @@
-"""A rank that does as it is told: python -m tests.distributed.probe_rank WHAT FOLDER"""
+"""A rank with a given behaviour: python -m tests.distributed.probe_rank WHAT FOLDER."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ def main(what: str, folder: Path) -> None:
     store, rank, ranks = next(torch.distributed.rendezvous("env://"))
     (folder / f"rank-{rank}").write_text(str(os.getpid()))
     if what == "meets":
-        # The first leaves; its store is none of its own.
+        # The first rank ends; the others still use the store, which is not in its process.
         if rank:
             time.sleep(0.5)
             store.set(f"late {rank}", "there")

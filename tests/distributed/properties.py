@@ -1,4 +1,4 @@
-"""Facts about a parallel model that are not a comparison of two runs."""
+"""Properties of a parallel model, other than comparisons of two runs."""
 
 from collections.abc import Callable
 
@@ -12,33 +12,33 @@ from tests.distributed.cases import GQA, GQA2, MQA, VANILLA, WINDOW_3, Case
 from tests.distributed.engine import build
 from tests.distributed.plants import planted
 
-# World size -> the models whose initial taps, checkpoint entries and report are looked at.
+# World size -> models whose initial taps, checkpoint entries and report are checked.
 LAYOUTS = {
     1: [Case(GQA2)],
     2: [Case(GQA2, tp=2), Case(MQA, tp=2), Case(GQA, pp=2), Case(GQA, pp=2, vpp=2)],
     4: [Case(GQA, tp=4), Case(GQA2, tp=4), Case(MQA, tp=2, pp=2), Case(WINDOW_3, tp=4)],
 }
 
-# World size -> models run on packed documents; world size 1 runs each document by itself.
+# World size -> models run on packed documents; world size 1 runs each document alone.
 _PACKED_MODELS = (GQA2, MQA, WINDOW_3)
 PACKED = {
     1: [Case(model) for model in _PACKED_MODELS],
     2: [
         *(Case(model, cp=2) for model in _PACKED_MODELS),
-        Case(GQA2, cp=2, planted_error="halves_of_the_whole_sequence"),
+        Case(GQA2, cp=2, planted_error="chunks_of_the_whole_sequence"),
         Case(GQA2, cp=2, planted_error="no_backward_exchange"),
     ],
     4: [
         *(Case(model, cp=4) for model in _PACKED_MODELS),
         Case(MQA, tp=2, cp=2),
-        Case(GQA2, cp=4, planted_error="second_half_from_wrong_rank"),
+        Case(GQA2, cp=4, planted_error="second_chunk_from_wrong_rank"),
     ],
 }
 TRAFFIC = {1: [], 2: [Case(GQA2, cp=2)], 4: [Case(GQA2, cp=4), Case(WINDOW_3, cp=4)]}
 
 
 def properties(world_size: int) -> list[tuple[str, Case, Callable]]:
-    """(name, layout, job of that layout's model chunks) for one world size."""
+    """Return (name, layout, job that takes the layout's model chunks) for one world size."""
     found = []
     for case in LAYOUTS[world_size]:
         found.append((f"initial-taps-{case.name}", case, _initial_taps))
@@ -57,22 +57,22 @@ def properties(world_size: int) -> list[tuple[str, Case, Callable]]:
 
 
 def run(case: Case, job: Callable):
-    """Build the case's model in its layout and ask `job` about it."""
+    """Build the case's model in its layout and run `job` on it."""
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
-    # What differs between pipeline stages and replicas in Megatron must not reach the taps.
+    # Megatron's seeds differ between pipeline stages and replicas; taps must not depend on them.
     torch.manual_seed(torch.distributed.get_rank())
     with planted(case.planted_error):
         return job(case, build(case))
 
 
 def _initial_taps(case: Case, chunks) -> dict[str, torch.Tensor]:
-    """Every tap as built, whole, by canonical name."""
+    """Return the whole initial taps, by canonical name."""
     params = canonical.gather(chunks, lambda param: param)
     return {name: value for name, value in params.items() if ".alpha_" in name or ".beta_" in name}
 
 
 def expected_initial_taps(case: Case, seed: int = 1234) -> dict[str, torch.Tensor]:
-    """The same from the definition alone; 1234 is Megatron's default seed."""
+    """Compute the same from the definition; 1234 is Megatron's default seed."""
     groups = case.model.num_query_groups
     return {
         f"decoder.layers.{layer - 1}.self_attention.{name}": value.float()
@@ -82,7 +82,7 @@ def expected_initial_taps(case: Case, seed: int = 1234) -> dict[str, torch.Tenso
 
 
 def _sharded(case: Case, chunks) -> list[dict]:
-    """Every rank's ShardedTensors of taps, gathered."""
+    """Gather all ranks' ShardedTensors of taps."""
     entries = []
     for chunk in chunks:
         metadata = {

@@ -1,4 +1,4 @@
-"""Which layouts save a checkpoint, which load it, and what is planted between the two."""
+"""Which layouts save a checkpoint, which load it, and which errors are planted."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -8,14 +8,14 @@ from unittest import mock
 from kvshift_megatron.attention import self_attention
 from tests.distributed.cases import BF16, GATE, GQA, GQA2, MQA, WINDOW_3, Case
 
-# Adam has its moments after the first step, and both steps' in them after the second.
+# After the second step Adam's moments hold the gradients of two steps.
 SAVED_AFTER = 2
 STEPS = 4
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A case on that many ranks."""
+    """A case on a number of ranks."""
 
     ranks: int
     case: Case
@@ -31,7 +31,7 @@ _PLAIN = {
     2: [{"tp": 2}, {"pp": 2}, {"cp": 2}],
     4: [{"tp": 4}, {"tp": 2, "pp": 2}, {"tp": 2, "cp": 2}],
 }
-# What the tensor-, pipeline- and context-parallel axes leave is data parallelism.
+# Ranks that tensor, pipeline and context parallelism do not use are data-parallel.
 _SHARDED_OPTIMIZER = {1: [{}], 2: [{}, {"cp": 2}], 4: [{"tp": 4}, {"tp": 2, "sp": True}]}
 _PIPELINES = {1: [{}], 2: [{"pp": 2, "vpp": 2}], 4: [{"tp": 2, "pp": 2}]}
 _SHARED_GROUPS = {1: [{}], 2: [{"tp": 2}], 4: [{"tp": 4}]}
@@ -45,12 +45,12 @@ def _family(model, layouts: dict, distributed_optimizer: bool = False) -> list[L
     ]
 
 
-# Half the layers of the other tests: everything is there twice, and nothing four times.
+# Two layers instead of the other tests' four: enough to tell layers apart.
 _GQA, _GQA2, _BF16, _MQA = (
     replace(model, transformer={"num_layers": 2}) for model in (GQA, GQA2, BF16, MQA)
 )
 
-# Layouts of one model and one kind of optimizer state: each loads what each has saved.
+# Layouts of one model and one kind of optimizer state; each loads what every one has saved.
 FAMILIES = {
     "gqa4": _family(_GQA, _PLAIN),
     "gqa2-distopt": _family(_GQA2, _SHARDED_OPTIMIZER, True),
@@ -63,7 +63,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Plant:
-    """An error in how the taps are declared, while `saver` saves and, if so, `loader` loads."""
+    """An error in how taps are declared while `saver` saves, and perhaps while `loader` loads."""
 
     saver: Layout
     loader: Layout
@@ -76,7 +76,7 @@ class Plant:
 
 
 def in_force(declared: Callable | None) -> AbstractContextManager:
-    """The context in which the taps are declared to Megatron's checkpoints by this function."""
+    """Return a context in which this function declares the taps to Megatron's checkpoints."""
     if declared is None:
         return nullcontext()
     return mock.patch.object(self_attention, "make_sharded_tensors_for_checkpoint", declared)
@@ -86,12 +86,12 @@ _right = self_attention.make_sharded_tensors_for_checkpoint
 
 
 def _one_ranks_groups_for_all(tensors, prefix, tensor_parallel_layers_axis_map, **kwargs):
-    """What Megatron does with parameters that a module does not declare by itself."""
+    """Save one rank's groups for all, as Megatron does for parameters that are not declared."""
     return _right(tensors, prefix, tensor_parallel_layers_axis_map={}, **kwargs)
 
 
 def _groups_swapped(*args, **kwargs):
-    """The first tensor-parallel rank's groups as the last one's, and the reverse."""
+    """Swap the groups of the first and the last tensor-parallel rank."""
     sharded = _right(*args, **kwargs)
     for tensor in sharded.values():
         *others, offset = tensor.global_offset

@@ -2,8 +2,8 @@
 
 torchrun ... -m tests.distributed.resharding_worker OUTPUT_DIR
 
-A layout on fewer ranks than the launch has runs on some of them, beside others: checkpoints cross
-between layouts as files, and no layout knows of another's process groups.
+A layout with fewer ranks than the launch runs on some of them, while others run on the rest:
+layouts exchange checkpoints as files, and have separate process groups.
 """
 
 import json
@@ -28,15 +28,15 @@ def main(output: Path) -> None:
 
     from tests.distributed import resharding
 
-    # Megatron collects what was written in a process of its own. Forked here, before there are
-    # threads: one that starts afresh takes seconds to import torch.
+    # The process in which Megatron collects what was written. Forked here, before there are
+    # threads: a spawned one would take seconds to import torch.
     filesystem_async.get_write_results_queue(mp_mode="fork")
     work = [0] * world_size
     for phase in (_saves, _loads):
         jobs = {}
         for layout, name, *job in phase(output, resharding, world_size):
             jobs.setdefault((layout.ranks, layout.case.layout), []).append((name, *job))
-        # The largest come first and need every rank, so that all is saved before any is loaded.
+        # The largest layouts come first. They need every rank, so all saves end before any load.
         for ranks, layout in sorted(jobs, key=lambda key: -key[0]):
             if ranks > world_size:
                 continue
@@ -52,7 +52,7 @@ def main(output: Path) -> None:
 
 
 def _saves(output: Path, table, world_size: int) -> Iterator[tuple[object, str, Callable, tuple]]:
-    """(layout, name, function, its arguments) of everything that is saved."""
+    """Yield (layout, name, function, arguments) of everything that is saved."""
     for name, family in table.FAMILIES.items():
         yield family[0], f"unbroken:{name}", _unbroken, (family[0].case,)
         for layout in family:
@@ -63,12 +63,12 @@ def _saves(output: Path, table, world_size: int) -> Iterator[tuple[object, str, 
 
 
 def _loads(output: Path, table, world_size: int) -> Iterator[tuple[object, str, Callable, tuple]]:
-    """The same of everything that is loaded: each layout reads what its family has saved."""
+    """Yield the same of everything that is loaded: each layout reads what its family has saved."""
     for family in table.FAMILIES.values():
         saved = [layout for layout in family if layout.ranks <= world_size]
         for before, layout in zip([saved[-1], *saved], saved):
             folders = [output / saver.name for saver in saved]
-            # In bf16 another layout's losses are another layout's.
+            # In bf16 losses differ between layouts.
             goes_on = {layout.name} if layout.case.model.bf16 else {layout.name, before.name}
             yield layout, f"load:{layout.name}", _load, (folders, layout.case, goes_on)
     for plant in table.PLANTS:
@@ -84,7 +84,7 @@ def _unbroken(case) -> dict:
 
 
 def _save(directory: Path, case, declared: Callable | None = None) -> dict:
-    """What was saved, whole, and the losses of all steps: those after the save included."""
+    """Save a checkpoint; return the whole state, and the losses of steps before and after."""
     from tests.distributed import resharding, training_state
 
     state = training_state.start(case)
@@ -97,9 +97,9 @@ def _save(directory: Path, case, declared: Callable | None = None) -> dict:
 
 
 def _load(folders: list[Path], case, goes_on: set[str], declared: Callable | None = None) -> dict:
-    """Saver -> how the state that was loaded differs from the saved one.
+    """Load each checkpoint; return how its state differs from the saved one.
 
-    For the savers in `goes_on` also the losses of the steps that follow.
+    For savers in `goes_on` also return the losses of the steps that follow.
     """
     from tests.distributed import resharding, training_state
 

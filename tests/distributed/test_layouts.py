@@ -1,4 +1,4 @@
-"""Every parallel layout trains like the single process: losses, gradients, norms, parameters."""
+"""Every parallel layout trains like a single process: losses, gradients, norms, parameters."""
 
 import itertools
 import re
@@ -12,7 +12,7 @@ from tests.support.tolerances import BF16_SPREADS, FP32_REL
 
 
 def compare_runs(actual: dict, expected: dict) -> None:
-    """Losses and gradient norms of every step, first gradients and final parameters."""
+    """Compare losses and gradient norms of every step, first gradients and final parameters."""
     for step, (got, want) in enumerate(zip(actual["losses"], expected["losses"], strict=True)):
         assert abs(got - want) <= FP32_REL * abs(want), f"loss of step {step}: {got} != {want}"
     norms = zip(actual["grad_norms"], expected["grad_norms"], strict=True)
@@ -27,10 +27,10 @@ def compare_runs(actual: dict, expected: dict) -> None:
 
 
 def taps_joined(tensors: dict) -> dict:
-    """The alphas of a layer as one vector, likewise its betas.
+    """Join the alphas of a layer into one vector, and its betas.
 
-    The gradient of one tap is a sum over all tokens that can cancel to nearly nothing, and then
-    has no relative accuracy of its own (or is exactly zero: `clamp`).
+    The gradient of one tap is a sum over all tokens. It can cancel to almost nothing, and then its
+    own relative error means nothing (with `clamp` it can be exactly zero).
     """
     joined = {}
     for name, tensor in tensors.items():
@@ -63,7 +63,7 @@ def test_planted_error_is_noticed(results, world_size, case):
 
 
 def test_reference_run_learns_its_taps(results):
-    """Guards the comparison itself: taps that got no gradient would agree everywhere."""
+    """Guard the comparison: taps without gradients would agree everywhere."""
     run = results(1, REFERENCES["gqa2"].name)
     taps = [name for name in run["grads"] if ".alpha_" in name or ".beta_" in name]
     assert len(taps) == 4 * 4
@@ -71,7 +71,7 @@ def test_reference_run_learns_its_taps(results):
 
 
 def test_recompute_changes_nothing_at_all(results):
-    """Without a reduction in another order there is no tolerance to need."""
+    """No sum is in another order, so that no tolerance is needed."""
     expected = reference(results, REFERENCES["gqa2"])
     for case in LAYOUTS[1]:
         if case.transformer:
@@ -82,7 +82,7 @@ def test_recompute_changes_nothing_at_all(results):
 
 
 def bf16_distances(run: dict, base: dict) -> dict[str, float]:
-    """How far a run is from the base run: worst step's loss, and all parameters together."""
+    """Return a run's distance from the base run: of the worst loss, and of all parameters."""
     losses = zip(run["losses"], base["losses"], strict=True)
     names = sorted(base["params"])
     flat = [torch.cat([r["params"][name].flatten() for name in names]) for r in (run, base)]
@@ -93,7 +93,7 @@ def bf16_distances(run: dict, base: dict) -> dict[str, float]:
 
 
 def bf16_base_and_spread(results) -> tuple[dict, dict[str, float]]:
-    """The single process, and the largest distance between any two of its reordered runs."""
+    """Return the single process and the largest distance between any two of its reordered runs."""
     base = results(1, REFERENCES[BF16.name].name)
     runs = [base, *(results(1, case.name) for case in BF16_LAYOUTS[1])]
     pairs = [bf16_distances(a, b) for a, b in itertools.combinations(runs, 2)]
@@ -102,7 +102,7 @@ def bf16_base_and_spread(results) -> tuple[dict, dict[str, float]]:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_bf16_layouts_stay_within_the_spread_of_reordering(results, world_size):
-    """The bound is measured: how far apart single-process runs in other summation orders are."""
+    """The bound is measured: the distance of single-process runs with other summation orders."""
     base, spread = bf16_base_and_spread(results)
     for case in BF16_LAYOUTS[world_size]:
         for quantity, distance in bf16_distances(results(world_size, case.name), base).items():
@@ -113,7 +113,7 @@ def test_bf16_layouts_stay_within_the_spread_of_reordering(results, world_size):
 
 
 def test_bf16_bound_notices_a_planted_error(results):
-    """Taps swapped move a bf16 run by far more than the order of summation does."""
+    """Swapped taps change a bf16 run far more than the order of summation does."""
     base, spread = bf16_base_and_spread(results)
     wrong = results(2, Case(BF16, tp=2, planted_error="taps_swapped").name)
     assert bf16_distances(wrong, base)["loss"] > BF16_SPREADS * spread["loss"]

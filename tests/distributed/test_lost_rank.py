@@ -1,4 +1,4 @@
-"""A rank that dies or hangs during the exchange ends the others in time, and is named."""
+"""If a rank dies or hangs during the exchange, the others end in time and name it."""
 
 import contextlib
 import os
@@ -42,7 +42,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-# Without torchrun, which would end the others itself.
+# Not with torchrun, which would end the others itself.
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_the_others_end_in_time_and_name_it(how):
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}

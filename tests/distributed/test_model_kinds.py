@@ -1,4 +1,4 @@
-"""Every kind of model shifts exactly where Megatron has a SelfAttention."""
+"""Every kind of model shifts in exactly the layers where Megatron has a SelfAttention."""
 
 import pytest
 
@@ -14,7 +14,7 @@ from tests.distributed.cases import (
     Case,
 )
 
-# Numbers, from 0, of the decoder layers with a SelfAttention; all four where nothing is said.
+# Numbers, from 0, of the decoder layers with a SelfAttention; all four if not listed.
 _SHIFTING = {"heterogeneous": (0, 1, 4), "hybrid": (0, 2)}
 _CASES = [
     (world, case)
@@ -30,23 +30,23 @@ _CASES = [
 def test_kv_shift_stands_exactly_where_self_attention_stood(results, world_size, case):
     found = results(world_size, case.name)["attention"]
     assert "refusal" not in found
-    stood = {name for name, kind in found["vanilla"].items() if kind == "SelfAttention"}
+    before = {name for name, kind in found["baseline"].items() if kind == "SelfAttention"}
     shifts = {name for name, kind in found["classes"].items() if kind == "KVShiftSelfAttention"}
     numbers = _SHIFTING.get(case.model.name, range(4))
     expected = {f"decoder.layers.{number}.self_attention" for number in numbers}
-    decoder = {name for name in stood if name.startswith("decoder.")}
+    decoder = {name for name in before if name.startswith("decoder.")}
     assert decoder == expected
-    assert len(stood - decoder) == (case.model == MTP)
-    assert shifts == stood
-    # Everything else stays what it was.
-    for name in found["vanilla"].keys() - stood:
-        assert found["classes"][name] == found["vanilla"][name]
-    assert found["classes"].keys() == found["vanilla"].keys()
+    assert len(before - decoder) == (case.model == MTP)
+    assert shifts == before
+    # All other attentions are unchanged.
+    for name in found["baseline"].keys() - before:
+        assert found["classes"][name] == found["baseline"][name]
+    assert found["classes"].keys() == found["baseline"].keys()
 
 
 @pytest.mark.parametrize("model", [SLIDING, SCALED, NO_ROPE], ids=lambda model: model.name)
 def test_a_setting_of_the_attention_has_an_effect(results, model):
-    """Guards the comparison of layouts: a setting that nothing reads would agree everywhere."""
+    """Guard the comparison of layouts: a setting that nothing reads would agree everywhere."""
     plain, other = (results(1, REFERENCES[name].name)["losses"][0] for name in ("gqa2", model.name))
     assert abs(plain - other) > 1e-4 * plain
 

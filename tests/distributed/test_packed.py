@@ -1,4 +1,4 @@
-"""Packed documents over context-parallel ranks give what each document gives alone."""
+"""Packed documents on context-parallel ranks give what each document gives alone."""
 
 import pytest
 
@@ -21,21 +21,21 @@ def cases(planted: bool):
     )
 
 
-def compare_lots(actual: dict, expected: dict, window: int) -> None:
+def compare_seeds(actual: dict, expected: dict, window: int) -> None:
     for seed in SEEDS:
         got, want = taps_joined(actual[seed]), taps_joined(expected[seed])
         assert got.keys() == want.keys()
         for name in want:
-            # Another tensor-parallel size holds another slice of the weights.
+            # At another tensor-parallel size ranks hold other slices of the weights.
             if got[name].shape == want[name].shape:
-                lot = f"seed {seed}, documents {document_lengths(seed, window)}"
-                assert_close_rel(f"{lot}: {name}", got[name], want[name])
+                drawn = f"seed {seed}, documents {document_lengths(seed, window)}"
+                assert_close_rel(f"{drawn}: {name}", got[name], want[name])
 
 
 def compare(results, world_size, case) -> None:
     alone = results(1, f"property:packed-{case.model.name}-tp1")
     packed = results(world_size, f"property:packed-{case.name}")
-    compare_lots(packed, alone, case.model.kv_shift.window)
+    compare_seeds(packed, alone, case.model.kv_shift.window)
 
 
 @cases(planted=False)
@@ -49,7 +49,7 @@ def test_planted_error_is_noticed(results, world_size, case):
         compare(results, world_size, case)
 
 
-def test_the_lots_differ():
-    lots = [tuple(document_lengths(seed, 2)) for seed in SEEDS]
-    assert len(set(lots)) > len(SEEDS) // 2
-    assert any(len(lot) > 1 for lot in lots)
+def test_the_seeds_draw_different_documents():
+    drawn = [tuple(document_lengths(seed, 2)) for seed in SEEDS]
+    assert len(set(drawn)) > len(SEEDS) // 2
+    assert any(len(lengths) > 1 for lengths in drawn)

@@ -19,7 +19,7 @@ def test_initial_taps_are_the_same_at_every_layout(results, world_size, case):
     assert actual.keys() == expected.keys()
     for name, want in expected.items():
         assert torch.equal(actual[name], want), name
-    # Another seed has to differ, or the equality above says nothing.
+    # Another seed must give other taps, or the equality above would mean nothing.
     other = expected_initial_taps(case, seed=4321)
     assert not any(torch.equal(actual[name], other[name]) for name in other)
 
@@ -62,7 +62,7 @@ def test_report_names_every_layer_and_tap(results, world_size, case):
     )
 
 
-def test_vanilla_is_reported_and_refused_where_kv_shift_was_asked_for(results):
+def test_a_vanilla_model_is_reported_and_refused_if_kv_shift_was_asked_for(results):
     assert results(2, "property:report-vanilla") == (
         "attention: vanilla (SelfAttention) in layers 1-4; 0 taps"
     )

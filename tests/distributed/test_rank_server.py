@@ -1,4 +1,4 @@
-"""Ranks that are forked end as those of torch's launcher do, and what they say is heard."""
+"""Forked ranks end as those of torch's launcher do, and their output arrives."""
 
 import subprocess
 import time
@@ -12,7 +12,7 @@ _PROBE = "tests.distributed.probe_rank"
 
 
 def alive(folder: Path) -> list[str]:
-    """The ranks, and the processes that they have started, which do not end within seconds."""
+    """Return the ranks, and processes that they have started, that do not end within seconds."""
     processes = {file.name: Path(f"/proc/{file.read_text()}/stat") for file in folder.iterdir()}
     deadline = time.monotonic() + 5
     while True:
@@ -29,26 +29,26 @@ def _runs(stat: Path) -> bool:
         return False
 
 
-def test_they_meet_and_their_store_outlives_the_first(tmp_path):
+def test_ranks_meet_and_their_store_outlives_the_first(tmp_path):
     run = ranks(3, _PROBE, ["meets", str(tmp_path)], 60)
     assert run.returncode == 0, run.stdout
     assert sorted(run.stdout.splitlines()) == [f"rank {rank} of 3" for rank in range(3)]
     assert len(list(tmp_path.iterdir())) == 3 and alive(tmp_path) == []
 
 
-def test_one_that_fails_ends_the_others(tmp_path):
+def test_a_rank_that_fails_ends_the_others(tmp_path):
     run = ranks(3, _PROBE, ["fails", str(tmp_path)], 60)
     assert run.returncode == 1
     assert "rank 1 has failed" in run.stdout
     assert alive(tmp_path) == []
 
 
-def test_time_is_bounded_and_nothing_is_left(tmp_path):
+def test_time_is_limited_and_no_process_is_left(tmp_path):
     with pytest.raises(subprocess.TimeoutExpired):
         ranks(2, _PROBE, ["sleeps", str(tmp_path)], 4)
     assert len(list(tmp_path.iterdir())) == 4 and alive(tmp_path) == []
 
 
-def test_a_module_that_is_not_there_fails():
+def test_a_module_that_does_not_exist_fails():
     run = ranks(2, "tests.distributed.no_such_module", [], 60)
     assert run.returncode == 1 and "No module named tests.distributed.no_such_module" in run.stdout

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout is loaded at any other: the same state to the bit, the same losses."""
+"""A checkpoint of any layout, loaded at any other, gives bitwise the same state and losses."""
 
 import json
 
@@ -17,7 +17,7 @@ _LAYOUTS = [(family, layout) for family, layouts in FAMILIES.items() for layout 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory, request):
-    """Name of a save or a load -> what it gave."""
+    """Return a function that returns the result of a save or load by its name."""
     directory = tmp_path_factory.mktemp("resharding")
     world_size = min(4, request.config.getoption("max_ranks") or 4)
     launch = ranks(world_size, "tests.distributed.resharding_worker", [str(directory)], _TIMEOUT)
@@ -44,15 +44,13 @@ def each(pairs):
 
 
 def savers(family, request):
-    """The layouts of a family that this run launches."""
+    """Return the layouts of a family that this run launches."""
     most = request.config.getoption("max_ranks") or 4
     return [layout for layout in FAMILIES[family] if layout.ranks <= most]
 
 
 @each(_LAYOUTS)
-def test_every_layouts_checkpoint_is_loaded_to_the_bit(
-    outcome, request, family, layout, world_size
-):
+def test_every_layouts_checkpoint_is_loaded_bitwise(outcome, request, family, layout, world_size):
     load = outcome(f"load:{layout.name}")
     for saver in savers(family, request):
         differences = load["differences"].pop(saver.name)
@@ -61,7 +59,9 @@ def test_every_layouts_checkpoint_is_loaded_to_the_bit(
 
 
 @each(_LAYOUTS)
-def test_training_goes_on_at_the_same_layout_as_if_unbroken(outcome, family, layout, world_size):
+def test_training_goes_on_at_the_same_layout_as_without_a_break(
+    outcome, family, layout, world_size
+):
     losses = outcome(f"save:{layout.name}")["losses"]
     assert len(losses) == STEPS
     assert outcome(f"load:{layout.name}")["losses"][layout.name] == losses[SAVED_AFTER:]
@@ -82,8 +82,8 @@ def test_training_goes_on_at_another_layout_like_a_single_process(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_compared_is_worth_comparing(outcome, family):
-    """Guards the comparison: moments that are zero, or taps alike, would agree everywhere."""
+def test_the_compared_tensors_are_neither_zero_nor_equal(outcome, family):
+    """Guard the comparison: moments of zero or equal taps would agree everywhere."""
     saved = outcome(f"save:{FAMILIES[family][0].name}")["state"]
     assert saved["steps"].tolist() == [SAVED_AFTER]
     taps = [name for name in saved if ".alpha_" in name or ".beta_" in name]
@@ -98,6 +98,6 @@ def test_what_is_compared_is_worth_comparing(outcome, family):
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
 def test_a_planted_error_is_noticed(outcome, plant):
     (differences,) = outcome(f"load:{plant.name}")["differences"].values()
-    # The four taps of two layers and what the optimizer keeps of them, and nothing else.
+    # Exactly the four taps of two layers, with the three tensors that the optimizer keeps of each.
     assert len(differences) == 4 * 2 * 4
     assert all(".alpha_" in line or ".beta_" in line for line in differences)

@@ -1,4 +1,4 @@
-"""What one attention layer sends under context parallelism: counted, not assumed."""
+"""Messages of one attention layer under context parallelism, as counted."""
 
 import pytest
 
@@ -18,13 +18,13 @@ each_case = pytest.mark.parametrize(
 @each_case
 def test_the_shift_sends_a_few_tokens_to_each_neighbour_and_nothing_else(results, world_size, case):
     groups, back = case.model.num_query_groups, case.model.kv_shift.window - 1
-    # Keys and values together, of the tokens that one boundary needs.
+    # Keys and values together, for the tokens before one chunk.
     size = 2 * back * _BATCH * groups * _HEAD * _FP32
     for rank, traffic in enumerate(results(world_size, f"property:traffic-{case.name}")):
         neighbours = [r for r in (rank + 1, rank - 1) if 0 <= r < case.cp]
         sends = sorted(("send", neighbour, size) for neighbour in neighbours)
         for tokens, passes in traffic["messages"].items():
-            # The TE-free core attention gathers keys and values: its own traffic, not the shift's.
+            # The TE-free core attention itself gathers keys and values.
             local = tokens // case.cp * _BATCH * groups * _HEAD * _FP32
             gathers = [("_allgather_base_", None, local)] * 2
             scatters = [("_reduce_scatter_base_", None, local * case.cp)] * 2
@@ -33,7 +33,7 @@ def test_the_shift_sends_a_few_tokens_to_each_neighbour_and_nothing_else(results
 
 
 def assert_overlapped(events: list) -> None:
-    """Messages are sent before the local part begins; what waits for them begins after its end."""
+    """Require that sending starts before the local part, and waiting after it."""
     spans = {name: (start, end) for name, start, end in events if name.startswith("kv_shift: ")}
     local = spans.pop("kv_shift: local part")
     (wait,) = spans.values()
@@ -44,13 +44,13 @@ def assert_overlapped(events: list) -> None:
 
 
 @each_case
-def test_a_trace_shows_messages_under_way_while_the_local_part_runs(results, world_size, case):
+def test_a_trace_shows_messages_in_flight_while_the_local_part_runs(results, world_size, case):
     for traffic in results(world_size, f"property:traffic-{case.name}"):
         for events in traffic["trace"].values():
             assert_overlapped(events)
 
 
-def test_the_trace_of_an_exchange_that_is_waited_for_at_once_is_caught():
+def test_waiting_for_the_exchange_at_once_is_caught():
     events = [("gloo:send", 0, 5), ("kv_shift: wait", 2, 6), ("kv_shift: local part", 6, 20)]
     with pytest.raises(AssertionError):
         assert_overlapped(events)

@@ -1,4 +1,4 @@
-"""What a layer sends, counted at torch's dispatcher, and when, from the profiler's trace."""
+"""Messages of a layer, counted at torch's dispatcher, and their times in the profiler's trace."""
 
 import torch
 import torch.distributed as dist
@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.distributed.cases import Case
 from tests.distributed.packed import attention_of
 
-# Which argument holds what this rank contributes; anything not listed is recorded with -1 bytes.
+# Argument with this rank's contribution. Operations that are not listed are logged with -1 bytes.
 _CONTRIBUTES = {
     "send": 0,
     "allreduce_": 0,
@@ -18,7 +18,7 @@ _CONTRIBUTES = {
 
 
 class Recorder(TorchDispatchMode):
-    """Lists (operation, peer or None, bytes), below every Python name for it."""
+    """Log (operation, peer or None, bytes) at the dispatcher, below all Python functions."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ class Recorder(TorchDispatchMode):
 
 
 def of_one_layer(case: Case) -> list[dict]:
-    """Every rank's {"messages": {sequence length: {pass: log}}, "trace": {pass: events}}."""
+    """Return all ranks' {"messages": {sequence length: {pass: log}}, "trace": {pass: events}}."""
     attention, mine = attention_of(case), {}
     for tokens in (32, 128):
         output, forward = _recorded(lambda x=_input(case, tokens): attention(x, None)[0])
@@ -52,7 +52,7 @@ def of_one_layer(case: Case) -> list[dict]:
 
 
 def traced(run) -> tuple:
-    """(run's result, [(name, start, end)] of what the profiler saw, in microseconds)."""
+    """Return (result of `run`, [(name, start, end)] of the profiler's events, in microseconds)."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         result = run()
     return result, [(e.name, e.time_range.start, e.time_range.end) for e in profile.events()]

@@ -1,7 +1,7 @@
-"""A model and its optimizer: built for a case, saved, loaded, and read back as whole tensors.
+"""A model and its optimizer: built for a case, saved, loaded, and read as whole tensors.
 
 Saving and loading call Megatron's distributed checkpoints as megatron.training.checkpointing does.
-Reading goes its own way (canonical.py, and the optimizer's own tensors), so that it can judge them.
+Reading is independent of them (canonical.py, and the optimizer's own tensors), to check them.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor
 from tests.distributed import canonical, engine
 from tests.distributed.cases import Case
 
-# What an optimizer keeps of a parameter; "main" is what it works on, for bf16 a copy in fp32.
+# What an optimizer keeps of a parameter; "main" is what it updates, for bf16 a copy in fp32.
 _KINDS = ("main", "exp_avg", "exp_avg_sq")
 
 
@@ -33,14 +33,14 @@ class TrainingState(NamedTuple):
 
 
 def start(case: Case) -> TrainingState:
-    """Canonical weights and an optimizer without a step, at the current layout."""
+    """Build a model with canonical weights, and an optimizer, at the current layout."""
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
     chunks, optimizer = engine.prepare(case, engine.build(case))
     return TrainingState(case, chunks, optimizer)
 
 
 def train(state: TrainingState, steps: range) -> list[float]:
-    """The losses of these steps, whose samples depend on the step's number alone."""
+    """Train these steps, whose samples depend on the step's number alone; return the losses."""
     losses = []
     for step in steps:
         losses.append(engine.forward_backward(*state, step))
@@ -49,7 +49,7 @@ def train(state: TrainingState, steps: range) -> list[float]:
 
 
 def save(state: TrainingState, directory: Path) -> None:
-    """Each rank writes its part; with a distributed optimizer, data-parallel ranks share theirs."""
+    """Write each rank's part; with a distributed optimizer, data-parallel ranks share the work."""
     if torch.distributed.get_rank() == 0:
         directory.mkdir()
     torch.distributed.barrier()
@@ -66,7 +66,7 @@ def save(state: TrainingState, directory: Path) -> None:
 
 
 def load(state: TrainingState, directory: Path) -> None:
-    """As `save`: with a distributed optimizer, data-parallel ranks read for one another."""
+    """Load; with a distributed optimizer, data-parallel ranks read for each other."""
     metadata = dist_checkpointing.load_content_metadata(str(directory))
     strategy = None
     if state.case.distributed_optimizer:
@@ -104,7 +104,7 @@ def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
 
 @torch.no_grad()
 def poison(state: TrainingState) -> None:
-    """NaN in everything that a checkpoint has to fill, and a number of steps that nobody took."""
+    """Put NaN, and -1 for the number of steps, into everything that a checkpoint must fill."""
     for chunk in state.chunks:
         for param in chunk.parameters():
             param.fill_(torch.nan)
@@ -117,14 +117,14 @@ def poison(state: TrainingState) -> None:
 
 
 def whole(state: TrainingState) -> dict[str, Tensor]:
-    """Every parameter and what the optimizer keeps of it, unsharded, on every rank.
+    """Gather every parameter and what the optimizer keeps of it, unsharded, on every rank.
 
     Returns:
-        {"param NAME", "main NAME", "exp_avg NAME", "exp_avg_sq NAME"} -> fp32; and "steps" -> the
-        numbers of steps that any parameter has taken, ascending.
+        fp32 tensors under "param NAME", "main NAME", "exp_avg NAME" and "exp_avg_sq NAME"; under
+        "steps" the different numbers of steps that parameters have taken, ascending.
     """
     kept = _kept_by_optimizer(state)
-    # The kinds together, behind the parameter's own dimensions: one exchange a parameter.
+    # All kinds together, in a last dimension: one exchange per parameter.
     gathered = canonical.gather(
         state.chunks, lambda param: torch.cat((param.float().unsqueeze(-1), kept[param]), -1)
     )
@@ -152,7 +152,7 @@ def _optimizers(state: TrainingState) -> list:
 
 
 def _kept_by_optimizer(state: TrainingState) -> dict[torch.nn.Parameter, Tensor]:
-    """Parameter -> [*its local shape, kinds]. Collective with a distributed optimizer."""
+    """Return [*local shape, kinds] by parameter; collective with a distributed optimizer."""
     params = [param for chunk in state.chunks for param in chunk.parameters()]
     result = {}
     for optimizer in _optimizers(state):
@@ -164,7 +164,7 @@ def _kept_by_optimizer(state: TrainingState) -> dict[torch.nn.Parameter, Tensor]
 def _of_whole_parameters(optimizer, params) -> dict:
     result = {}
     for param in params:
-        # Without a copy in fp32, the optimizer works on the parameter itself.
+        # Without a copy in fp32 the optimizer updates the parameter itself.
         main = getattr(param, "main_param", None)
         main = param if main is None else main
         if main in optimizer.optimizer.state:
@@ -173,7 +173,7 @@ def _of_whole_parameters(optimizer, params) -> dict:
 
 
 def _of_shards(optimizer, params) -> dict:
-    """Puts the data-parallel ranks' shards together."""
+    """Join the data-parallel ranks' shards."""
     result = {}
     mine = {param for buffer in optimizer.buffers for param in buffer.param_index_map}
     for param in (param for param in params if param in mine):
@@ -194,7 +194,7 @@ def _kinds(optimizer, main: Tensor) -> Tensor:
 
 
 def differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    """What is not equal to the bit, one line a tensor."""
+    """Return a line for each tensor that is not bitwise equal."""
     if actual.keys() != expected.keys():
         return [f"only one of the two has {sorted(actual.keys() ^ expected.keys())}"]
     return [

@@ -1,4 +1,4 @@
-"""One rank of a launch: runs every case of its world size and stores what each of them gave.
+"""One rank of a launch: run every case of its world size and store the results.
 
 torchrun ... -m tests.distributed.worker OUTPUT_DIR
 """
@@ -17,7 +17,7 @@ import torch
 from kvshift_megatron import cpu
 from tests.support.releases import imported_from
 
-# A rank that waits longer than this for another has lost it.
+# How long a rank waits for another one.
 _TIMEOUT = timedelta(seconds=90)
 
 
@@ -45,7 +45,7 @@ def main(output: Path) -> None:
 
 @contextlib.contextmanager
 def model_parallel(store, rank: int, world_size: int, tp: int, pp: int, cp: int, vpp: int | None):
-    """One layout's process groups, destroyed after use: an idle gloo group keeps threads awake."""
+    """Set up a layout's process groups; destroy them, as threads of idle gloo groups stay awake."""
     from megatron.core import parallel_state
 
     torch.distributed.init_process_group(

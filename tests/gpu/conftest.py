@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-# The other tests run on the CPU wherever they are.
+# Set by tests/conftest.py: the other tests run on the CPU even if there is a GPU.
 os.environ.pop("KVSHIFT_CPU", None)
-# Transformer Engine multiplies fp32 matrices in TF32; a comparison in fp32 means fp32.
+# Otherwise Transformer Engine multiplies fp32 matrices in TF32, too coarse for these comparisons.
 os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
 import torch
@@ -15,7 +15,7 @@ from tests.support.single_process import SEED
 
 
 def pytest_configure(config):
-    # Not a skip: a run that tested nothing would look green.
+    # Not a skip: a run that tests nothing must not pass.
     if not torch.cuda.is_available():
         raise pytest.UsageError("tests/gpu needs a GPU: torch.cuda.is_available() is False here")
     from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -27,7 +27,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def nccl_rank():
-    """One rank with Megatron's parallel state on the GPU."""
+    """Set up one rank with Megatron's parallel state on the GPU."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 

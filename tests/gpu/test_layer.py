@@ -1,4 +1,4 @@
-"""The layer on a GPU, with Transformer Engine and without, against the dense layer in float64."""
+"""A layer on a GPU, with and without Transformer Engine, against DenseLayer in float64."""
 
 import re
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("nccl_rank")
 
 HEADS, HEAD_SIZE, TOKENS, BATCH = 4, 64, 128, 2
 FP32_REL = 1e-5
-# Transformer Engine keeps the norms within the linear layers that follow them.
+# In Transformer Engine norms are parts of the linear layers that follow them.
 _DENSE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -26,7 +26,7 @@ _DENSE_NAMES = {
 
 
 def build(kv_shift, groups, impl, dtype):
-    """One layer on the GPU with weights and taps that depend on `groups` alone."""
+    """Build a layer on the GPU with weights and taps that depend on `groups` alone."""
     config = transformer_config(
         num_layers=1,
         hidden_size=HEADS * HEAD_SIZE,
@@ -54,7 +54,7 @@ def build(kv_shift, groups, impl, dtype):
 
 
 def run(layer, dtype, documents=None):
-    """(results by dense name, x, weights, output gradient), on the CPU; sbhd or packed."""
+    """Return (results by DenseLayer's names, x, weights, output gradient), on the CPU."""
     generator = torch.Generator().manual_seed(SEED)
     shape = (TOKENS, BATCH if documents is None else 1, HEADS * HEAD_SIZE)
     x = torch.randn(shape, generator=generator).to("cuda", dtype).requires_grad_()
@@ -91,7 +91,7 @@ def run_dense(dense, x, weights, grad, documents=None):
 
 
 def errors(actual, expected):
-    """Relative error of every tensor; all taps of keys as one, and all of values."""
+    """Return every tensor's relative error; all taps of keys, or of values, count as one tensor."""
     assert actual.keys() == expected.keys()
     groups = {name: re.sub(r"(alpha|beta)_.*", r"\1", name) for name in expected}
     found = {}
@@ -124,7 +124,7 @@ def test_fp32_output_and_every_gradient_equal_the_definition(groups, kv_shift, i
 
 @pytest.mark.parametrize("documents", [None, [50, 1, 40, 37]], ids=["sbhd", "thd"])
 def test_bf16_is_as_near_to_float64_as_the_vanilla_layer(documents):
-    """The same comparison for both layers of Transformer Engine, with its fused attention."""
+    """Make the same comparison for both layers, with Transformer Engine's fused attention."""
     found = {}
     for name, kv_shift in {"shift": KVShiftConfig(), "vanilla": None}.items():
         layer = build(kv_shift, 2, "transformer_engine", torch.bfloat16)
@@ -133,14 +133,14 @@ def test_bf16_is_as_near_to_float64_as_the_vanilla_layer(documents):
         found[name] = errors(actual, run_dense(dense, *inputs, documents))
     print({name: (error, found["vanilla"].get(name)) for name, error in found["shift"].items()})
     for name, error in found["vanilla"].items():
-        # Random taps make keys and values larger, about 1.4 times, and so attention sharper.
+        # Random taps make keys and values about 1.4 times larger, and so attention sharper.
         assert found["shift"][name] <= 3 * error, (name, found)
     for taps in ("self_attention.alpha", "self_attention.beta"):
         assert found["shift"][taps] <= 3 * max(found["vanilla"].values()), found
 
 
 @pytest.mark.parametrize("documents", [None, [50, 1, 40, 37]], ids=["sbhd", "thd"])
-def test_identity_taps_are_the_vanilla_layer_to_the_bit(documents):
+def test_identity_taps_are_bitwise_the_vanilla_layer(documents):
     identity = build(KVShiftConfig(init="identity"), 2, "transformer_engine", torch.bfloat16)
     for module in identity.modules():
         if hasattr(module, "taps"):
@@ -148,11 +148,11 @@ def test_identity_taps_are_the_vanilla_layer_to_the_bit(documents):
     vanilla = build(None, 2, "transformer_engine", torch.bfloat16)
     shifting = run(identity, torch.bfloat16, documents)[0]["output"]
     assert torch.equal(shifting, run(vanilla, torch.bfloat16, documents)[0]["output"])
-    moved = build(KVShiftConfig(), 2, "transformer_engine", torch.bfloat16)
-    assert not torch.equal(shifting, run(moved, torch.bfloat16, documents)[0]["output"])
+    other = build(KVShiftConfig(), 2, "transformer_engine", torch.bfloat16)
+    assert not torch.equal(shifting, run(other, torch.bfloat16, documents)[0]["output"])
 
 
-def test_comparator_sees_one_wrong_tap():
+def test_one_wrong_tap_is_caught():
     layer = build(KVShiftConfig(), 2, "transformer_engine", torch.float32)
     actual, x, weights, grad = run(layer, torch.float32)
     weights["self_attention.alpha_2"] = weights["self_attention.alpha_2"].flip(0)

@@ -1,4 +1,4 @@
-"""The shift with rotated keys on a GPU: against its definition in float64, and against TE's."""
+"""The shift with rotated keys on a GPU, against its definition in float64 and against TE."""
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ from kvshift_megatron.ops.triton.self_check import self_check
 from tests.support.compare import relative_error
 from tests.support.rope_cases import CASES, assert_rope, rope_errors
 
-# Rounding the result to the dtype: half a unit in the last place of each element at most.
+# Rounding to the dtype: at most half a unit in the last place of each element.
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
 def angles(tokens: int, rotary: int, interleaved: bool = False) -> torch.Tensor:
-    """fp32 [s, 1, 1, rotary], as Megatron's RotaryEmbedding makes them."""
+    """Return fp32 [s, 1, 1, rotary], as from Megatron's RotaryEmbedding."""
     half = torch.arange(tokens)[:, None] * 10000 ** -(torch.arange(0, rotary, 2) / rotary)
     freqs = half.repeat_interleave(2, -1) if interleaved else half.repeat(1, 2)
     return freqs[:, None, None].cuda()
@@ -29,30 +29,30 @@ def test_values_and_every_gradient(name):
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
-def test_the_trial_before_the_first_choice_passes(dtype):
+def test_the_self_check_before_the_first_use_passes(dtype):
     assert self_check("cuda", dtype) is None
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("tokens, rotary", [(4096, 128), (200_000, 64)])
-def test_identity_taps_leave_transformer_engines_rotation(tokens, rotary, interleaved):
-    """Positions beyond 105615 take the long way around in sine and cosine."""
+def test_identity_taps_give_transformer_engines_rotation(tokens, rotary, interleaved):
+    """Beyond an angle of 105615, sine and cosine reduce it in another, slower way."""
     torch.manual_seed(0)
     key = torch.randn(tokens, 1, 2, 128, device="cuda", dtype=torch.bfloat16)
     taps = torch.tensor([[1.0], [0.0]], device="cuda").repeat(1, 2)
     freqs = angles(tokens, rotary, interleaved)
-    turned, _ = kv_shift_rope(key, key, taps, None, freqs, interleaved=interleaved)
+    rotated, _ = kv_shift_rope(key, key, taps, None, freqs, interleaved=interleaved)
     expected = fused_apply_rotary_pos_emb(key, freqs, interleaved=interleaved)
-    print(f"elements that differ in a bit: {(turned != expected).float().mean():.1e}")
-    assert relative_error(turned, expected) < 1e-4
-    assert relative_error(turned[1:], expected[:-1]) > 0.1
+    print(f"elements that differ in a bit: {(rotated != expected).float().mean():.1e}")
+    assert relative_error(rotated, expected) < 1e-4
+    assert relative_error(rotated[1:], expected[:-1]) > 0.1
 
 
-def test_an_index_outside_of_the_angles_is_not_silent():
+def test_an_index_outside_of_the_angles_gives_nan():
     key, taps = torch.randn(8, 2, 64, device="cuda"), torch.randn(2, 2, device="cuda")
     index = torch.tensor([0, 1, 2, 3, 0, 1, 2, 4], device="cuda")
-    turned, value = kv_shift_rope(key, key, taps, taps, angles(4, 64), freq_index=index)
-    assert turned[:7].isfinite().all() and turned[7].isnan().all() and value.isfinite().all()
+    rotated, value = kv_shift_rope(key, key, taps, taps, angles(4, 64), freq_index=index)
+    assert rotated[:7].isfinite().all() and rotated[7].isnan().all() and value.isfinite().all()
 
 
 def test_the_same_inputs_give_the_same_bits():
@@ -66,7 +66,7 @@ def test_the_same_inputs_give_the_same_bits():
     assert all(torch.equal(grad, grads[0]) for grad in grads)
 
 
-def test_torch_compile_and_cuda_graphs_take_it():
+def test_it_works_with_torch_compile_and_cuda_graphs():
     torch.manual_seed(0)
     k, v = torch.randn(2, 64, 2, 4, 64, device="cuda", dtype=torch.bfloat16)
     alpha, beta = torch.randn(2, 2, 4, device="cuda")

@@ -1,4 +1,4 @@
-"""The shift on a GPU against its one-line definition in float64 on the CPU."""
+"""The shift on a GPU, against its definition in float64 on the CPU."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from kvshift_megatron.ops import kv_shift
 from kvshift_megatron.ops.dispatch import implementation
 from tests.support.shift_cases import SHAPES, assert_right, shift_errors
 
-# Rounding the result to the dtype: half a unit in the last place of each element at most.
+# Rounding to the dtype: at most half a unit in the last place of each element.
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
@@ -20,14 +20,14 @@ def test_values_and_every_gradient(shape, dtype, window):
 
 
 @pytest.mark.parametrize("shifted", ["keys", "values"])
-def test_one_alone(shifted):
+def test_only_keys_or_values(shifted):
     k, v = torch.randn(2, 50, 2, 3, 64, device="cuda", dtype=torch.bfloat16)
     taps = torch.randn(2, 3, device="cuda")
     alpha, beta = (taps, None) if shifted == "keys" else (None, taps)
     both = kv_shift(k, v, taps, taps)
     alone = kv_shift(k, v, alpha, beta)
-    moved, kept = (0, 1) if shifted == "keys" else (1, 0)
-    assert torch.equal(alone[moved], both[moved])
+    changed, kept = (0, 1) if shifted == "keys" else (1, 0)
+    assert torch.equal(alone[changed], both[changed])
     assert alone[kept] is (k, v)[kept]
 
 
@@ -42,7 +42,7 @@ def test_the_same_inputs_give_the_same_bits():
     assert all(torch.equal(grad, grads[0]) for grad in grads)
 
 
-def test_torch_compile_and_cuda_graphs_take_it():
+def test_it_works_with_torch_compile_and_cuda_graphs():
     torch.manual_seed(0)
     k, v = torch.randn(2, 64, 2, 4, 64, device="cuda", dtype=torch.bfloat16)
     alpha, beta = torch.randn(2, 2, 4, device="cuda")
@@ -58,7 +58,7 @@ def test_torch_compile_and_cuda_graphs_take_it():
     assert all(torch.equal(a, 2 * b) for a, b in zip(captured, expected))
 
 
-def test_what_the_kernels_cannot_take_is_refused_when_forced(monkeypatch):
+def test_forcing_kernels_on_unsupported_inputs_is_refused(monkeypatch):
     x, taps = torch.randn(8, 1, 2, 16, device="cuda"), torch.ones(2, 2, device="cuda")
     assert implementation(x.double()) == "reference"
     monkeypatch.setenv("KVSHIFT_IMPLEMENTATION", "triton")

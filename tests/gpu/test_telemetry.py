@@ -1,13 +1,12 @@
-"""GPU telemetry on a real GPU, through NVML itself.
+"""GPU telemetry on a real GPU, through NVML.
 
-For a machine with an NVIDIA driver and torch built for CUDA; nothing else of this project's
-environment is needed:
+Needs an NVIDIA driver, torch built for CUDA, and nothing else of this project's environment:
 
     pip install nvidia-ml-py pytest
     python -m pytest tests/gpu/test_telemetry.py --noconftest -s
     PYTHONPATH=. python tests/gpu/test_telemetry.py     # prints what a sample costs
 
-from the project's root, with no other work on the GPU. It fails where there is no GPU.
+from the project's root, with no other work on the GPU. Without a GPU the tests fail.
 """
 
 import subprocess
@@ -29,7 +28,7 @@ _ALL = {
 
 
 def uuids() -> list[str]:
-    """As NVML names the GPUs that CUDA counts."""
+    """Return NVML's names of the GPUs that CUDA counts."""
     count = torch.cuda.device_count()
     return [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count)]
 
@@ -45,7 +44,7 @@ def keep_busy(seconds: float) -> None:
 
 @pytest.fixture(scope="module")
 def samples():
-    """Lines of an idle second, of four busy ones and of one with 4 GiB more memory in use."""
+    """Return lines of 1 s idle, 4 s busy and 1 s with 4 GiB more memory in use, and warnings."""
     assert torch.cuda.is_available(), "these tests need a GPU"
     lines, warnings = [], []
     sampler = Sampler(
@@ -66,7 +65,7 @@ def samples():
     return lines[:idle], lines[idle:busy], lines[busy:], warnings
 
 
-def test_every_metric_is_there(samples):
+def test_every_metric_is_present(samples):
     for line in [line for part in samples[:3] for line in part if "gpus" in line]:
         assert line["node"] == "here" and line["iteration"] == 7
         assert [gpu["gpu"] for gpu in line["gpus"]] == list(range(torch.cuda.device_count()))
@@ -76,8 +75,8 @@ def test_every_metric_is_there(samples):
     assert samples[3] == []
 
 
-def test_load_is_seen(samples):
-    """The GPU that works: utilization near 100 %, more power than idle, plausible heat."""
+def test_load_is_measured(samples):
+    """A busy GPU has a utilization near 100 %, more power than idle and a plausible temperature."""
     idle, busy = samples[0][0]["gpus"][0], samples[1][-1]["gpus"][0]
     assert busy["utilization_percent"] > 90
     assert busy["power_watts"] > idle["power_watts"] + 50
@@ -85,8 +84,8 @@ def test_load_is_seen(samples):
     assert "gpu_idle" not in busy["throttle"]
 
 
-def test_memory_is_torchs(samples):
-    """Bytes, and of this GPU: 4 GiB more are 4 GiB more."""
+def test_memory_agrees_with_torch(samples):
+    """It is in bytes and of this GPU: allocating 4 GiB adds 4 GiB."""
     before, after = samples[1][-1]["gpus"][0], samples[2][-1]["gpus"][0]
     assert after["memory_used_bytes"] - before["memory_used_bytes"] >= 4 << 30
     assert after["memory_used_bytes"] - before["memory_used_bytes"] < 5 << 30
@@ -94,7 +93,7 @@ def test_memory_is_torchs(samples):
     assert abs(after["memory_total_bytes"] - total) < 0.05 * total
 
 
-def test_the_gpu_is_the_one_that_cuda_means():
+def test_the_gpu_is_the_one_that_cuda_uses():
     pynvml.nvmlInit()
     for index, gpu in enumerate(open_gpus(pynvml, uuids(), pytest.fail)):
         assert gpu.uuid == uuids()[index]
@@ -103,7 +102,7 @@ def test_the_gpu_is_the_one_that_cuda_means():
     pynvml.nvmlShutdown()
 
 
-def test_an_unknown_gpu_is_one_warning():
+def test_an_unknown_gpu_gives_one_warning():
     lines, warnings = [], []
     sampler = Sampler(lines.append, "here", ["GPU-no-such"], warn=warnings.append)
     assert not sampler.start()
@@ -111,8 +110,8 @@ def test_an_unknown_gpu_is_one_warning():
     assert not lines
 
 
-def test_no_driver_is_one_warning(monkeypatch):
-    """NVML's own words, from a library that is not there."""
+def test_a_missing_driver_gives_one_warning(monkeypatch):
+    """The warning holds NVML's own message about its missing library."""
     warnings = []
 
     def missing():
@@ -124,7 +123,7 @@ def test_no_driver_is_one_warning(monkeypatch):
 
 
 def test_a_process_ends_with_a_sampler_running():
-    """No thread holds the interpreter back."""
+    """The sampler's thread does not keep the interpreter from exiting."""
     program = (
         "import time; from kvshift_megatron.training.metrics.telemetry import Sampler;"
         "assert Sampler(print, 'here', interval_s=0.1).start(); time.sleep(1)"
@@ -137,7 +136,7 @@ def test_a_process_ends_with_a_sampler_running():
 
 
 if __name__ == "__main__":
-    # What a sample costs the process that it runs in.
+    # The cost of a sample for the process that takes it.
     pynvml.nvmlInit()
     gpu = open_gpus(pynvml, uuids(), print)[0]
     gpu.read()

@@ -1,4 +1,4 @@
-"""How the benchmarks time a call on a GPU."""
+"""Timing of calls on a GPU in the benchmarks."""
 
 import time
 
@@ -13,7 +13,7 @@ def test_the_pause_keeps_the_gpu_busy_until_the_call_is_queued():
     torch.cuda._sleep(timing._QUEUE_CYCLES)
     queued = time.perf_counter()
     torch.cuda.synchronize()
-    # Some hundred microseconds at the clock of any GPU, and the host does not wait.
+    # A few hundred microseconds at the clock of any GPU, while the host does not wait.
     assert 1e-4 < time.perf_counter() - start < 1e-2
     assert queued - start < 1e-4
 

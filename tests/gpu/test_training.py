@@ -1,4 +1,4 @@
-"""Megatron's own loop on one GPU, by the entry point."""
+"""Megatron's own loop on one GPU, through the entry point."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from tests.integration.tiny_gpt import flags
 from tests.support.launch import python_path, torchrun
 
 _TIMEOUT = 300
-# Apex has the kernel of gradient accumulation fusion; these tests do not need it.
+# The kernel of gradient accumulation fusion is Apex's, which these tests do not need.
 _NO_APEX = {"no_gradient_accumulation_fusion": True}
 _TE = {"transformer_impl": "transformer_engine", "bf16": True, "hidden_size": 256, **_NO_APEX}
 _NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
@@ -24,7 +24,7 @@ _FP32_LOCAL = {
 
 
 def train(environment=None, **overrides) -> tuple[list[float], str]:
-    """Losses that Megatron logs, one a step, to 7 digits; and what the run printed."""
+    """Return (losses that Megatron logs, one per step, to 7 digits; the run's output)."""
     run = torchrun(
         1,
         ["-m", "kvshift_megatron.pretrain", *flags(**overrides)],
@@ -36,12 +36,12 @@ def train(environment=None, **overrides) -> tuple[list[float], str]:
 
 
 def test_a_checkpoint_of_a_cpu_continues_with_the_losses_of_a_cpu(tmp_path):
-    # Where Transformer Engine imports, Megatron's optimizer takes its kernels, also on a CPU.
+    # Hidden: Megatron's optimizer would use Transformer Engine's kernels even on a CPU.
     (tmp_path / "transformer_engine.py").write_text("raise ImportError('hidden by this test')")
     path = os.pathsep.join((str(tmp_path), python_path()))
     cpu = {"KVSHIFT_CPU": "1", "PYTHONPATH": path}
     train(cpu, **_FP32_LOCAL, save=tmp_path, save_interval=1, exit_interval=1)
-    # Dropout is off, so the state of a GPU's generator, which no CPU has, is not missed.
+    # A CPU's checkpoint lacks the state of a GPU's generator, which is not needed without dropout.
     resumed = {**_FP32_LOCAL, "load": tmp_path, "no_load_rng": True}
     on_gpu, output = train({"NVIDIA_TF32_OVERRIDE": "0"}, **resumed)
     assert "KV shifting (free, window 2, keys and values) in layers 1-2; 16 taps" in output
@@ -52,18 +52,18 @@ def test_a_checkpoint_of_a_cpu_continues_with_the_losses_of_a_cpu(tmp_path):
     assert other_steps != pytest.approx(on_cpu, rel=1e-4)
 
 
-def test_transformer_engine_trains_in_bf16_and_starts_as_its_vanilla_twin():
+def test_transformer_engine_trains_in_bf16_and_starts_like_the_baseline():
     losses, output = train(**_TE, **_NO_DROPOUT)
     assert "KV shifting" in output and losses[-1] < losses[0]
-    # Rotated in one pass with the shift, keys may differ from Megatron's in a last bit.
+    # Separate: keys rotated in the pass that shifts them may differ from Megatron's in a last bit.
     separate = {"KVSHIFT_ROPE": "separate"}
     identity, _ = train(separate, **_TE, **_NO_DROPOUT, kv_shift_init="identity")
-    vanilla, _ = train(**_TE, **_NO_DROPOUT, no_kv_shift=True)
-    assert identity[0] == vanilla[0] != losses[0]
-    assert identity[-1] != vanilla[-1]
+    baseline, _ = train(**_TE, **_NO_DROPOUT, no_kv_shift=True)
+    assert identity[0] == baseline[0] != losses[0]
+    assert identity[-1] != baseline[-1]
 
 
-def test_keys_rotated_in_the_pass_that_shifts_them_give_the_losses_of_keys_that_megatron_rotates():
+def test_losses_agree_whether_keys_are_rotated_in_the_shift_or_by_megatron():
     fused, _ = train({"KVSHIFT_ROPE": "fused"}, **_TE, **_NO_DROPOUT)
     separate, _ = train({"KVSHIFT_ROPE": "separate"}, **_TE, **_NO_DROPOUT)
     assert fused == pytest.approx(separate, rel=1e-2)
@@ -82,8 +82,8 @@ def test_resume_continues_an_unbroken_run(model, tmp_path):
     second, output = train(**layout, load=tmp_path)
     assert "successfully loaded checkpoint" in output
     assert len(first) == len(second) == 10
-    # Kernels on a GPU may sum in another order each time. After a resume Megatron's second line is
-    # the mean of two losses.
+    # Kernels on a GPU may sum in another order each time. After a resume Megatron's second line
+    # shows the mean of two losses.
     assert first == pytest.approx(unbroken[:10], rel=2e-3)
     assert second[2:] == pytest.approx(unbroken[12:], rel=2e-3)
 

@@ -1,4 +1,4 @@
-"""Command lines that must be refused: name -> (flags, what the message has to hold)."""
+"""Command lines that must be refused: name -> (flags, parts of the message)."""
 
 from tests.integration.tiny_gpt import flags
 
@@ -31,7 +31,7 @@ BAD_INPUT = {
         flags(no_kv_shift_keys=True, no_kv_shift_values=True),
         ["shift_keys and shift_values are both off"],
     ),
-    "taps for the twin": (
+    "taps for the baseline model": (
         flags(no_kv_shift=True, kv_shift_window=3),
         ["--no-kv-shift", "window", "drop one of the two"],
     ),

@@ -1,4 +1,4 @@
-"""One rank that gives pretrain.main() bad command lines and stores how each of them ended.
+"""One rank: run pretrain.main() with bad command lines and store how each of them ended.
 
 torchrun ... -m tests.integration.bad_input_worker OUTPUT_DIR
 """

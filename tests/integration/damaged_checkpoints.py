@@ -1,4 +1,4 @@
-"""Damaged copies of a checkpoint; source and target are what --save and --load take."""
+"""Damaged copies of a checkpoint; source and target are folders as for --save and --load."""
 
 import shutil
 from pathlib import Path
@@ -28,5 +28,5 @@ def with_short_metadata(source: Path, target: Path) -> None:
 
 
 def _cut(file: Path) -> None:
-    """The last tenth is missing."""
+    """Remove the last tenth."""
     file.write_bytes(file.read_bytes()[: file.stat().st_size * 9 // 10])

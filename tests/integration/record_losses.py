@@ -1,4 +1,4 @@
-"""Runs kvshift_megatron.pretrain and stores every micro-batch's loss to the bit.
+"""Run kvshift_megatron.pretrain and store every micro-batch's exact loss.
 
 torchrun ... record_losses.py OUTPUT.json <flags of kvshift_megatron.pretrain>
 """
@@ -29,7 +29,7 @@ def main() -> None:
     try:
         pretrain.main()
     finally:
-        # Megatron ends a run by --exit-interval with sys.exit.
+        # Also after sys.exit, with which Megatron ends a run at --exit-interval.
         if os.environ["RANK"] == "0":
             output.write_text(json.dumps(losses))
 

@@ -1,4 +1,4 @@
-"""A tiny tokenizer and conversations for Megatron's SFT dataset, made on the spot."""
+"""A tiny tokenizer and conversations for Megatron's SFT dataset."""
 
 import json
 import random

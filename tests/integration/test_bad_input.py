@@ -1,4 +1,4 @@
-"""Bad input stops every rank before the first step, with the setting and the remedy."""
+"""Bad input stops every rank before the first step, naming the setting and the remedy."""
 
 import json
 
@@ -13,7 +13,7 @@ _RANKS = 2
 
 @pytest.fixture(scope="module")
 def endings(tmp_path_factory) -> list[dict]:
-    """How each command line ended, by rank. A rank that trained instead would not come back."""
+    """Return how each command line ended, by rank."""
     output = tmp_path_factory.mktemp("bad-input")
     run = ranks(_RANKS, "tests.integration.bad_input_worker", [str(output)], timeout=300)
     assert run.returncode == 0, run.stdout[-5000:]

@@ -14,8 +14,8 @@ _NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 
 
 def losses_of(nproc: int, **overrides) -> list[float]:
-    """Losses that Megatron logs, one a step, to 7 digits."""
-    # Compiling a few steps takes longer than they do.
+    """Return the losses that Megatron logs, one per step, to 7 digits."""
+    # Compiling takes longer than running a few steps.
     run = ranks(
         nproc,
         "kvshift_megatron.pretrain",

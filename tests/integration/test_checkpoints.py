@@ -17,7 +17,7 @@ _ASYNC = {"async_save": True, "use_persistent_ckpt_worker": True, "async_strateg
 _DISTRIBUTED_OPTIMIZER = {**_DATA_PARALLEL, "use_distributed_optimizer": True}
 _FULLY_RESHARDABLE = {**_DISTRIBUTED_OPTIMIZER, "dist_ckpt_optim_fully_reshardable": True}
 
-# Name -> (other flags, what the refusal has to hold) of loads from a whole checkpoint.
+# Loads of an undamaged checkpoint: name -> (other flags, parts of the refusal).
 OTHER_MODELS = {
     "hidden size": (
         {"hidden_size": 32},
@@ -46,7 +46,7 @@ OTHER_MODELS = {
         ["holds the taps", "has alpha_1, alpha_2:"],
     ),
 }
-# Name -> (the damage, what the refusal has to hold) of loads from a damaged copy, by iteration.
+# Loads of a damaged copy, by --ckpt-step: name -> (damage, parts of the refusal).
 DAMAGED = {
     "no-shard": ("without_a_shard", ["the file __1_0.distcp of the checkpoint", "is missing"]),
     "short-shard": ("with_a_short_shard", ["the file __1_0.distcp", "bytes long and should be"]),
@@ -56,8 +56,8 @@ DAMAGED = {
 
 
 def _plan(root) -> dict[str, dict]:
-    """Name -> what runs, in this order: later runs load what earlier ones saved."""
-    # One learning-rate schedule for all, also for those that resume.
+    """Return the runs by name, in this order: later runs load what earlier ones saved."""
+    # The same learning-rate schedule for all, including those that resume.
     common = {**_LAYOUT, "train_iters": 2 * _STEPS, "exit_interval": _STEPS}
 
     def save(name, **others):
@@ -100,7 +100,7 @@ def runs(directory) -> dict[str, Run]:
 
 
 def trained(run: Run, steps: int = _STEPS) -> list[str]:
-    """Each step's loss, as the last rank printed it."""
+    """Return each step's loss, as the last rank printed it."""
     assert run.codes == [0] * _RANKS, run.outputs[0][-5000:]
     lines = [line for line in run.outputs[-1].splitlines() if "lm loss" in line]
     assert len(lines) == steps, run.outputs[-1][-5000:]
@@ -108,7 +108,7 @@ def trained(run: Run, steps: int = _STEPS) -> list[str]:
 
 
 def refused(run: Run, *parts: str) -> None:
-    """Every rank ended by itself, with the same sentence, before it loaded anything."""
+    """Require that every rank ended by itself, with one sentence, before it loaded anything."""
     assert all(code > 0 for code in run.codes), run.codes
     for output in run.outputs:
         last = [line for line in output.splitlines() if line.startswith("ValueError: load: ")]
@@ -120,7 +120,7 @@ def refused(run: Run, *parts: str) -> None:
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_checkpoint_written_in_the_background_is_the_same(runs, directory, step):
-    """The next step begins while the first one is being written."""
+    """The next step starts while the first checkpoint is being written."""
     assert trained(runs["save-async"]) == trained(runs["save"])
     assert "scheduled an async checkpoint save" in runs["save-async"].outputs[0]
     name = f"iter_000000{step}"
@@ -142,13 +142,13 @@ def test_a_whole_checkpoint_is_loaded_at_another_layout(runs):
 
 @pytest.mark.parametrize("name", ["optimizer", "reshardable"])
 def test_the_distributed_optimizer_is_resumed(runs, name):
-    """In its two formats, with the losses of an unbroken run."""
+    """Both of its formats give the losses of an unbroken run."""
     unbroken = trained(runs["unbroken-optimizer"], 2 * _STEPS)
     assert trained(runs[f"save-{name}"]) == unbroken[:_STEPS]
     assert "at iteration 2" in runs[f"resume-{name}"].outputs[0]
     third, mean = trained(runs[f"resume-{name}"])
     assert third == unbroken[2]
-    # The second line that a process prints is the mean of its first two losses.
+    # A process's second line shows the mean of its first two losses.
     assert float(mean) == pytest.approx((float(third) + float(unbroken[3])) / 2, abs=1.01e-6)
 
 
@@ -158,11 +158,11 @@ def test_a_checkpoint_of_another_model_is_refused_with_key_and_shapes(runs, name
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_checkpoint_that_was_asked_for_is_refused(runs, name):
+def test_a_damaged_checkpoint_named_by_ckpt_step_is_refused(runs, name):
     refused(runs[name], f"{name}/iter_0000002", *DAMAGED[name][1])
 
 
-def test_the_newest_one_is_passed_over_where_it_is_damaged(runs):
+def test_a_damaged_newest_checkpoint_is_passed_over(runs):
     """More of this: tests/training/faults."""
     (second,) = trained(runs["fall back"], 1)
     first, mean = trained(runs["save"])
@@ -172,7 +172,7 @@ def test_the_newest_one_is_passed_over_where_it_is_damaged(runs):
     assert "short-shard at iteration 1" in runs["fall back"].outputs[0]
 
 
-def test_a_folder_that_is_not_there_is_named(runs):
+def test_a_missing_folder_is_named(runs):
     run = runs["no folder"]
     assert all(code > 0 for code in run.codes)
     for output in run.outputs:

@@ -1,4 +1,4 @@
-"""What a run on a GPU meets at its start, as far as it can be seen without one."""
+"""The start of a run on a GPU, as far as it can be tested without one."""
 
 import sys
 

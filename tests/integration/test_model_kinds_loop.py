@@ -12,7 +12,7 @@ _TIMEOUT = 300
 
 
 def train(nproc: int, **overrides) -> tuple[dict[str, list[float]], str]:
-    """{loss: one value a step, to 7 digits}, and what the run printed."""
+    """Return ({loss: values, one per step, to 7 digits}, the run's output)."""
     values = flags(
         train_iters=5,
         hidden_dropout=0.0,
@@ -21,11 +21,11 @@ def train(nproc: int, **overrides) -> tuple[dict[str, list[float]], str]:
         moe_router_topk=2,
         moe_ffn_hidden_size=64,
         mtp_num_layers=1,
-        # The same padded vocabulary at TP 1 and 2.
+        # Pads the vocabulary to the same size at TP 1 and 2.
         make_vocab_size_divisible_by=64,
         **overrides,
     )
-    # Compiling a few steps takes longer than they do.
+    # Compiling takes longer than running a few steps.
     run = ranks(nproc, "kvshift_megatron.pretrain", values, _TIMEOUT, TORCHDYNAMO_DISABLE="1")
     assert run.returncode == 0, run.stdout[-5000:]
     names = ("lm loss", "mtp_1 loss")
@@ -48,7 +48,7 @@ def test_experts_and_multi_token_prediction_repeat_a_single_rank():
 
 
 def test_they_train_over_a_pipeline():
-    """Megatron draws each stage's weights from a seed of its own: nothing to compare with."""
+    """Losses cannot be compared: Megatron draws each stage's weights from another seed."""
     losses, output = train(2, pipeline_model_parallel_size=2)
     for values in losses.values():
         assert len(values) == 5

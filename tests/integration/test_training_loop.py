@@ -1,4 +1,4 @@
-"""Megatron's own loop: reproducible to the bit, also across a checkpoint."""
+"""Megatron's own loop: bitwise reproducible, also across a checkpoint."""
 
 import json
 
@@ -9,11 +9,11 @@ from tests.support.launch import ranks, torchrun
 
 _RANKS = 2
 _TIMEOUT = 300
-_MICRO_BATCHES = 2  # a step
+_MICRO_BATCHES = 2  # per step
 
 
 def train(output, by_torchrun: bool = False, **overrides) -> tuple[list[str], str]:
-    """Losses as hexadecimal floats, one a micro-batch, and what the run printed."""
+    """Return (losses as hexadecimal floats, one per micro-batch; the run's output)."""
     words = [str(output), *flags(**overrides)]
     if by_torchrun:
         run = torchrun(_RANKS, ["tests/integration/record_losses.py", *words], _TIMEOUT)
@@ -23,7 +23,7 @@ def train(output, by_torchrun: bool = False, **overrides) -> tuple[list[str], st
     return json.loads(output.read_text()), run.stdout
 
 
-# Dropout is Megatron's default (0.1), so that the random state has to survive as well.
+# Dropout is on (Megatron's default is 0.1), so that the random state must survive too.
 _LAYOUT = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
 
@@ -34,13 +34,13 @@ def unbroken(tmp_path_factory):
 
 
 def test_resume_gives_the_losses_of_an_unbroken_run(unbroken, tmp_path):
-    """20 steps with a save at 10; then 10 more from that checkpoint."""
+    """Stop at step 10 of 20 with a checkpoint, and train the other 10 from it."""
     saved = {"save": tmp_path / "checkpoints", "save_interval": 10, "exit_interval": 10}
     first, _ = train(tmp_path / "first.json", **_LAYOUT, **saved)
     second, output = train(tmp_path / "second.json", **_LAYOUT, load=tmp_path / "checkpoints")
     assert "successfully loaded checkpoint" in output
     assert len(first) == len(second) == 10 * _MICRO_BATCHES
-    # Also: a second run with the same seed and layout, up to the save.
+    # Up to the checkpoint this also compares two runs with the same seed and layout.
     assert first + second == unbroken[0]
 
 
@@ -49,7 +49,7 @@ def test_a_run_says_which_attention_it_trains(unbroken):
     assert unbroken[1].count(line) == 1
 
 
-def test_vanilla_twin_and_kv_shift_differ(unbroken, tmp_path):
-    losses, output = train(tmp_path / "vanilla.json", **_LAYOUT, no_kv_shift=True, train_iters=2)
+def test_the_baseline_and_kv_shift_differ(unbroken, tmp_path):
+    losses, output = train(tmp_path / "baseline.json", **_LAYOUT, no_kv_shift=True, train_iters=2)
     assert "attention: vanilla (SelfAttention) in layers 1-2; 0 taps" in output
     assert losses[0] != unbroken[0][0]

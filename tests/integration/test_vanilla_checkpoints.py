@@ -10,7 +10,7 @@ from tests.integration.tiny_gpt import flags
 from tests.support.launch import ranks
 
 _STEPS = 2
-_MICRO_BATCHES = 2  # a step
+_MICRO_BATCHES = 2  # per step
 _TAPS = {"alpha_1", "alpha_2", "beta_1", "beta_2"}
 
 _VANILLA = {"no_kv_shift": True}
@@ -20,7 +20,7 @@ _LEGACY = {"ckpt_format": "torch"}
 
 
 def _plan(root) -> dict[str, dict]:
-    """Name -> flags, in the order in which they run: later runs load what earlier ones saved."""
+    """Return flags by name, in the order of the runs: later runs load what earlier ones saved."""
 
     def save(name):
         return {"save": root / name, "save_interval": _STEPS}
@@ -34,8 +34,8 @@ def _plan(root) -> dict[str, dict]:
     return {
         "vanilla": {**_VANILLA, **save("of-vanilla")},
         "taps": save("of-taps"),
-        # What trains.
-        "twin-finetuned": {**_VANILLA, **_FINETUNE, **load("of-vanilla")},
+        # These train.
+        "baseline-finetuned": {**_VANILLA, **_FINETUNE, **load("of-vanilla")},
         "identity-finetuned": {
             **_IDENTITY,
             **_FINETUNE,
@@ -45,20 +45,20 @@ def _plan(root) -> dict[str, dict]:
         "identity-pretrained": {**_IDENTITY, "pretrained_checkpoint": root / "of-vanilla"},
         "identity-no-optimizer": {**_IDENTITY, "no_load_optim": True, **load("of-vanilla")},
         "identity-resumed": {**_IDENTITY, **load("of-identity")},
-        # What is refused.
+        # These are refused.
         "uniform": load("of-vanilla"),
         "uniform-lenient": {**_FINETUNE, **load("of-vanilla"), **lenient("ignore_all")},
         "identity": {**_IDENTITY, **load("of-vanilla")},
         "identity-lenient": {**_IDENTITY, **load("of-vanilla"), **lenient("ignore_all")},
-        "twin": {**_VANILLA, **load("of-taps")},
-        "twin-lenient": {**_VANILLA, **_FINETUNE, **load("of-taps"), **lenient("ignore_all")},
+        "baseline": {**_VANILLA, **load("of-taps")},
+        "baseline-lenient": {**_VANILLA, **_FINETUNE, **load("of-taps"), **lenient("ignore_all")},
         "other-window": {"kv_shift_window": 3, **load("of-taps"), **lenient("log_unexpected")},
         # The format before distributed checkpoints: state dicts are checked as they are loaded.
         "legacy-vanilla": {**_VANILLA, **_LEGACY, **save("of-legacy")},
         "legacy-taps": {**_LEGACY, **save("of-legacy-taps")},
         "legacy-uniform": {**_LEGACY, **load("of-legacy")},
         "legacy-identity-finetuned": {**_IDENTITY, **_FINETUNE, **_LEGACY, **load("of-legacy")},
-        "legacy-twin": {**_VANILLA, **_FINETUNE, **_LEGACY, **load("of-legacy-taps")},
+        "legacy-baseline": {**_VANILLA, **_FINETUNE, **_LEGACY, **load("of-legacy-taps")},
     }
 
 
@@ -75,7 +75,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(directory) -> dict[str, Run]:
-    # One learning-rate schedule for all, also for those that resume.
+    # The same learning-rate schedule for all, including those that resume.
     common = {"train_iters": 2 * _STEPS, "exit_interval": _STEPS}
     plan = {name: flags(**common, **overrides) for name, overrides in _plan(directory).items()}
     (directory / "plan.json").write_text(json.dumps(plan))
@@ -85,7 +85,7 @@ def runs(directory) -> dict[str, Run]:
         [str(directory / "plan.json")],
         timeout=400,
         forks=True,
-        # Compiling a few steps takes longer than they do.
+        # Compiling takes longer than running a few steps.
         TORCHDYNAMO_DISABLE="1",
     )
     assert launch.returncode == 0, launch.stdout[-5000:]
@@ -112,14 +112,14 @@ def refused(run: Run, *parts: str) -> None:
     assert "successfully loaded checkpoint" not in run.output
 
 
-def test_the_checkpoints_are_what_the_other_tests_take_them_for(runs, directory):
+def test_the_checkpoints_hold_the_taps_that_the_other_tests_expect(runs, directory):
     assert trained(runs["vanilla"]) != trained(runs["taps"])
     assert stored_taps(directory / "of-vanilla" / "iter_0000002") == set()
     assert stored_taps(directory / "of-taps" / "iter_0000002") == _TAPS
 
 
 @pytest.mark.parametrize("name", ["uniform", "uniform-lenient"])
-def test_shifting_does_not_load_a_vanilla_checkpoint_by_itself(runs, name):
+def test_a_vanilla_checkpoint_is_not_loaded_without_being_asked_for(runs, name):
     refused(runs[name], "of-vanilla/iter_0000002 holds no taps", "--kv-shift-init identity")
 
 
@@ -128,8 +128,8 @@ def test_a_vanilla_optimizer_state_is_not_resumed(runs, name):
     refused(runs[name], "optimizer state of the vanilla checkpoint", "add --finetune")
 
 
-@pytest.mark.parametrize("name", ["twin", "twin-lenient"])
-def test_the_twin_does_not_load_a_checkpoint_with_taps(runs, name):
+@pytest.mark.parametrize("name", ["baseline", "baseline-lenient"])
+def test_the_baseline_does_not_load_a_checkpoint_with_taps(runs, name):
     refused(runs[name], "of-taps/iter_0000002 was trained with KV shifting", "drop --no-kv-shift")
 
 
@@ -139,11 +139,11 @@ def test_other_taps_are_not_loaded(runs):
 
 @pytest.mark.parametrize("name", ["identity-finetuned", "identity-pretrained"])
 def test_identity_taps_start_where_the_vanilla_model_stopped(runs, name):
-    twin, ours = trained(runs["twin-finetuned"]), trained(runs[name])
-    assert ours[:_MICRO_BATCHES] == twin[:_MICRO_BATCHES]
-    # The weights were loaded, and from the first step on the taps learn.
+    baseline, ours = trained(runs["baseline-finetuned"]), trained(runs[name])
+    assert ours[:_MICRO_BATCHES] == baseline[:_MICRO_BATCHES]
+    # The weights were loaded, and the taps learn from the first step on.
     assert ours[:_MICRO_BATCHES] != runs["vanilla"].losses[:_MICRO_BATCHES]
-    assert ours[_MICRO_BATCHES:] != twin[_MICRO_BATCHES:]
+    assert ours[_MICRO_BATCHES:] != baseline[_MICRO_BATCHES:]
     assert "successfully loaded checkpoint" in runs[name].output
 
 
@@ -158,9 +158,9 @@ def test_the_next_checkpoint_holds_the_taps_and_is_resumed_like_any_other(runs, 
     assert "at iteration 2" in runs["identity-resumed"].output
 
 
-def test_the_older_format_is_refused_and_started_from_alike(runs):
+def test_the_older_format_is_refused_and_loaded_in_the_same_cases(runs):
     assert trained(runs["legacy-vanilla"]) == runs["vanilla"].losses
     refused(runs["legacy-uniform"], "without its taps", "--kv-shift-init identity")
-    refused(runs["legacy-twin"], "holds taps of KV shifting", "drop --no-kv-shift")
+    refused(runs["legacy-baseline"], "holds taps of KV shifting", "drop --no-kv-shift")
     ours = trained(runs["legacy-identity-finetuned"])
     assert ours == runs["identity-finetuned"].losses

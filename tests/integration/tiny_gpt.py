@@ -2,7 +2,7 @@
 
 
 def flags(**overrides: object) -> list[str]:
-    """Command-line flags; an override of None drops a flag, True makes it a switch."""
+    """Return command-line flags; an override of None drops a flag, True makes it a switch."""
     values = {
         "num_layers": 2,
         "hidden_size": 64,

@@ -1,4 +1,4 @@
-"""Builds the sdist and the wheel, and installs the wheel where no checkout is in reach."""
+"""Build the sdist and the wheel, and install the wheel out of reach of the checkout."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ _TIMEOUT = 600  # seconds for one command; the longest takes 30 alone on two cor
 
 
 def tracked_files(root: Path = PROJECT) -> list[str]:
-    """The repository's files, new ones that git does not ignore too; a link is one of them."""
+    """Return the repository's files, including links and new files that git does not ignore."""
     listed = subprocess.run(
         ["git", "-C", root, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         check=True,
@@ -26,7 +26,7 @@ def tracked_files(root: Path = PROJECT) -> list[str]:
 
 
 def copy_tracked(target: Path) -> Path:
-    """A copy of the working tree without what builds, tests and environments leave in it."""
+    """Copy the working tree without what builds, tests and environments leave in it."""
     for name in tracked_files():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(PROJECT / name, target / name, follow_symlinks=False)
@@ -34,7 +34,7 @@ def copy_tracked(target: Path) -> Path:
 
 
 def build(source: Path, target: Path) -> tuple[Path, Path]:
-    """The sdist of a source tree, and the wheel that is built from this sdist."""
+    """Build the sdist of a source tree, and the wheel from this sdist."""
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", target, source]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
@@ -44,21 +44,19 @@ def build(source: Path, target: Path) -> tuple[Path, Path]:
 
 @dataclass(frozen=True)
 class Installation:
-    """A virtual environment with the wheel and, of everything else, what this Python has.
+    """A virtual environment with the wheel, and with all other packages of this Python.
 
     Args:
-        folder: of the environment.
-        home: an empty directory, where commands run.
+        folder: The environment's folder.
+        home: Working directory of commands, empty at first.
     """
 
     folder: Path
     home: Path
 
     def run(self, *command: str | Path, status: int = 0) -> str:
-        """What a command of the environment says, standard error too, after its exit status is
-        what it should be.
-        """
-        # None of the variables that lead to a checkout, nor a cache that this machine has.
+        """Run a command of the environment, check its exit status, and return its output."""
+        # Without variables that lead to a checkout, and with an empty cache.
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "KVSHIFT"))}
         given = {"KVSHIFT_CPU": "1", "KVSHIFT_CACHE_DIR": str(self.home / "cache")}
         given |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
@@ -76,18 +74,18 @@ class Installation:
         return done.stdout
 
     def python(self, program: str, *words: str | Path) -> str:
-        """Likewise, of `python -c PROGRAM WORDS`."""
+        """Run `python -c PROGRAM WORDS` likewise."""
         return self.run("python", "-c", program, *words)
 
 
 def install(wheel: Path, folder: Path) -> Installation:
-    """A new environment with a wheel in it."""
+    """Create an environment and install a wheel in it."""
     venv.create(folder, with_pip=True)
     installation = Installation(folder, folder.with_name("home"))
     installation.home.mkdir()
     installation.run("python", "-m", "pip", "--quiet", "--disable-pip-version-check", "install",
                      "--no-deps", "--no-index", wheel)  # fmt: skip
-    # A line that names a folder does not have that folder's own .pth files read, one of which
+    # Added by a .pth file: Python does not read those folders' own .pth files then, one of which
     # would lead to this checkout.
     shared = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     packages = installation.python("import sysconfig; print(sysconfig.get_path('purelib'))")

@@ -9,17 +9,17 @@ from tests.packaging import builds
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
-    """A clean copy of the checkout."""
+    """Make a clean copy of the checkout."""
     return builds.copy_tracked(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="session")
 def built(source, tmp_path_factory) -> tuple[Path, Path]:
-    """(sdist, wheel); the wheel is of what the sdist holds."""
+    """Build (sdist, wheel), the wheel from the sdist."""
     return builds.build(source, tmp_path_factory.mktemp("dist"))
 
 
 @pytest.fixture(scope="session")
 def installed(built, tmp_path_factory) -> builds.Installation:
-    """The wheel in an environment of its own."""
+    """Install the wheel in a new environment."""
     return builds.install(built[1], tmp_path_factory.mktemp("installed") / "venv")

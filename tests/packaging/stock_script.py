@@ -1,4 +1,4 @@
-"""The bones of Megatron-LM's pretrain_gpt.py (core_v0.19), which no wheel of megatron-core holds.
+"""A minimal pretrain_gpt.py of Megatron-LM (core_v0.19), which megatron-core's wheel lacks.
 
 Parsing, `--spec`, the model's builder and the loop are Megatron's; only the tokens are made here.
 """
@@ -11,7 +11,7 @@ from megatron.training.arguments import parse_and_validate_args
 
 
 class Tokens(torch.utils.data.Dataset):
-    """Samples of random tokens: [seq_length + 1], int64."""
+    """Samples of random tokens, int64 [seq_length + 1]."""
 
     def __len__(self):
         return 1000

@@ -1,4 +1,4 @@
-"""What sdist and wheel hold: everything that is needed, and what the package says of itself."""
+"""Contents of sdist and wheel: every file that is needed, and the metadata."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ from tests.packaging.builds import tracked_files
 from tests.project.test_own_imports import imports
 from tests.support.launch import PROJECT
 
-# What is imported -> what has to be installed for it. Apex has no distribution: it is built.
+# Imported module -> distribution to install. Apex has none: users build it.
 DISTRIBUTIONS = {
     "matplotlib": "matplotlib",
     "megatron": "megatron-core",
@@ -34,14 +34,14 @@ NOT_DISTRIBUTED = {"apex"}
 
 @pytest.fixture(scope="session")
 def wheel(built) -> dict[str, bytes]:
-    """Name -> contents of every file."""
+    """Return the contents of every file in the wheel, by name."""
     with zipfile.ZipFile(built[1]) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
 @pytest.fixture(scope="session")
 def sdist(built) -> dict[str, bytes]:
-    """Likewise; names without the first folder."""
+    """Return the same of the sdist, with names without its top folder."""
     with tarfile.open(built[0]) as archive:
         files = [member for member in archive.getmembers() if member.isfile()]
         return {f.name.partition("/")[2]: archive.extractfile(f).read() for f in files}
@@ -54,12 +54,12 @@ def metadata(wheel):
 
 
 def lacking(files: dict[str, bytes], names: list[str]) -> list[str]:
-    """Which of the repository's files an archive lacks, or has with other contents."""
+    """Return the repository's files that an archive lacks or has with other contents."""
     return [n for n in names if n not in files or files[n] != (PROJECT / n).read_bytes()]
 
 
 def in_repository() -> list[str]:
-    """Its files, but for settings of git, CI and the like; a link's are where it leads."""
+    """Return the repository's files, except links and hidden ones (settings of git, CI, ...)."""
     names = [name for name in tracked_files() if not name.startswith(".")]
     return [name for name in names if not (PROJECT / name).is_symlink()]
 
@@ -96,8 +96,8 @@ def test_the_wheel_has_what_its_modules_read(wheel):
     assert data == expected
 
 
-def not_there(wheel: dict[str, bytes]) -> list[str]:
-    """Modules of the package that a module in the wheel imports and the wheel lacks."""
+def not_in_wheel(wheel: dict[str, bytes]) -> list[str]:
+    """Return modules of the package that the wheel lacks although a module in it imports them."""
     found = set()
     for name, text in wheel.items():
         if not name.endswith(".py"):
@@ -112,13 +112,13 @@ def not_there(wheel: dict[str, bytes]) -> list[str]:
 
 
 def test_the_wheel_has_what_its_modules_import(wheel):
-    assert not_there(wheel) == []
+    assert not_in_wheel(wheel) == []
     without = {name: text for name, text in wheel.items() if "/recipes/" not in name}
-    assert "kvshift_megatron.recipes" in not_there(without)
+    assert "kvshift_megatron.recipes" in not_in_wheel(without)
 
 
 def required(metadata) -> set[str]:
-    """Names of what the package depends on, in an extra or without."""
+    """Return the names of all dependencies, including those of extras."""
     return {re.match(r"[\w.-]+", line)[0] for line in metadata.get_all("Requires-Dist")}
 
 
@@ -138,7 +138,7 @@ def test_extras_are_what_users_ask_for(metadata):
     assert {"hf", "watch", "plots", "te", "triton"} <= set(metadata.get_all("Provides-Extra"))
 
 
-def test_the_version_is_said_once_and_has_a_section_in_the_changelog(metadata):
+def test_the_version_is_in_one_place_and_has_a_section_in_the_changelog(metadata):
     version = kvshift_megatron.__version__
     assert metadata["Version"] == version
     pyproject = tomllib.loads((PROJECT / "pyproject.toml").read_text())

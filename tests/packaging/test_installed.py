@@ -1,4 +1,4 @@
-"""The wheel as a user has it: every command, --spec on a stock script, an exported model."""
+"""The installed wheel: every command, --spec in a stock script, an exported model."""
 
 import json
 import math
@@ -59,14 +59,14 @@ def test_patching_a_megatron(installed, tmp_path):
 
 
 def test_checking_a_megatron(installed, tmp_path):
-    """Its real work, six runs of training, is too long for this."""
+    """Only the refusal: the six runs of a real check take too long."""
     said = installed.run("kvshift-check", "--megatron-path", tmp_path, status=2)
     assert said.startswith(f"kvshift-check: {tmp_path} holds no pretrain_gpt.py")
 
 
 @pytest.fixture(scope="module")
 def trained(installed) -> str:
-    """What a stock script says that trains with --spec."""
+    """Train with --spec in a stock script, and return its output."""
     return installed.run("kvshift-cpu", STOCK_SCRIPT, *flags(train_iters=3), *SPEC)
 
 
@@ -74,7 +74,7 @@ def test_spec_on_a_stock_script(trained):
     line = "kvshift_megatron: attention: KV shifting (free, window 2, keys and values) in layers"
     assert f"{line} 1-2; 16 taps" in trained
     losses = [float(loss) for loss in re.findall(r"lm loss: (\S+)", trained)]
-    # A guess among 128 tokens.
+    # As of a guess among 128 tokens.
     assert len(losses) == 3 and all(abs(loss - math.log(128)) < 0.3 for loss in losses)
 
 
@@ -119,7 +119,7 @@ print(model.generate(tokens, min_new_tokens=4, max_new_tokens=4, do_sample=False
 
 
 def test_a_model_through_both_formats(installed, tmp_path):
-    """Llama to Megatron with identity taps, that to an exported folder, which Auto classes load."""
+    """Convert a Llama to Megatron with identity taps, and then to a folder for Auto classes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,7 +1,7 @@
-"""The commands that an installation has: each is there, helps, and does so without waiting.
+"""The installed commands exist, and show their help without waiting.
 
-What must not be imported is held rather than a time, which depends on the machine: torch takes a
-second or more, Megatron several.
+Tested by what they import, as time depends on the machine: importing torch takes a second or more,
+Megatron several.
 """
 
 import subprocess
@@ -13,7 +13,7 @@ import pytest
 from tests.support.launch import PROJECT, python_path
 
 SCRIPTS = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["scripts"]
-# Also started by python -m.
+# Modules that start the same commands with python -m.
 MODULES = {
     "kvshift-recipe": "kvshift_megatron.recipes",
     "kvshift-plan": "kvshift_megatron.planning",
@@ -24,7 +24,7 @@ MODULES = {
 }
 HEAVY = {"torch", "megatron", "transformers", "numpy", "matplotlib", "safetensors"}
 
-# Ends a program's output with what it imported.
+# Prints what a program has imported at the end of its output.
 _PROBE = f"""
 import atexit, sys
 atexit.register(lambda: print("imported:", *sorted({HEAVY!r} & set(sys.modules))))
@@ -34,11 +34,11 @@ _MODULE = "import runpy\nrunpy.run_module({!r}, run_name='__main__', alter_sys=T
 
 
 def run(program: str, *words: str) -> tuple[int, str, list[str]]:
-    """A program with a command line of its own: exit status, output, heavy modules."""
+    """Run a program with a command line; return exit status, output and heavy imports."""
     start = f"{_PROBE}sys.argv[1:] = {list(words)!r}\n"
     done = subprocess.run(
         [sys.executable, "-c", start + program],
-        cwd=PROJECT.anchor,  # not the checkout, which would be found as the working directory
+        cwd=PROJECT.anchor,  # not the checkout, from which Python would import
         env={"PYTHONPATH": python_path(), "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
@@ -84,6 +84,6 @@ def test_help_of_a_tool_of_the_checkout_waits_for_nothing(tool):
     assert said.startswith("usage: ")
 
 
-def test_what_is_imported_is_noticed():
+def test_heavy_imports_are_caught():
     assert run("import numpy")[2] == ["numpy"]
     assert run("raise SystemExit(3)")[0] == 3

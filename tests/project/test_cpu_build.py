@@ -1,6 +1,6 @@
-"""A PyTorch built for CPUs brings no CUDA library: the list has their versions, and asks for none.
+"""A PyTorch built for CPUs installs no CUDA libraries, although the list has their versions.
 
-Resolved by uv and by pip, from a folder of wheels with nothing in them but what they ask for.
+Resolved by uv and by pip, from a folder of wheels with nothing but metadata.
 """
 
 import json
@@ -21,7 +21,7 @@ DEV = pins.direct(pins.pyproject(), ["dev"])
 
 
 def versions() -> dict[str, str]:
-    """name -> version, of all that the list has for this platform."""
+    """Return the list's versions for this platform, by name."""
     return {
         name: str(pin.specifier).removeprefix("==")
         for name, lines in pins.read(LIST).items()
@@ -73,7 +73,7 @@ def by_pip(needed: Path, folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def needed(tmp_path) -> Path:
-    """A requirements file with what the development environment asks for."""
+    """Write a requirements file with the development environment's requirements."""
     path = tmp_path / "needed.txt"
     path.write_text("".join(f"{requirement}\n" for requirement in DEV))
     return path
@@ -81,7 +81,7 @@ def needed(tmp_path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A wheel of each version in the list; torch's asks for every CUDA library."""
+    """Write a wheel of each version in the list; torch's requires every CUDA library."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     listed = versions()
@@ -90,9 +90,9 @@ def folder(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch has no CUDA in the list")
+@pytest.mark.skipif(sys.platform != "linux", reason="the list has CUDA for Linux only")
 @pytest.mark.parametrize("resolve", [by_uv, by_pip])
-def test_only_a_torch_with_cuda_brings_its_libraries(needed, folder, resolve):
+def test_only_a_torch_with_cuda_installs_its_libraries(needed, folder, resolve):
     listed = versions()
     found = resolve(needed, folder)
     assert found["torch"] == listed["torch"] and of_cuda(found) == of_cuda(listed) != set()
@@ -103,7 +103,7 @@ def test_only_a_torch_with_cuda_brings_its_libraries(needed, folder, resolve):
     assert found["numpy"] == listed["numpy"]
 
 
-def test_nothing_else_than_torch_asks_for_cuda():
+def test_nothing_but_torch_requires_cuda():
     class CpuBuild:
         def __init__(self, torch):
             self.version = torch.version

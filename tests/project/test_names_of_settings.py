@@ -1,7 +1,7 @@
-"""Names that Megatron is asked for where they may be missing: it has them.
+"""Megatron has the names that this package asks it for but that may be missing.
 
-A setting that a release lacks counts as off, and a keyword that a call leaves out as not given. A
-name that a new release has changed would be off as well, and its refusal lost in silence.
+A setting that a release lacks counts as off, and a keyword that a call lacks as not given. So a
+name that a new release has changed would count as off too, and its refusal would silently be lost.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from packaging.version import Version
 from kvshift_megatron.attention import validation
 from tests.support import releases
 
-# Name -> the first release that has it, where that is not the first supported one.
+# Name -> the first release that has it, if not every supported one has.
 BEGINS_IN = {
     "dataloader_inter_document_masking": "0.19",
     "total_real_tokens_in_batch": "0.19",
@@ -73,7 +73,7 @@ def builder_fields() -> set[str]:
     return {field.name for field in dataclasses.fields(GPTModelConfig)}
 
 
-# Where they are asked for -> (what Megatron has, what is asked for).
+# Where names are looked up -> (what Megatron has, what is asked for).
 ASKED = {
     "configuration": (
         config_fields,
@@ -96,7 +96,7 @@ def lacking(there: set[str], asked: tuple[str, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("where", ASKED)
-def test_the_installed_release_knows_every_name_that_it_is_asked_for(where):
+def test_the_installed_release_has_every_name_that_it_is_asked_for(where):
     found, asked = ASKED[where]
     release = Version(releases.imported_version())
     asked = tuple(name for name in asked if release >= Version(BEGINS_IN.get(name, "0")))
@@ -104,6 +104,6 @@ def test_the_installed_release_knows_every_name_that_it_is_asked_for(where):
         assert lacking(found(), asked) == []
 
 
-def test_a_renamed_name_is_seen():
+def test_a_renamed_name_is_caught():
     found, asked = ASKED["forward"]
     assert lacking(found() - {"inference_context"} | {"context"}, asked) == ["inference_context"]

@@ -1,4 +1,4 @@
-"""Every import of the project's own names finds them, also in tests that need another machine."""
+"""Every import of the project's own names finds them, even in tests for other machines."""
 
 import ast
 from pathlib import Path
@@ -11,7 +11,7 @@ _OWN = ("kvshift_megatron", "tests", "tools", "examples")
 
 
 def defined(path: Path) -> set[str]:
-    """Names that a module has after its import, as far as its text tells."""
+    """Return the names that a module has after its import, as far as its text tells."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -24,7 +24,7 @@ def defined(path: Path) -> set[str]:
 
 
 def missing(module: str, names: list[str], root: Path = PROJECT) -> list[str]:
-    """What of `from module import names` is not there."""
+    """Return what `from module import names` would not find."""
     folder = root / module.replace(".", "/")
     file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     if not file.exists() and not folder.is_dir():
@@ -35,7 +35,7 @@ def missing(module: str, names: list[str], root: Path = PROJECT) -> list[str]:
 
 
 def imports(text: str) -> list[tuple[str, list[str]]]:
-    """What a module's text imports, wherever in it: (module, names from it)."""
+    """Return (module, names from it) for every import in a module's text."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -56,11 +56,11 @@ def test_every_import_finds_its_name(folder):
 
 
 def only_of_the_checkout(text: str) -> list[str]:
-    """Modules that a text imports and an installed package does not have."""
+    """Return the imported modules of a text that only the checkout has."""
     return [m for m, _ in imports(text) if m.partition(".")[0] in ("tests", "tools", "examples")]
 
 
-def test_the_package_imports_nothing_that_is_only_in_the_checkout():
+def test_the_package_imports_nothing_that_only_the_checkout_has():
     found = {
         path.relative_to(PROJECT): modules
         for path in sorted((PROJECT / "kvshift_megatron").rglob("*.py"))
@@ -71,7 +71,7 @@ def test_the_package_imports_nothing_that_is_only_in_the_checkout():
     assert only_of_the_checkout(planted) == ["examples.configs", "tools.launchers"]
 
 
-def test_what_is_gone_is_noticed():
+def test_a_missing_name_is_caught():
     assert missing("tests.distributed.gone", ["x"]) == ["tests.distributed.gone"]
     assert missing("tests.support.compare", ["relative_error", "gone"]) == [
         "tests.support.compare.gone"

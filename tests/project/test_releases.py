@@ -1,4 +1,4 @@
-"""The release matrix: what it leaves out exists, and another release than asked for stops it."""
+"""The release matrix: the tests that it leaves out exist, and a wrong release stops it."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ def test_the_entry_point_is_not_in_the_matrix():
 
 
 def test_another_release_than_asked_for_stops_the_run():
-    """As where PYTHONPATH got lost on the way: nothing may pass on the wrong release."""
+    """Nothing may pass on a wrong release, for example if PYTHONPATH is lost on the way."""
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "--megatron", "0.1.0", "--co", "-q", "tests/ops"],
         cwd=PROJECT, capture_output=True, text=True, timeout=120,

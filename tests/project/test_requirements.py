@@ -1,4 +1,4 @@
-"""pyproject.toml, the lists of exact versions and what is installed agree."""
+"""pyproject.toml, the lists of exact versions and the installed versions agree."""
 
 import importlib.metadata
 import re
@@ -39,8 +39,8 @@ def test_transformer_engines_version_is_in_its_range():
     assert not wrong, "; ".join(wrong)
 
 
-def test_all_of_an_extra_is_in_dev():
-    """So that the list serves every extra but Transformer Engine's."""
+def test_dev_holds_every_other_extra():
+    """So the list is for every extra, except Transformer Engine's."""
     everything = set(pins.pyproject()["project"]["optional-dependencies"]) - {"te"}
     assert set(map(str, of_dev())) == set(map(str, pins.direct(pins.pyproject(), everything)))
 
@@ -50,8 +50,8 @@ def test_a_list_has_names_and_versions_only(name):
     assert pins.read(pins.LISTS / name)
 
 
-def test_what_is_installed(request):
-    """In the pinned environment the pinned versions, in the others what they are for."""
+def test_installed_versions(request):
+    """--versions says what the environment must have."""
     kind = request.config.getoption("versions")
     versions, wrong = pins.closure(here(of_dev()))
     if kind == "pinned":
@@ -62,13 +62,13 @@ def test_what_is_installed(request):
 
 
 def versions_in(text: str) -> dict[str, list[str]]:
-    """Rows of docs/compatibility.md: name -> oldest, pinned, latest."""
+    """Return the rows of docs/compatibility.md: name -> oldest, pinned, latest."""
     rows = re.findall(r"^\| ([a-z-]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
     return {name: versions for name, *versions in rows}
 
 
 def outdated(text: str, pyproject: dict, listed: pins.Pins) -> list[str]:
-    """Rows that are not the ends of pyproject.toml's ranges and the list's version."""
+    """Return what differs from the ends of pyproject.toml's ranges and the list's version."""
     rows, wrong = versions_in(text), []
     linux = pins.environment("3.12", "Linux", "x86_64")
     needed = {r.name: r for r in pins.direct(pyproject, ["dev"]) if pins.applies(r, linux)}
@@ -81,7 +81,7 @@ def outdated(text: str, pyproject: dict, listed: pins.Pins) -> list[str]:
     return wrong
 
 
-def test_the_table_of_versions_in():
+def test_the_table_of_versions():
     text = (pins.PROJECT / "docs/compatibility.md").read_text()
     project, listed = pins.pyproject(), pins.read(DEV)
     assert {"torch", "megatron-core", "transformers", "numpy", "triton"} == set(versions_in(text))
@@ -91,7 +91,7 @@ def test_the_table_of_versions_in():
         assert len(outdated(changed, project, listed)) == 1
 
 
-# What the checks are for, planted.
+# --- planted disagreements ---
 
 
 @dataclass
@@ -126,7 +126,7 @@ def disagreements(tmp_path, needed=NEEDED, lines=LIST, packages=INSTALLED) -> li
     return wrong + pins.outside_their_range(needed, listed, default_environment())
 
 
-def test_agreement_is_no_disagreement(tmp_path):
+def test_agreement_passes(tmp_path):
     assert disagreements(tmp_path) == []
     cpu_build = INSTALLED | {"kernels": Package("2.1+cpu", ["base"])}
     assert disagreements(tmp_path, packages=cpu_build) == []
@@ -177,7 +177,7 @@ def test_a_planted_disagreement_is_found(tmp_path, planted, found):
         "base",
     ],
 )
-def test_anything_but_a_version_is_refused(tmp_path, line):
+def test_lines_without_an_exact_version_are_refused(tmp_path, line):
     (tmp_path / "list.txt").write_text(f"left-pad==3.0\n{line}\n")
     with pytest.raises(ValueError, match=r"list\.txt, line 2: expected NAME==VERSION"):
         pins.read(tmp_path / "list.txt")

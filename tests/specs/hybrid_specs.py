@@ -1,4 +1,4 @@
-"""Megatron's hybrid stacks, also where Transformer Engine and with it their leaves are missing."""
+"""Megatron's hybrid stacks, buildable even without Transformer Engine and its modules."""
 
 import copy
 from typing import Any
@@ -20,12 +20,12 @@ INFERENCE_STACK = STACK.replace("_stack", "_inference_stack")
 
 
 def buildable(spec: Any) -> Any:
-    """A deep copy with Megatron's TE-free classes where Megatron put mocks for missing ones."""
+    """Return a deep copy with TE-free classes in place of Megatron's mocks for missing ones."""
     found = {**vars(transformer_engine), **vars(stock)}
     mocks = {id(v): _stand_in(k) for k, v in found.items() if isinstance(v, NonCallableMock)}
     if not transformer_engine.HAVE_TE:
         mocks[id(transformer_engine.TENorm)] = WrappedTorchNorm
-    # What deepcopy takes for copied already, it puts in as it is.
+    # deepcopy takes these for objects that it has already copied, and puts them in.
     return copy.deepcopy(spec, mocks)
 
 

@@ -1,4 +1,4 @@
-"""Modules behind --spec: found without an import, or refused by the CPU launcher in a sentence."""
+"""Modules named by --spec: found without an import, or refused by the CPU launcher."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def test_the_last_spec_counts(words, module):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Modules that would end the test if they were imported."""
+    """Make modules that end the test if they are imported."""
     for name in ("top.py", "package/__init__.py", "package/inner/__init__.py", "bare/module.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("raise SystemExit('imported')\n")
@@ -64,7 +64,7 @@ def test_a_module_is_found_without_importing_it(folder, module, there):
 
 @pytest.fixture
 def script(folder, monkeypatch):
-    """A script with modules beside it, which only a script's own path leads to."""
+    """Make a script with modules next to it, which are found through the script's path only."""
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(folder)])
     monkeypatch.setattr(launcher, "_launch", lambda processes, script, arguments: 0)
     (folder / "train.py").touch()
@@ -79,7 +79,7 @@ def script(folder, monkeypatch):
         ("package.inner.spec", "there is no module package.inner.spec"),
     ],
 )
-def test_the_launcher_refuses_a_module_that_is_not_there(script, module, said, capsys):
+def test_the_launcher_refuses_a_module_that_does_not_exist(script, module, said, capsys):
     before = list(sys.path)
     assert launcher.main([script, "--bf16", "--spec", module, "name"]) == 2
     error = capsys.readouterr().err
@@ -95,7 +95,7 @@ def test_the_launcher_accepts_a_module_that_the_script_finds(script, module):
 
 
 def test_the_launcher_refuses_before_anything_else_does(tmp_path):
-    """The package's import, which would end in a traceback, leaves it to the launcher."""
+    """The package's import would end in a traceback; it leaves the refusal to the launcher."""
     script = tmp_path / "train.py"
     script.touch()
     done = subprocess.run(
@@ -129,7 +129,7 @@ print(*sorted({name.partition(".")[0] for name in sys.modules.keys() - modules})
 
 
 def changed_by_import(planted: str = "") -> list[list[str]]:
-    """What of the interpreter's state the package's import changes; packages that it imports."""
+    """Return what the import changes in the interpreter's state, and what it imports."""
     done = subprocess.run(
         [sys.executable, "-c", _STATE, planted],
         check=True,

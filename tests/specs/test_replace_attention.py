@@ -1,4 +1,4 @@
-"""Conversion of more than plain layers: what shifts, what stays, what is refused by name."""
+"""Conversion of hybrid, heterogeneous and MTP specs: what shifts, what stays, what is refused."""
 
 import copy
 import json
@@ -38,14 +38,14 @@ from tests.support.gpt_with_mtp import gpt_with_mtp
 from tests.support.single_process import gpt_model, transformer_config
 
 KV_SHIFT = KVShiftConfig(window=3, seed=5)
-# Kind of layer -> the class that its refusal names. 0.17 has no DSA and no MLA in its stack.
+# Kind of layer -> class that its refusal names. The stack of 0.17 has neither DSA nor MLA.
 REFUSED = {"gdn_layer": "GatedDeltaNet", "dsa_layer": None, "mla_layer": "MLASelfAttention"}
 KINDS_REFUSED = [kind for kind in REFUSED if hasattr(getattr(stock, STACK).submodules, kind)]
 
 
 @pytest.fixture
 def stack(monkeypatch):
-    """Megatron's module global, of classes that can be built."""
+    """Replace Megatron's module global by a stack that can be built."""
     monkeypatch.setattr(stock, STACK, buildable(getattr(stock, STACK)))
     return getattr(stock, STACK)
 
@@ -74,12 +74,12 @@ def test_layers_without_attention_stay(stack, kind):
     converted = getattr(with_kv_shift(stack).submodules, kind)
     before = getattr(stack.submodules, kind)
     assert converted is not before
-    # A partial equals itself only.
+    # Compared as text: a partial equals only itself.
     assert repr(converted) == repr(before)
 
 
 def test_kinds_of_a_hybrid_stack_are_all_known(stack):
-    """A kind of layer that a new release adds has to be looked at."""
+    """Fail if a new release adds a kind of layer, which must then be looked at."""
     kinds = {field.name for field in fields(stack.submodules)}
     known = {"attention_layer", "mamba_layer", "mlp_layer", "moe_layer", "mtp_block_spec"}
     assert kinds == known | set(KINDS_REFUSED)
@@ -87,7 +87,7 @@ def test_kinds_of_a_hybrid_stack_are_all_known(stack):
 
 
 @pytest.mark.parametrize("kind", KINDS_REFUSED)
-def test_attention_of_a_hybrid_stack_that_cannot_shift_cannot_be_built(megatron_rank, stack, kind):
+def test_layers_of_a_hybrid_stack_that_cannot_shift_cannot_be_built(megatron_rank, stack, kind):
     before = getattr(stack.submodules, kind).submodules.self_attention.module
     layer = getattr(with_kv_shift(stack).submodules, kind)
     assert layer.submodules.self_attention.module is RefusedAttention
@@ -96,7 +96,7 @@ def test_attention_of_a_hybrid_stack_that_cannot_shift_cannot_be_built(megatron_
         build_layer(layer)
 
 
-def test_converting_leaves_the_module_global_alone(stack):
+def test_converting_does_not_change_the_module_global(stack):
     before, text = copy.deepcopy(stack), repr(stack)
     with_kv_shift(stack)
     assert getattr(stock, STACK) is stack
@@ -116,7 +116,7 @@ def test_a_change_of_the_module_global_does_not_reach_the_copy(stack):
     assert repr(converted) == text
 
 
-def test_a_stack_takes_back_no_refusal_from_beside_it(stack):
+def test_a_stack_does_not_undo_the_refusal_of_another_spec(stack):
     with pytest.raises(ValueError, match="the spec holds MLASelfAttention"):
         with_kv_shift([ModuleSpec(MLASelfAttention), stack])
 
@@ -177,23 +177,23 @@ def test_the_package_converts_a_heterogeneous_spec_by_itself(megatron_rank):
     assert_kv_shift(gpt_model(config, converted), KV_SHIFT)
 
 
-def test_the_spec_callable_knows_a_heterogeneous_configuration(megatron_rank):
+def test_the_spec_callable_builds_a_heterogeneous_model(megatron_rank):
     layers = kv_shift_layer_spec(heterogeneous_config()).layer_specs
     modules = [layer.submodules.self_attention.module for layer in layers]
     shifting, linear = KVShiftSelfAttention, ColumnParallelLinearGathered
     assert modules == [shifting, IdentityOp, shifting, linear]
 
 
-@pytest.mark.parametrize("beside", ["alone", "beside a layer that shifts"])
-def test_linear_attention_in_a_plain_layer_is_refused_by_name(beside):
+@pytest.mark.parametrize("is_alone", [True, False], ids=["alone", "with a layer that shifts"])
+def test_linear_attention_in_a_plain_layer_is_refused_by_name(is_alone):
     spec = get_gpt_layer_local_spec()
     spec.submodules.self_attention = ModuleSpec(GatedDeltaNet)
-    specs = [spec] if beside == "alone" else [get_gpt_layer_local_spec(), spec]
+    specs = [spec] if is_alone else [get_gpt_layer_local_spec(), spec]
     with pytest.raises(ValueError, match="the spec holds GatedDeltaNet, which"):
         with_kv_shift(specs)
 
 
-def test_what_is_refused_is_named_once_and_all_of_it():
+def test_every_refused_class_is_named_once():
     linear = get_gpt_layer_local_spec()
     linear.submodules.self_attention = ModuleSpec(GatedDeltaNet)
     latent = get_gpt_layer_local_spec(multi_latent_attention=True)
@@ -235,13 +235,13 @@ def test_both_specs_are_converted_and_built(megatron_rank, overrides):
     assert assert_kv_shift(model, KV_SHIFT) == (
         f"attention: {kind} in layers 1-3; {kind} in MTP layers 1-2; 60 taps"
     )
-    # One stock spec among the two is enough to be refused.
+    # One stock spec of the two is enough for a refusal.
     vanilla_mtp = convert_specs(None, mtp, config, None)[1]
     with pytest.raises(ValueError, match=r"vanilla \(SelfAttention\) in MTP layers 1-2"):
         assert_kv_shift(gpt_with_mtp(config, new_layers, vanilla_mtp))
 
 
-def test_specs_that_are_not_there_stay_that_way(megatron_rank):
+def test_missing_and_empty_specs_stay_as_they_are(megatron_rank):
     config, layers, mtp = mtp_and_layers()
     assert convert_specs(None, None, config, KV_SHIFT) == (None, None)
     assert convert_specs(layers, None, config, KV_SHIFT)[1] is None

@@ -1,4 +1,4 @@
-"""Rewriting nested specs: copies, shared nodes, children first."""
+"""Rewriting nested specs: copies, shared nodes, the order of visits."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -62,7 +62,7 @@ def test_it_reaches_into_partials():
     assert (result.func, result.args, result.keywords) == (Other, (New,), {"key": Submodules(New)})
 
 
-def test_the_spec_itself_is_left_as_it_was():
+def test_the_spec_itself_does_not_change():
     inner = Submodules(Old, [Old])
     spec = ModuleSpec(Other, params={"p": [1]}, submodules=inner)
     result = rewrite(spec, replace_old)
@@ -107,6 +107,6 @@ def test_module_class():
     assert module_class(Old) is Old
     for node in (None, "text", Submodules(Old), [Old], 3):
         assert module_class(node) is None
-    # Megatron's way of naming a class that is imported when it is built.
+    # A (module, name) pair, which Megatron imports when it builds the module.
     path = ("megatron.core.transformer.attention", "SelfAttention")
     assert module_class(ModuleSpec(path)).__name__ == "SelfAttention"

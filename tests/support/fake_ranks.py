@@ -1,4 +1,4 @@
-"""One rank of a layout that needs no other rank and no GPU: models are built here, never run."""
+"""One rank of a layout without the other ranks and without a GPU, to build models but not run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism; ranks count TP fastest, then CP, then data, then pipeline."""
+    """Degrees of parallelism; ranks count TP fastest, then CP, data and pipeline."""
 
     tp: int = 1
     pp: int = 1
@@ -27,12 +27,12 @@ class Layout:
 
 @contextmanager
 def fake_rank(layout: Layout, rank: int) -> Iterator[None]:
-    """Megatron's parallel state as rank `rank` of `layout` sees it; collectives do nothing."""
+    """Set up Megatron's parallel state of one rank of `layout`; collectives do nothing."""
     torch.distributed.init_process_group(
         "fake", store=FakeStore(), rank=rank, world_size=layout.world
     )
     try:
-        # A gloo group cannot stand on a fake store.
+        # A gloo group cannot use a fake store.
         parallel_state.initialize_model_parallel(
             layout.tp,
             layout.pp,
@@ -48,11 +48,11 @@ def fake_rank(layout: Layout, rank: int) -> Iterator[None]:
 
 @contextmanager
 def constructing_on(device: str) -> Iterator[None]:
-    """Lets modules be constructed on `device` where Megatron and Transformer Engine ask for a GPU.
+    """Construct modules on `device` although Megatron and Transformer Engine ask for a GPU.
 
     Args:
-        device: "meta", where nothing is allocated, or "cpu": Transformer Engine tags parameters
-            when it initializes them, which it puts off on the meta device.
+        device: "meta" allocates nothing. "cpu" also has the tags that Transformer Engine sets when
+            it initializes parameters, which it postpones on the meta device.
     """
     with (
         mock.patch("torch.cuda.is_available", return_value=True),

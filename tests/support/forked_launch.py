@@ -1,4 +1,4 @@
-"""Runs of a plan, one after the other, on the ranks of one launch (see forked_ranks.py)."""
+"""Several runs, one after the other, on the ranks of one launch (see forked_ranks.py)."""
 
 import json
 import re
@@ -9,13 +9,13 @@ from tests.support import launch
 
 
 class Run(NamedTuple):
-    """A finished run: exit code and output of each rank, or of the launcher for all of them."""
+    """A finished run: exit code and output of each rank, or of the launcher for all ranks."""
 
     codes: list[int]
     outputs: list[str]
 
     def said(self, pattern: str) -> list[str]:
-        """The lines that match, of all ranks."""
+        """Return the lines of all ranks that match."""
         lines = [line for output in self.outputs for line in output.splitlines()]
         return [line for line in lines if re.search(pattern, line)]
 
@@ -27,18 +27,18 @@ def forked(
     module: str = "tests.support.forked_ranks",
     timeout: float = 600,
 ) -> dict[str, Run]:
-    """Every run of a plan.
+    """Run all of a plan.
 
     Args:
-        directory: exists; the runs leave their files there.
-        plan: name -> what `module` takes of each: {"command": flags, "before": ...}.
-        ranks: of the launch.
-        module: the script that forks them.
-        timeout: seconds, for all of them.
+        directory: An existing one; the runs leave their files there.
+        plan: By name, what `module` expects of a run: {"command": flags, "before": ...}.
+        ranks: Number of ranks.
+        module: The script that forks the runs.
+        timeout: Seconds for all runs together.
     """
     file = directory / "plan.json"
     file.write_text(json.dumps(plan))
-    # Compiling a few steps takes longer than they do.
+    # Compiling takes longer than running a few steps.
     done = launch.ranks(ranks, module, [str(file)], timeout, forks=True, TORCHDYNAMO_DISABLE="1")
     assert done.returncode == 0, done.stdout[-5000:]
     return {

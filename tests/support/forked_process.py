@@ -1,4 +1,4 @@
-"""What a forked copy of a test's process does: one run of an entry point, and nothing after it."""
+"""One run of an entry point in a forked process, which ends with it."""
 
 import multiprocessing.util
 import os
@@ -12,14 +12,14 @@ from typing import NoReturn
 def run_and_exit(
     run: Callable[[], None], command: list[str], log: Path, port: int, forks: bool = False
 ) -> NoReturn:
-    """Run an entry point as a process of its own would; its exit code is this process's.
+    """Run an entry point as a separate process would, and exit with its exit code.
 
     Args:
-        run: takes its arguments from sys.argv.
-        command: these arguments.
-        log: file for everything that it prints, behind what others have printed there.
-        port: of its own rendezvous, which no other run has left keys in.
-        forks: whether the entry point forks runs of its own.
+        run: The entry point, which takes its arguments from sys.argv.
+        command: These arguments.
+        log: File to which its output is appended.
+        port: Of the run's own rendezvous, in which no other run has left keys.
+        forks: Whether the entry point forks runs itself.
     """
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -39,16 +39,16 @@ def run_and_exit(
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Ends the processes that Megatron has started to save; they would outlive this one.
+    # End the processes that Megatron has started for saving; they would outlive this one.
     multiprocessing.util._exit_function()
-    # What ends the parent, such as its tests' or launcher's handlers, is not the child's to run.
+    # Not sys.exit: exit handlers of the parent, such as pytest's, must not run in the child.
     os._exit(code)
 
 
 def _fork_results_queue() -> None:
-    """Start now the process in which Megatron collects what it has written.
+    """Fork the process in which Megatron collects what it has written.
 
-    Forked, and before there are threads: one that starts afresh takes seconds to import torch.
+    Do so before there are threads. A spawned process would take seconds to import torch.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 

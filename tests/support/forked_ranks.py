@@ -1,10 +1,10 @@
-"""Several runs of kvshift_megatron.pretrain on the ranks of one launch, imports done once.
+"""Run kvshift_megatron.pretrain several times on the ranks of one launch, importing once.
 
 torchrun --nproc-per-node N ... -m tests.support.forked_ranks PLAN.json
 
-PLAN.json: {name: {"command": command line, "before": [damage, its arguments...] or null}}, damage
-being a function of damaged_checkpoints.py. Beside it each rank of each run leaves NAME-RANK.log
-(what it printed) and NAME-RANK.exit (its exit code; -9 if it did not end by itself).
+PLAN.json: {name: {"command": command line, "before": [damage, its arguments...] or null}}; damage
+is a function of damaged_checkpoints.py. Next to it each rank of each run leaves NAME-RANK.log (its
+output) and NAME-RANK.exit (its exit code; -9 if it did not end by itself).
 """
 
 import json
@@ -26,7 +26,7 @@ _SECONDS = 120  # for one run; the longest takes a few
 
 def main(plan: Path) -> None:
     cpu.enable()
-    # Every run inherits what is imported here.
+    # Every run inherits these imports.
     import megatron.core.models.mimo
     import megatron.core.tokenizers.text.libraries
     import megatron.training.training  # noqa: F401
@@ -52,7 +52,7 @@ def main(plan: Path) -> None:
 
 
 def _wait(child: int) -> int:
-    """The exit code of a child process, which gets no more than its time."""
+    """Return the exit code of a child process, which is killed after its time."""
     end = time.monotonic() + _SECONDS
     while time.monotonic() < end:
         ended, status = os.waitpid(child, os.WNOHANG)

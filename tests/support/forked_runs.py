@@ -1,9 +1,9 @@
-"""Several runs of kvshift_megatron.pretrain on one rank, one after the other, imports done once.
+"""Run kvshift_megatron.pretrain several times on one rank, importing everything once.
 
 torchrun --nproc-per-node 1 ... -m tests.support.forked_runs PLAN.json
 
-PLAN.json: {name: command line}. Beside it each run leaves NAME.log (what it printed), NAME.json
-(its losses, as record_losses.py) and NAME.exit (its exit code).
+PLAN.json: {name: command line}. Next to it each run leaves NAME.log (its output), NAME.json (its
+losses, as from record_losses.py) and NAME.exit (its exit code).
 """
 
 import json
@@ -19,7 +19,7 @@ from tests.support.forked_process import run_and_exit
 
 def main(plan: Path) -> None:
     cpu.enable()
-    # Every run inherits what is imported here.
+    # Every run inherits these imports.
     import megatron.core.models.mimo
     import megatron.core.tokenizers.text.libraries
     import megatron.training.training  # noqa: F401

@@ -1,6 +1,6 @@
-"""Starting ranks, bounded in time and leaving no process behind.
+"""Start ranks within a time limit, and leave no process running.
 
-With torch's own launcher, as a user does, or from a process that has imported Megatron already.
+With torch's own launcher, as a user does, or from a process that has already imported Megatron.
 """
 
 import atexit
@@ -20,9 +20,9 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 
 def python_path() -> str:
-    """PYTHONPATH of a rank: the project, and behind it what this process was given.
+    """Return a rank's PYTHONPATH: the project, then this process's.
 
-    `make test-matrix` gives it another release of megatron-core.
+    In `make test-matrix` the latter leads to another release of megatron-core.
     """
     return os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
 
@@ -33,13 +33,13 @@ def torchrun(
     """Run `torchrun --standalone --nproc-per-node NPROC ARGUMENTS` from the project's root.
 
     Args:
-        nproc: ranks.
-        arguments: what follows torchrun's own flags: a script or `-m module`, and its arguments.
-        timeout: seconds; past that every process of the launch is killed and TimeoutExpired raised.
-        environment: added to this process's.
+        nproc: Number of ranks.
+        arguments: What follows torchrun's own flags: a script or `-m module`, and its arguments.
+        timeout: Seconds, after which all processes are killed and TimeoutExpired is raised.
+        **environment: Added to this process's.
 
     Returns:
-        The finished launch; stdout and stderr of all ranks together in `stdout`.
+        The finished launch; `stdout` holds stdout and stderr of all ranks.
     """
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -69,14 +69,14 @@ def ranks(
     forks: bool = False,
     **environment: str,
 ) -> subprocess.CompletedProcess:
-    """What `torchrun` of `-m MODULE ARGUMENTS` does, by ranks that need not import Megatron first.
+    """Do what `torchrun` does for `-m MODULE ARGUMENTS`, with ranks that already have Megatron.
 
     They are forked from a process that all launches of this environment share (rank_server.py).
-    `forks`: whether the module forks runs of its own, as the planned ones of tests/integration. The
-    other arguments and what is returned or raised are as with `torchrun`.
+    `forks` says whether the module forks runs itself, as forked_runs.py does. The other arguments,
+    the result and the exceptions are those of `torchrun`.
     """
     given = {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **environment}
-    # The one variable that pytest changes all the time.
+    # Without the variable that pytest changes for every test.
     inherited = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
     environment = {**inherited, **given}
     key = json.dumps(environment, sort_keys=True)
@@ -98,13 +98,13 @@ def ranks(
     return subprocess.CompletedProcess([module, *arguments], answer["returncode"], said)
 
 
-_GRACE = 120  # seconds beside a launch's own: for the imports, and for ending it
+_GRACE = 120  # seconds on top of a launch's own, for the imports and for ending it
 
 
 class _RankServer:
-    """A process of rank_server.py."""
+    """A process that runs rank_server.py."""
 
-    def __init__(self, environment: dict[str, str]):
+    def __init__(self, environment: dict[str, str]) -> None:
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.rank_server"],
@@ -125,7 +125,12 @@ class _RankServer:
         self._answers.put("")
 
     def answer(self, request: dict, timeout: float) -> dict:
-        """Its answer; a RuntimeError where it ends without one, queue.Empty where it is late."""
+        """Return its answer.
+
+        Raises:
+            RuntimeError: It ended without an answer.
+            queue.Empty: The answer did not come in time.
+        """
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps(request), file=self._process.stdin, flush=True)
         if line := self._answers.get(timeout=timeout):

@@ -1,4 +1,4 @@
-"""Proof that device tensors are not read back: each way to do so raises, also on a CPU."""
+"""Proof that device tensors are not read back: every way to do so raises, even on a CPU."""
 
 from contextlib import contextmanager
 from unittest import mock
@@ -13,11 +13,11 @@ _READING_OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "repeat
 
 
 class ReadBack(Exception):
-    """Something waited for the device."""
+    """The host read a tensor's values, for which it must wait for the device."""
 
 
 class _Watch(TorchDispatchMode):
-    """Catches what torch's own code reads, which calls no method of Tensor."""
+    """Catch what torch's own code reads without calling a method of Tensor."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().removeprefix("aten::").partition(".")[0]
@@ -31,7 +31,7 @@ class _Watch(TorchDispatchMode):
 
 @contextmanager
 def no_readback():
-    """Raise ReadBack where the body reads a tensor's values on the host."""
+    """Raise ReadBack if the body reads a tensor's values on the host."""
 
     def forbid(name):
         def method(*args, **kwargs):

@@ -1,6 +1,6 @@
-"""The lists of exact versions in tools/requirements, against pyproject.toml and what is installed.
+"""Check the lists of exact versions in tools/requirements against pyproject.toml and installations.
 
-Each check returns the disagreements it finds, a sentence each.
+Each check returns what disagrees, in one sentence each.
 """
 
 import re
@@ -25,11 +25,11 @@ Installed = Callable[[str], metadata.Distribution]
 
 
 def read(path: Path) -> Pins:
-    """A list: name -> its lines, whatever platform they are for.
+    """Read a list: the lines of each name, for all platforms.
 
     Raises:
-        ValueError: a line is anything else than NAME==VERSION, with or without a marker: an index,
-            a path, a range.
+        ValueError: A line is not NAME==VERSION, with or without a marker, but for example an
+            index, a path or a range.
     """
     pins: Pins = {}
     for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -48,7 +48,7 @@ def read(path: Path) -> Pins:
 
 
 def direct(pyproject: dict, extras: Iterable[str]) -> list[Requirement]:
-    """What the package and these extras of it ask for, with what extras take from one another."""
+    """Return the requirements of the package and of these extras, including extras of extras."""
     project = pyproject["project"]
     found, open_extras, seen = list(project["dependencies"]), list(extras), set()
     while open_extras:
@@ -76,7 +76,7 @@ def applies(requirement: Requirement, environment: dict, extras: Iterable[str] =
 
 
 def environment(python: str, system: str, machine: str) -> dict:
-    """What markers read: environment("3.13", "Linux", "aarch64")."""
+    """Return the values that markers read, for example of "3.13", "Linux" and "aarch64"."""
     return {
         **default_environment(),
         "python_version": python,
@@ -89,7 +89,7 @@ def environment(python: str, system: str, machine: str) -> dict:
 
 
 def pinned(pins: Pins, name: str, environment: dict) -> Requirement | str:
-    """The one line for this name and environment, or what is wrong instead."""
+    """Return the only line for this name and environment, or what is wrong."""
     lines = [pin for pin in pins.get(canonicalize_name(name), []) if applies(pin, environment)]
     if len(lines) == 1:
         return lines[0]
@@ -101,7 +101,7 @@ def pinned(pins: Pins, name: str, environment: dict) -> Requirement | str:
 def outside_their_range(
     requirements: list[Requirement], pins: Pins, environment: dict
 ) -> list[str]:
-    """Direct requirements that the list has no version for, or one that their range excludes."""
+    """Return direct requirements without a version in the list, or with one outside their range."""
     wrong = []
     for requirement in requirements:
         if not applies(requirement, environment):
@@ -118,7 +118,7 @@ def outside_their_range(
 
 
 def in_this_environment(name: str) -> metadata.Distribution:
-    """As importlib.metadata.distribution, without a release laid over by PYTHONPATH."""
+    """Return importlib.metadata's distribution, ignoring releases that PYTHONPATH puts first."""
     folders = [folder for folder in sys.path if Path(folder).name in _SITE_FOLDERS]
     for found in metadata.distributions(name=name, path=folders):
         return found
@@ -128,10 +128,10 @@ def in_this_environment(name: str) -> metadata.Distribution:
 def closure(
     requirements: list[Requirement], installed: Installed = in_this_environment
 ) -> tuple[dict[str, str], list[str]]:
-    """Everything that these need, by the metadata of what is installed.
+    """Follow requirements through the metadata of what is installed.
 
     Returns:
-        name -> installed version, and a sentence for each requirement that is not met.
+        (installed versions by name, a sentence for each requirement that is not met).
     """
     here = default_environment()
     versions, wrong, done = {}, [], set()
@@ -159,20 +159,20 @@ def closure(
 
 
 def other_than_pinned(versions: dict[str, str], pins: Pins) -> list[str]:
-    """What is installed at another version than the list's, or not in the list at all."""
+    """Return what is installed at a version other than the list's, or not in the list."""
     wrong = []
     for name, version in versions.items():
         pin = pinned(pins, name, default_environment())
         if isinstance(pin, str):
             wrong.append(pin)
-        # 2.14.1 also stands for the build 2.14.1+cpu.
+        # 2.14.1 also accepts the build 2.14.1+cpu.
         elif not pin.specifier.contains(version, prereleases=True):
             wrong.append(f"{name} {version} is installed, {_version(pin)} is pinned")
     return wrong
 
 
 def above_their_lowest(requirements: list[Requirement], versions: dict[str, str]) -> list[str]:
-    """Direct requirements that are installed above the lower end of their range."""
+    """Return direct requirements that are installed above the lower end of their range."""
     lowest: dict[str, str] = {}
     for requirement in requirements:
         name = canonicalize_name(requirement.name)
@@ -190,7 +190,7 @@ def above_their_lowest(requirements: list[Requirement], versions: dict[str, str]
 
 
 def _cut(version: str, like: str) -> list[int]:
-    """The release to as many places as `like` has: 8.0.0 like 8 -> [8]"""
+    """Cut a release to the places of another: [8] for 8.0.0 like 8."""
     places = len(Version(like).release)
     return [*Version(version).release, 0, 0, 0][:places]
 

@@ -1,16 +1,16 @@
-"""Starts the ranks of many launches from one process that has imported Megatron once.
+"""Start the ranks of many launches from one process that has imported Megatron once.
 
 python -m tests.support.rank_server
 
-A line of standard input asks for a launch: {"ranks": N, "module": what each of them runs as
-`python -m` would, "arguments": of the module, "forks": whether it forks runs of its own, "output":
-file for what all of them print, "timeout": seconds}. A line of standard output answers it:
-{"returncode": 0, or 1 where a rank failed, "timed_out": whether that was the time}. The end of the
-input ends it.
+A line of standard input asks for a launch: {"ranks": N, "module": what each rank runs, as with
+`python -m`, "arguments": the module's, "forks": whether it forks runs itself, "output": file for
+the output of all ranks, "timeout": seconds}. A line of standard output answers it: {"returncode":
+0, or 1 if a rank failed, "timed_out": whether it failed because of the time}. The server ends when
+its input does.
 
-Ranks are forked, so that they need not import what every launch needs. Otherwise they find what
-torchrun gives its own: the variables of a rank, and a store in a process that outlives them. Like
-torchrun's, they do not outlive the launch, or one of them that failed.
+Ranks are forked, so that they need not import what every launch needs. Otherwise they get what
+torchrun gives its ranks: their environment variables, and a store in a process that outlives them.
+As with torchrun, all ranks end when the launch ends or one of them fails.
 """
 
 import contextlib
@@ -32,28 +32,28 @@ from torch.distributed import TCPStore
 from tests.support.forked_process import run_and_exit
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_PATIENCE = 10  # seconds that ranks have to end after another one has failed
+_PATIENCE = 10  # seconds for ranks to end after another one has failed
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # What an import prints is no answer.
+    os.dup2(2, 1)  # What an import prints must not be taken for an answer.
     _import()
-    # No collection of garbage touches, and so copies, what all ranks share.
+    # Otherwise a garbage collection would touch, and so copy, the memory that all ranks share.
     gc.freeze()
     for line in sys.stdin:
         print(json.dumps(_launch(answers, **json.loads(line))), file=answers)
 
 
 def _import() -> None:
-    """Everything that takes a rank long to import."""
+    """Import everything that would take each rank long."""
     from kvshift_megatron import cpu
 
     cpu.enable()
     import megatron.core.dist_checkpointing
     import megatron.core.models.gpt
 
-    with contextlib.suppress(ImportError):  # what the entry point needs, which needs 0.19
+    with contextlib.suppress(ImportError):  # for the entry point, which needs 0.19
         import megatron.core.models.mimo
         import megatron.core.tokenizers.text.libraries
         import megatron.training.training  # noqa: F401
@@ -66,7 +66,7 @@ def _import() -> None:
 
 
 def _read_flags_once() -> None:
-    """Keep what Megatron reads in its own sources for every parser: half of a short run."""
+    """Keep what Megatron reads from its own sources for every parser: half of a short run."""
     from megatron.training.argument_utils import ArgumentGroupFactory
 
     from kvshift_megatron.cpu.flags import megatron_flags
@@ -93,18 +93,18 @@ def _launch(answers: TextIO, ranks: int, output: str, timeout: float, **what: An
                 listening.close()
                 answers.close()
                 _die_with_the_server()
-                # One process group, of the first rank, with all that the ranks start.
+                # One process group, the first rank's, for all ranks and what they start.
                 os.setpgid(0, running[0] if running else 0)
-                _be(rank, ranks, port, Path(output), **what)
+                _run_rank(rank, ranks, port, Path(output), **what)
             except BaseException:
                 with open(output, "a") as file:
                     traceback.print_exc(file=file)
             finally:
-                os._exit(1)  # never another server
+                os._exit(1)  # a rank must never go on as a server
         running.append(child)
         with contextlib.suppress(PermissionError):  # it has ended already
             os.setpgid(child, running[0])
-    # Behind the forks: it has threads.
+    # After the forks, as it has threads.
     store = TCPStore(
         "127.0.0.1",
         port,
@@ -144,10 +144,10 @@ def _die_with_the_server() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _be(
+def _run_rank(
     rank: int, ranks: int, port: int, output: Path, module: str, arguments: list[str], forks: bool
 ) -> NoReturn:
-    """A rank, which ends here."""
+    """Run as a rank, then end the process."""
     os.environ |= {
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"},
         **{"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)},

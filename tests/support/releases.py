@@ -1,7 +1,4 @@
-"""Which tests run on which release of megatron-core (`make test-matrix`).
-
-The matrix runs everything but what is listed here.
-"""
+"""Which tests run on which release of megatron-core (`make test-matrix`): all but those here."""
 
 import re
 from importlib.util import find_spec
@@ -33,7 +30,7 @@ NOT_IN_MATRIX = {
     "tests/hf/": "Transformers alone",
 }
 
-# Beginning of a test's id -> (the first release that has what it tests, what that is).
+# Beginning of a test's id -> (first release with what it tests, what that is).
 BEGINS_IN = {
     "tests/test_layer_specs.py::test_local_parts[gpt-": ("0.19", "GPTModelConfig"),
     "tests/test_layer_specs.py::test_an_impossible_model_is_refused": (
@@ -66,18 +63,18 @@ def why_not_in_release(test_id: str, version: str) -> str | None:
 
 
 def imported_version() -> str:
-    """The release of megatron-core that this process imports, without the commit behind a +."""
+    """Return the release of megatron-core that this process imports, without "+COMMIT"."""
     from megatron.core import package_info
 
     return package_info.__version__.partition("+")[0]
 
 
 def imported_from() -> list[str]:
-    """Where this process finds the two halves of Megatron: a release has both side by side."""
-    # Looked up and not imported: megatron.training takes seconds.
-    return [find_spec(f"megatron.{half}").origin for half in ("core", "training")]
+    """Return the paths of megatron.core and megatron.training, which a release has side by side."""
+    # Looked up, not imported: megatron.training takes seconds.
+    return [find_spec(f"megatron.{part}").origin for part in ("core", "training")]
 
 
 def _series(version: str) -> tuple[int, ...]:
-    """0.19.2 -> (0, 19)"""
+    """Return (0, 19) for 0.19.2."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

@@ -1,4 +1,4 @@
-"""kv_shift_rope on any device against complex numbers in float64 on the CPU."""
+"""kv_shift_rope on any device, against complex numbers in float64 on the CPU."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,12 @@ from tests.support.shift_cases import definition
 
 @dataclass
 class Case:
-    """shape: [s, b, ng, hn]; or [t, ng, hn], packed. kinds: what is shifted; keys are rotated."""
+    """One call.
+
+    Args:
+        shape: [s, b, ng, hn], or [t, ng, hn] for packed documents.
+        kinds: What is shifted, among "kv"; keys are always rotated.
+    """
 
     shape: tuple[int, ...] = (70, 2, 2, 128)
     dtype: torch.dtype = torch.float32
@@ -42,8 +47,8 @@ CASES = {
 }
 
 
-def turned(x: Tensor, angles: Tensor, case: Case) -> Tensor:
-    """Each pair of channels as one complex number times mscale e^(i angle); x: [s, b, ng, hn]."""
+def rotated(x: Tensor, angles: Tensor, case: Case) -> Tensor:
+    """Multiply pairs of channels of [s, b, ng, hn], as complex numbers, by mscale e^(i angle)."""
     half = case.rotary // 2
     if case.interleaved:
         first, second = slice(0, case.rotary, 2), slice(1, case.rotary, 2)
@@ -57,7 +62,7 @@ def turned(x: Tensor, angles: Tensor, case: Case) -> Tensor:
 
 
 def rope_errors(case: Case, device: str) -> dict[str, float]:
-    """Relative errors of outputs and gradients; of the keys also against a wrong rotation."""
+    """Return relative errors of outputs and gradients, and of keys against a wrong rotation."""
     generator = torch.Generator().manual_seed(3 + case.window)
     is_thd = len(case.shape) == 3
     tokens, groups, head = case.shape[0], case.shape[-2], case.shape[-1]
@@ -72,7 +77,7 @@ def rope_errors(case: Case, device: str) -> dict[str, float]:
     for kind in "kv":
         leaf = torch.randn(case.shape, generator=generator).to(device, case.dtype)
         leaves[kind] = leaf.requires_grad_()
-        # Keys and values of a query group side by side, as in Megatron's projection.
+        # A strided part of a larger tensor, as in Megatron's projection.
         arguments[kind] = torch.cat((leaf, leaf), dim=-1).split(head, dim=-1)[1]
         taps[kind] = torch.randn(case.window, groups, generator=generator).to(device)
         taps[kind].requires_grad_()
@@ -95,11 +100,11 @@ def rope_errors(case: Case, device: str) -> dict[str, float]:
         shifted = definition(x, wide, document) if kind in case.kinds else x
         expected = shifted
         if kind == "k":
-            four = shifted.unsqueeze(1) if is_thd else shifted
+            batched = shifted.unsqueeze(1) if is_thd else shifted
             angle = angles[place].double()
-            expected = turned(four, angle, case).view(case.shape)
-            wrong = turned(four, -angle, case).view(case.shape)
-            # A first token does not turn.
+            expected = rotated(batched, angle, case).view(case.shape)
+            wrong = rotated(batched, -angle, case).view(case.shape)
+            # The first token's angle is 0.
             errors["k against the wrong direction"] = (
                 relative_error(output.detach().cpu(), wrong) if tokens > 1 else 1.0
             )
@@ -112,7 +117,7 @@ def rope_errors(case: Case, device: str) -> dict[str, float]:
 
 
 def assert_rope(errors: dict[str, float], rounding: float) -> None:
-    """As shift_cases.assert_right."""
+    """Require what shift_cases.assert_right does."""
     for name, error in errors.items():
         if name.endswith("wrong direction"):
             assert error > 10 * rounding, (name, error)

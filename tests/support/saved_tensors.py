@@ -1,4 +1,4 @@
-"""Comparing distributed checkpoints to the bit."""
+"""Bitwise comparison of distributed checkpoints."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch.distributed.checkpoint as dcp
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, weights and optimizer state, by its key."""
+    """Load every tensor of a checkpoint, weights and optimizer state, by key."""
     reader = dcp.FileSystemReader(directory)
     described = reader.read_metadata().state_dict_metadata
     state = {
@@ -20,7 +20,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-    """Keys that are in one only, or whose tensors differ in a bit."""
+    """Return the keys that only one has, or whose tensors differ in any bit."""
     return sorted(
         key
         for key in one.keys() | other.keys()

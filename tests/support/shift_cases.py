@@ -1,4 +1,4 @@
-"""kv_shift on any device against the one-line definition in float64 on the CPU."""
+"""kv_shift on any device, against its definition in float64 on the CPU."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ SHAPES = {
 
 
 def definition(x: Tensor, taps: Tensor, document: Tensor) -> Tensor:
-    """y_i = sum_j taps_j x_{i-j} over the tokens of i's own document; x: float64 [s, ...]."""
+    """Return y_i = sum_j taps_j x_{i-j} within i's document, for x float64 [s, ...]."""
     rows = []
     for i in range(len(x)):
         same = [j for j in range(min(len(taps), i + 1)) if document[i] == document[i - j]]
@@ -27,11 +27,13 @@ def definition(x: Tensor, taps: Tensor, document: Tensor) -> Tensor:
 def shift_errors(
     shape: tuple[int, ...], dtype: torch.dtype, window: int, device: str, kinds: str = "kv"
 ) -> dict[str, float]:
-    """Relative errors of outputs and gradients, and of the outputs against swapped taps.
+    """Return relative errors of outputs and gradients, and of the outputs against swapped taps.
 
     Args:
-        shape: [s, b, ng, hn]; or [t, ng, hn], packed with a document of one token and empty ones.
-        kinds: what is shifted: "kv", "k" or "v". Keys lie as Megatron's do: with a stride.
+        shape: [s, b, ng, hn], or [t, ng, hn] for packed documents, some of one token or of none.
+        dtype, device: Of the inputs; keys are strided, as in Megatron.
+        window: Taps per key or value.
+        kinds: What is shifted: "kv", "k" or "v".
     """
     generator = torch.Generator().manual_seed(len(shape) * window)
     cu_seqlens = torch.tensor([0, 1, 3, 3, 40, shape[0]]).clamp(max=shape[0])
@@ -41,10 +43,10 @@ def shift_errors(
     leaves, arguments, taps, grads = {}, {}, {}, {}
     for kind in "kv":
         leaf = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
-        # Queries, keys and values of a query group side by side: few queries, or many.
+        # A part of a larger tensor, as of Megatron's mixed_qkv with few or many queries per group.
         parts = 9 if shape[-1] == 40 else 2
-        beside = torch.cat((leaf,) * parts, dim=-1).split(shape[-1], dim=-1)[1]
-        leaves[kind], arguments[kind] = leaf, beside if kind == "k" else leaf
+        strided = torch.cat((leaf,) * parts, dim=-1).split(shape[-1], dim=-1)[1]
+        leaves[kind], arguments[kind] = leaf, strided if kind == "k" else leaf
         taps[kind] = torch.randn(window, shape[-2], generator=generator).to(device).requires_grad_()
         grads[kind] = torch.randn(shape, generator=generator).to(device, dtype)
     outputs = kv_shift(
@@ -75,7 +77,7 @@ def shift_errors(
 
 
 def assert_right(errors: dict[str, float], rounding: float) -> None:
-    """Outputs and gradients within `rounding`, the taps' fp32 sums within 1e-5; written for NaN."""
+    """Require `rounding` for outputs and gradients, and 1e-5 for the taps' fp32 sums; NaN fails."""
     for name, error in errors.items():
         if name.endswith("swapped taps"):
             assert error > 10 * rounding, (name, error)

@@ -1,4 +1,4 @@
-"""One gloo rank in this process: Megatron's layers without a launcher."""
+"""One gloo rank in this process, for Megatron's layers without a launcher."""
 
 from contextlib import contextmanager
 
@@ -16,7 +16,7 @@ SEED = 20241129
 
 @contextmanager
 def single_process():
-    """The CPU layer, a process group of one and Megatron's parallel state, undone at the end."""
+    """Set up the CPU layer, a process group of one rank and Megatron's parallel state."""
     was_enabled = cpu.is_enabled()
     cpu.enable()
     # A store in memory: no port, no environment variables.
@@ -34,13 +34,13 @@ def single_process():
 
 
 def seed_everything(seed: int = SEED) -> None:
-    """torch's generator and Megatron's tensor-parallel RNG tracker."""
+    """Seed torch's generator and Megatron's tensor-parallel RNG tracker."""
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def transformer_config(**overrides) -> TransformerConfig:
-    """A tiny TE-free fp32 model like the paper's: RMSNorm, SwiGLU, GQA, no biases, no dropout."""
+    """Configure a tiny TE-free fp32 model like the paper's: RMSNorm, SwiGLU, GQA, no biases."""
     fields = {
         "num_layers": 2,
         "hidden_size": 32,
@@ -69,7 +69,7 @@ def transformer_config(**overrides) -> TransformerConfig:
 
 
 def gpt_model(config: TransformerConfig, spec, *, vocab_size=64, seq_length=16) -> GPTModel:
-    """A GPTModel with RoPE of the paper's base."""
+    """Build a GPTModel with RoPE of the paper's base."""
     return GPTModel(
         config=config,
         transformer_layer_spec=spec,
@@ -85,7 +85,7 @@ def gpt_model(config: TransformerConfig, spec, *, vocab_size=64, seq_length=16) 
 
 @torch.no_grad()
 def randomize_taps(model: torch.nn.Module, seed: int = SEED) -> None:
-    """Normal taps, outside [0, 1] and with sums other than 1, as trained ones are."""
+    """Draw normal taps: like trained ones they leave [0, 1] and do not sum to 1."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2].startswith(("alpha_", "beta_")):
@@ -93,7 +93,7 @@ def randomize_taps(model: torch.nn.Module, seed: int = SEED) -> None:
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """name -> gradient; every parameter must have one."""
+    """Return the gradients by name; every parameter must have one."""
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     missing = [name for name, grad in grads.items() if grad is None]
     assert not missing, f"no gradient reached {missing}"

@@ -1,4 +1,4 @@
-"""What a built model consists of, and how a KV-shifting one may differ from stock Megatron's."""
+"""How a built KV-shifting model differs from stock Megatron's."""
 
 import re
 from typing import Any
@@ -17,12 +17,12 @@ _TAP = re.compile(r"(alpha|beta)_(logit_)?\d+$")
 
 
 def is_tap(name: str) -> bool:
-    """Whether a parameter or state-dict key is a tap."""
+    """Return whether a parameter or state-dict key is a tap."""
     return _TAP.search(name.rpartition(".")[2]) is not None
 
 
 def tags(parameter: torch.nn.Parameter) -> dict[str, Any]:
-    """The attributes by which Megatron and Transformer Engine treat a parameter."""
+    """Return the attributes by which Megatron and Transformer Engine treat a parameter."""
     return {
         name: value
         for name, value in vars(parameter).items()
@@ -31,12 +31,11 @@ def tags(parameter: torch.nn.Parameter) -> dict[str, Any]:
 
 
 def differences(ours: torch.nn.Module, stock: torch.nn.Module) -> list[str]:
-    """Every way in which a KV-shifting model is not the stock model with shifting attention.
+    """Return how a KV-shifting model differs from the stock model, in sentences.
 
-    Returns:
-        Sentences; none where the models have the same modules but for the attention's class, and
-        but for the taps the same parameters (shape, dtype, tags), state-dict keys and
-        sharded_state_dict entries.
+    There are none if the models have the same modules, except for the attention's class, and the
+    same parameters (shape, dtype, tags), state-dict keys and sharded_state_dict entries, except for
+    the taps.
     """
     found = []
     for what, describe in {
@@ -54,7 +53,7 @@ def differences(ours: torch.nn.Module, stock: torch.nn.Module) -> list[str]:
 
 
 def tap_problems(model: torch.nn.Module, tp: int) -> list[str]:
-    """Every tap whose shape, dtype or tags are not those of DESIGN.md, and every missing one."""
+    """Return missing taps, and those whose shape, dtype or tags are not as in DESIGN.md."""
     found = []
     for path, module in model.named_modules():
         if not isinstance(module, KVShiftSelfAttention):
@@ -81,10 +80,10 @@ def tap_problems(model: torch.nn.Module, tp: int) -> list[str]:
 
 
 def sharded_entries(model: torch.nn.Module) -> dict[str, list[tuple]]:
-    """State-dict key -> (checkpoint key, global shape, offset, replica) of what is saved for it."""
+    """Return what is saved for each state-dict key: checkpoint key, shapes, offset, replica."""
     entries = {}
     for name, entry in model.sharded_state_dict().items():
-        # A factory cuts the tensor when the checkpoint is written (SwiGLU's halves).
+        # A factory splits the tensor when the checkpoint is written (SwiGLU's gate and up).
         parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
         entries[name] = [
             (
@@ -101,9 +100,9 @@ def sharded_entries(model: torch.nn.Module) -> dict[str, list[tuple]]:
 
 
 def saved_taps(model: torch.nn.Module) -> list[tuple[str, tuple, tuple, tuple]]:
-    """(checkpoint key, global shape, offset, local shape) of the taps that this rank saves.
+    """Return (checkpoint key, global shape, offset, local shape) of the taps that this rank saves.
 
-    The local shape counts the layer axis too, as the global one does.
+    Both shapes have the layer axis.
     """
     return [
         (
@@ -118,7 +117,7 @@ def saved_taps(model: torch.nn.Module) -> list[tuple[str, tuple, tuple, tuple]]:
 
 
 def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """Tags as Megatron completes them after a model is built."""
+    """Complete tags as Megatron does after building a model."""
     parameter = torch.nn.Parameter(torch.empty(0))
     for name, value in given.items():
         setattr(parameter, name, value)

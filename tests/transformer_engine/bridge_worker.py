@@ -1,9 +1,9 @@
-"""Two ranks on a CPU take Hugging Face folders through AutoBridge, into Megatron and back out.
+"""Two ranks on a CPU: load Hugging Face folders into Megatron with AutoBridge, and export them.
 
     torchrun --nproc-per-node 2 -m kvshift_megatron.cpu bridge_worker.py OUTPUT
 
-Writes OUTPUT/<case>.rank<N>.json: what differs, and the largest difference of the logits where the
-layers can be run here.
+Writes OUTPUT/<case>.rank<N>.json: what differs, and the largest difference of the logits if the
+layers can run here.
 """
 
 import contextlib
@@ -50,13 +50,13 @@ _LLAMA3 = {
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration and where it goes.
+    """A configuration and its layout in Megatron.
 
     Args:
-        fields: of the configuration.
-        te: Transformer Engine's layers.
-        plant: damage the Megatron model before it comes back.
-        save: also as a folder of files, from a folder with a tokenizer.
+        fields: Of the configuration.
+        te: Whether to build Transformer Engine's layers.
+        plant: Whether to damage the Megatron model before the export.
+        save: Whether to also save a folder, from a folder with a tokenizer.
     """
 
     fields: dict = field(default_factory=dict)
@@ -68,7 +68,7 @@ class Case:
 
     @property
     def runs(self) -> bool:
-        """Whether its layers run on a CPU; where TE is installed, a router multiplies with it."""
+        """Whether its layers run on a CPU; if TE is installed, a router of experts needs it."""
         return not self.te and "num_local_experts" not in self.fields
 
 
@@ -97,7 +97,7 @@ def main(output: Path) -> None:
 
 
 def run(case: Case, folder: Path) -> dict:
-    """One folder into Megatron and back: names missing, extra and unequal; the logits' distance."""
+    """Load one folder and export it; return differing names and the distance of the logits."""
     reference = hugging_face_model(case)
     if torch.distributed.get_rank() == 0:
         reference.save_pretrained(folder)
@@ -130,7 +130,7 @@ def run(case: Case, folder: Path) -> dict:
 
 
 def hugging_face_model(case: Case) -> KVShiftLlamaForCausalLM:
-    """The same random weights on every rank, also where they start as ones or zeros."""
+    """Build the same model on every rank; norms and taps get random weights too."""
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(KVShiftLlamaConfig(**{**_SHAPE, **case.fields}))
     with torch.no_grad():
@@ -141,7 +141,7 @@ def hugging_face_model(case: Case) -> KVShiftLlamaForCausalLM:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Bridge does not save a model whose folder has no tokenizer."""
+    """Write a tokenizer, without which Bridge does not save the model."""
     words = {f"t{token}": token for token in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
@@ -154,7 +154,7 @@ def build(bridge: AutoBridge, case: Case) -> torch.nn.Module:
     provider.pipeline_dtype = torch.float32
     provider.use_cpu_initialization = True
     provider.perform_initialization = False
-    # Fused kernels, and what asks for a GPU's libraries when it is constructed.
+    # Off: fused kernels, and what needs a GPU's libraries even to be constructed.
     provider.gradient_accumulation_fusion = provider.apply_rope_fusion = False
     provider.bias_activation_fusion = provider.moe_permute_fusion = False
     provider.moe_token_dispatcher_type = "allgather"
@@ -174,7 +174,7 @@ def build(bridge: AutoBridge, case: Case) -> torch.nn.Module:
 
 @torch.no_grad()
 def logits_distance(model: torch.nn.Module, reference: KVShiftLlamaForCausalLM) -> float:
-    """Largest difference of the two models' logits, of the largest logit."""
+    """Return the largest difference of the models' logits, relative to the largest logit."""
     tokens = torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(3))
     positions = torch.arange(16).expand(2, -1)
     logits = gather_from_tensor_model_parallel_region(model(tokens, positions, None))

@@ -6,9 +6,9 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 
 
 def pytest_configure(config):
-    # Its advice about environment variables of a run on GPUs.
+    # Its warnings about environment variables for runs on GPUs.
     config.addinivalue_line("filterwarnings", "ignore:::transformer_engine")
-    # Not a skip: a run without Transformer Engine would look green and have tested nothing.
+    # Not a skip: a run that tests nothing must not pass.
     if not HAVE_TE:
         raise pytest.UsageError(
             "tests/transformer_engine needs Transformer Engine, which this environment does not "

@@ -1,4 +1,4 @@
-"""Small models with Transformer Engine layers, whatever the spec."""
+"""Small models with Transformer Engine layers, of any spec."""
 
 from typing import Any
 
@@ -20,13 +20,13 @@ _SEQUENCE = 64
 def transformer_config(
     layout: Layout, device: str = "meta", config_class: type = TransformerConfig, **overrides: Any
 ) -> TransformerConfig:
-    """A bf16 GPT with Transformer Engine layers, RMSNorm and SwiGLU, sized for TP 8.
+    """Configure a bf16 GPT with Transformer Engine layers, RMSNorm and SwiGLU, sized for TP 8.
 
     Args:
-        layout: where the degrees of parallelism come from; sequence parallelism is on with TP.
+        layout: Gives the degrees of parallelism; sequence parallelism is on with TP.
         device: "meta" or "cpu".
         config_class: TransformerConfig or a subclass.
-        **overrides: fields of `config_class`.
+        **overrides: Fields of `config_class`.
     """
     fields = {
         "num_layers": NUM_LAYERS,
@@ -62,7 +62,7 @@ def gpt_model(
     device: str = "meta",
     vp_stage: int | None = None,
 ) -> GPTModel:
-    """This rank's part of a GPTModel with RoPE."""
+    """Build this rank's part of a GPTModel with RoPE."""
     with constructing_on(device):
         return GPTModel(
             config=config,
@@ -80,7 +80,7 @@ def gpt_model(
 def hybrid_model(
     config: TransformerConfig, spec: Any, pattern: str, *, device: str = "meta"
 ) -> HybridModel:
-    """A HybridModel whose layers are those of `pattern` (* attention, - MLP, E experts)."""
+    """Build a HybridModel with the layers of `pattern` (* attention, - MLP, E experts)."""
     with constructing_on(device):
         return HybridModel(
             config=config,

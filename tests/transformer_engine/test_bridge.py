@@ -34,14 +34,14 @@ def provider(layout, **overrides) -> GPTModelProvider:
         "seq_length": 64,
         "position_embedding_type": "rope",
         "share_embeddings_and_output_weights": False,
-        # Its kernels need a GPU's libraries even to be constructed.
+        # Off: its kernels need a GPU's libraries even to be constructed.
         "gradient_accumulation_fusion": False,
     }
     return transformer_config(layout, config_class=GPTModelProvider, **{**fields, **overrides})
 
 
 def build(provider, spec=None):
-    """Bridge's model chunks of this rank, not wrapped, with `spec` or the provider's own."""
+    """Build Bridge's model chunks of this rank, not wrapped, with `spec` or the provider's own."""
     if spec is not None:
         provider.transformer_layer_spec = spec
     provider.finalize()
@@ -98,7 +98,7 @@ def test_a_provider_made_from_a_hugging_face_configuration(hf_config):
         made = AutoBridge.from_hf_config(hf_config).to_megatron_provider(load_weights=False)
         made.tensor_model_parallel_size, made.sequence_parallel = layout.tp, True
         made.gradient_accumulation_fusion = made.perform_initialization = False
-        # Megatron's default for experts makes a tensor on the GPU when it is constructed.
+        # Megatron's default dispatcher makes a tensor on the GPU when it is constructed.
         made.moe_token_dispatcher_type = "allgather"
         return made
 
@@ -131,9 +131,9 @@ def test_multi_token_prediction_shifts_too(kind):
 
 
 def test_multi_token_prediction_alone_on_a_stage_is_not_silently_vanilla():
-    """Bridge takes Megatron's own layer spec there, whatever the provider's."""
+    """Bridge uses Megatron's own layer spec there, whatever the provider's is."""
     layout = [["embedding", *["decoder"] * NUM_LAYERS], ["mtp", "loss"]]
-    # Refused while the spec is made, or by the check of the built model.
+    # Refused by the spec function, or by the check of the built model.
     refusal = pytest.raises(ValueError, match=r"MTP|mtp_num_layers")
     with fake_rank(Layout(pp=2), 1), refusal:
         made = provider(Layout(pp=2), mtp_num_layers=1, pipeline_model_parallel_layout=layout)
@@ -148,8 +148,8 @@ def test_without_transformer_engine_the_te_free_layer_is_built():
 
 
 @pytest.mark.parametrize("spec", [kv_shift_layer_spec, None], ids=["shifting", "vanilla"])
-def test_the_check_of_a_built_model_can_hang_on_a_hook(spec):
-    """The hook is registered before: what the spec function registers comes too late."""
+def test_a_hook_can_check_the_built_model(spec):
+    """The hook is registered before the build: one that the spec function adds comes too late."""
     lines = []
 
     def check(model):
@@ -167,14 +167,14 @@ def test_the_check_of_a_built_model_can_hang_on_a_hook(spec):
             assert "128 taps" in lines[0]
 
 
-def test_the_spec_survives_bridge_s_yaml():
+def test_the_spec_survives_bridges_yaml():
     register_allowed_target_prefix("kvshift_megatron.")
     with safe_yaml_representers():
         text = yaml.safe_dump({"transformer_layer_spec": kv_shift_layer_spec})
     assert instantiate(yaml.safe_load(text))["transformer_layer_spec"] is kv_shift_layer_spec
 
 
-def test_a_provider_s_own_layer_spec_is_kept_by_shifting():
+def test_shifting_keeps_a_providers_own_layer_spec():
     layout = Layout(tp=8)
     settings = {"use_transformer_engine_op_fuser": True}
     with fake_rank(layout, 7):
@@ -201,7 +201,7 @@ class ProviderWithOwnSpec(GPTModelProvider):
         (ProviderWithOwnSpec, {}, "ProviderWithOwnSpec.transformer_layer_spec=own_layer_spec"),
     ],
 )
-def test_what_kv_shift_layer_spec_would_drop_is_refused(config_class, settings, named):
+def test_settings_that_kv_shift_layer_spec_would_ignore_are_refused(config_class, settings, named):
     with fake_rank(Layout(), 0):
         config = transformer_config(Layout(), config_class=config_class, **settings)
         with pytest.raises(ValueError, match=named):

@@ -1,6 +1,6 @@
 """Megatron-Bridge's AutoBridge: Hugging Face to Megatron to Hugging Face, on two ranks.
 
-TE-free layers are run as well; Transformer Engine's layers are built on the CPU, not run.
+TE-free layers are also run; Transformer Engine's layers are only built, on the CPU.
 """
 
 import json
@@ -21,7 +21,7 @@ def output(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(output):
-    """Case -> the results of its two ranks, from one launch."""
+    """Return the results of both ranks by case, from one launch."""
     worker = ["-m", "kvshift_megatron.cpu", bridge_worker.__file__, str(output)]
     launch = torchrun(2, worker, timeout=600)
     assert launch.returncode == 0, launch.stdout[-5000:]
@@ -40,8 +40,8 @@ def test_every_weight_comes_back_and_the_logits_agree(results, name):
             assert result["logits"] < 1e-5
 
 
-def test_a_saved_folder_is_whole(results, output):
-    """It loads with its own code, and with the weights that went in."""
+def test_a_saved_folder_is_complete(results, output):
+    """It loads with its own code, and holds the original weights."""
     saved, source = output / "tap-sharded" / "saved", output / "tap-sharded"
     ours = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True).state_dict()
     expected = AutoModelForCausalLM.from_pretrained(source).state_dict()
@@ -50,7 +50,7 @@ def test_a_saved_folder_is_whole(results, output):
     assert (saved / "tokenizer.json").is_file()
 
 
-def test_a_planted_error_is_seen(results):
+def test_a_planted_error_is_caught(results):
     taps = [f"model.layers.0.self_attn.alpha_{j}" for j in (1, 2)]
     for result in results["planted"]:
         assert result["unequal"] == taps

@@ -1,4 +1,4 @@
-"""What all ranks together save of the taps, and what each rank starts with."""
+"""The taps that all ranks together save, and the initial taps of each rank."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ TAPS = ("alpha_1", "alpha_2", "beta_1", "beta_2")
 
 
 def chunks(layout, rank, device="meta", **overrides):
-    """The virtual pipeline chunks of one rank's model."""
+    """Build the virtual pipeline chunks of one rank's model."""
     with fake_rank(layout, rank):
         config = transformer_config(layout, device, **overrides)
         for vp_stage in range(layout.vp) if layout.vp else [None]:
@@ -24,7 +24,7 @@ def chunks(layout, rank, device="meta", **overrides):
 
 
 def times_saved(layout, **overrides):
-    """Checkpoint key -> how many ranks save each element of the taps."""
+    """Return, by checkpoint key, how many ranks save each element of the taps."""
     counts = {}
     for rank in range(layout.world):
         for model in chunks(layout, rank, **overrides):
@@ -49,7 +49,7 @@ def test_every_tap_is_saved_exactly_once(layout, groups):
         assert (count == 1).all()
 
 
-def test_layers_that_differ_save_their_taps_apart():
+def test_layers_that_differ_save_their_taps_separately():
     experts = {"num_moe_experts": 8, "moe_grouped_gemm": True, "moe_layer_freq": [0, 1, 0, 1]}
     counts = times_saved(Layout(tp=8), **experts)
     assert sorted(counts) == [
@@ -60,8 +60,8 @@ def test_layers_that_differ_save_their_taps_apart():
         assert (count == 1).all()
 
 
-def test_taps_saved_by_one_rank_for_all_are_noticed(monkeypatch):
-    """Megatron's default for a module's own parameters: the comparison above must see it."""
+def test_taps_saved_by_one_rank_for_all_are_caught(monkeypatch):
+    """The comparison above must catch Megatron's default for a module's own parameters."""
     monkeypatch.delattr(KVShiftSelfAttention, "sharded_state_dict")
     counts = times_saved(Layout(tp=8))
     assert all(count.shape != (NUM_LAYERS, 8) for count in counts.values())

@@ -1,4 +1,4 @@
-"""The comparisons with stock Megatron see what they are there to see."""
+"""The comparisons with stock Megatron catch planted differences."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ _LAYOUT = Layout(tp=8)
 
 @pytest.fixture(params=["meta", "cpu"])
 def models(request):
-    """(ours, stock), with nothing planted yet."""
+    """Build (ours, stock), with nothing planted yet."""
     with fake_rank(_LAYOUT, 7):
         config = transformer_config(_LAYOUT, request.param)
         ours = gpt_model(config, kv_shift_layer_spec(config), device=request.param)

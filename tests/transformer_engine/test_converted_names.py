@@ -1,4 +1,4 @@
-"""What the converter writes, against what a model of Transformer Engine layers asks for."""
+"""Names that the converter writes, against those that a Transformer Engine model asks for."""
 
 import pytest
 from megatron.core.dist_checkpointing.dict_utils import nested_values

@@ -1,4 +1,4 @@
-"""GPT models of every kind, built with stock Megatron's spec and with the converted one."""
+"""GPT models of every kind, built from stock Megatron's spec and from the converted one."""
 
 import pytest
 import transformer_engine.pytorch
@@ -31,7 +31,7 @@ KINDS = {
     "shared-experts": {**_GROUPED, "moe_shared_expert_intermediate_size": 128},
     "experts-in-some-layers": {**_GROUPED, "moe_layer_freq": [0, 1, 0, 1]},
 }
-# Layout, rank and num_query_groups: as many as TP, fewer, more; first and last ranks.
+# Layout, rank (first or last) and num_query_groups (equal to TP, fewer or more).
 PLACES = {
     "tp1": (Layout(), 0, 8),
     "tp8-first": (Layout(tp=8), 0, 8),
@@ -90,7 +90,7 @@ def test_a_single_layer_spec_is_converted_too():
 @pytest.mark.parametrize(
     "place", ["tp1", "tp8-last", "tp8-4groups-last", "tp8-pp2-first", "tp8-pp2-4groups-last"]
 )
-def test_multi_token_prediction_shifts_with_specs_made_of_converted_ones(kind, place):
+def test_multi_token_prediction_made_from_converted_specs_shifts(kind, place):
     layout, rank, groups = PLACES[place]
     with fake_rank(layout, rank):
         config = transformer_config(

@@ -1,4 +1,4 @@
-"""Heterogeneous models: layers with other numbers of query groups, or without attention."""
+"""Heterogeneous models, with layers of different numbers of query groups or without attention."""
 
 import json
 

@@ -1,6 +1,6 @@
-"""Hybrid models, whose layers a pattern picks from a stack of kinds.
+"""Hybrid models, for which a pattern picks layers from a stack of kinds.
 
-Mamba layers cannot be built here, not even on the meta device: their kernels' package is missing.
+Mamba layers cannot be built here, even on the meta device: the package of their kernels is missing.
 """
 
 import pytest

@@ -5,7 +5,7 @@ from packaging.requirements import Requirement
 from tests.support import pins
 
 
-def test_what_is_installed():
+def test_installed_versions():
     lists = pins.read(pins.LISTS / "te.txt") | pins.read(pins.LISTS / "te-alone.txt")
     versions = {name: pins.in_this_environment(name).version for name in lists}
     wrong = pins.other_than_pinned(versions, lists)

@@ -7,7 +7,7 @@ from tests.project.private_names import listed
 ROWS = [row for row in listed.rows() if row.library in listed.ELSEWHERE]
 
 
-def test_there_are_some():
+def test_the_table_has_such_rows():
     assert {row.library for row in ROWS} == set(listed.ELSEWHERE)
 
 

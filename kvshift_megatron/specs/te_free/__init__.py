@@ -1,7 +1,7 @@
-"""The layer parts that run without Transformer Engine, on a CPU or a GPU.
+"""Layer parts that run without Transformer Engine (TE-free), on a CPU or a GPU.
 
-Megatron's own TE-free norm refuses sequence parallelism, and its core attention materializes the
-score matrix; these two take their places.
+They replace two of Megatron's own TE-free parts: a norm that refuses sequence parallelism, and a
+core attention that materializes the score matrix.
 """
 
 from kvshift_megatron.specs.te_free.core_attention import SDPACoreAttention

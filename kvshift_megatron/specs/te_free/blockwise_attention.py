@@ -11,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 from kvshift_megatron.attention.packed_sequences import document_positions
 from kvshift_megatron.specs.te_free.sdpa import sdpa
 
-# Queries a mask covers at a time: memory for masks is this times the number of keys.
+# Queries per block. One block's mask has this many times the number of keys as elements.
 _BLOCK = 512
 
 
 @dataclass
 class Places:
-    """Where tokens stand: int64 [tokens] each."""
+    """Each token's document and its position in that, both int64 [tokens]."""
 
     document: Tensor
     position: Tensor
@@ -29,12 +29,14 @@ class Places:
 def places_on_rank(
     cu_seqlens: Tensor | None, tokens: int, rank: int, ranks: int, device: torch.device
 ) -> Places:
-    """Places of a context-parallel rank's tokens, in Megatron's load-balanced layout.
+    """Return the places of a context-parallel rank's tokens, which are zigzag chunks.
 
     Args:
-        cu_seqlens: int [documents + 1] of the whole sequence, padding included; None: one document.
-        tokens: of this rank.
-        rank, ranks: of the context-parallel group.
+        cu_seqlens: int [documents + 1], bounds in the whole sequence, padding included; None: one
+            document.
+        tokens: Number of the rank's tokens.
+        rank, ranks: The rank in the context-parallel group, and the group's size.
+        device: For the places of one document.
     """
     if cu_seqlens is None:
         cu_seqlens = torch.arange(2, device=device) * (tokens * ranks)
@@ -42,15 +44,15 @@ def places_on_rank(
     document, position = document_positions(cu_local, tokens)
     if ranks == 1:
         return Places(document, position)
-    # What lies behind the last document is one more, whose tokens are all in a first half.
-    half = torch.cat(((cu_local[1:] - cu_local[:-1]) // 2, cu_local.new_full((1,), tokens)))
-    half = half[document]
-    first, second = rank * half + position, (2 * ranks - 2 - rank) * half + position
-    return Places(document, torch.where(position < half, first, second))
+    # Padding after the last document counts as one more document, all of it in a first chunk.
+    chunk = torch.cat(((cu_local[1:] - cu_local[:-1]) // 2, cu_local.new_full((1,), tokens)))
+    chunk = chunk[document]
+    first, second = rank * chunk + position, (2 * ranks - 2 - rank) * chunk + position
+    return Places(document, torch.where(position < chunk, first, second))
 
 
 def gather_keys(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[t, b, ng, hn] of every rank, one behind the other; the backward sums over the ranks."""
+    """Concatenate every rank's [t, b, ng, hn] along t; the backward pass sums over the ranks."""
     return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)
 
 
@@ -65,18 +67,18 @@ def blockwise_attention(
     dropout: float,
     window: int | None = None,
 ) -> Tensor:
-    """softmax(Q K^T . scale) V, each query over the keys of its document up to itself.
+    """Return softmax(Q K^T . scale) V, each query over its document's keys up to itself.
 
     Args:
         query: [tq, b, np, hn].
-        key, value: [tk, b, ng, hn], np a multiple of ng, in any order.
-        query_places, key_places: of tq and tk tokens.
-        scale: of the scores.
-        dropout: probability, drawn from the generator in force.
-        window: how many tokens back a query sees; None or -1: all.
+        key, value: [tk, b, ng, hn], in any order of tokens; np is a multiple of ng.
+        query_places, key_places: Those of the tq and tk tokens.
+        scale: Factor of the scores.
+        dropout: Probability; drawn from torch's current generator.
+        window: How many tokens back a query sees; None or -1: all.
 
     Returns:
-        [tq, b, np, hn]. Masks are rebuilt in the backward pass and not kept.
+        [tq, b, np, hn], in the query's dtype. The backward pass recomputes the masks.
     """
 
     def attend(block: Tensor, places: Places, key: Tensor, value: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Core attention on torch's scaled_dot_product_attention."""
+"""Core attention with torch's scaled_dot_product_attention (SDPA)."""
 
 import contextlib
 import math
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -27,18 +28,18 @@ _SUPPORTED_MASKS = (AttnMaskType.causal, AttnMaskType.no_mask, *_MASKED_BY_TENSO
 
 
 class SDPACoreAttention(MegatronModule):
-    """softmax(Q K^T . scale + mask) V without a materialized score matrix.
+    """Compute softmax(Q K^T . scale + mask) V without materializing the score matrix.
 
-    Stands where Megatron's DotProductAttention stands and takes its arguments; torch picks the
-    kernel (flash, memory-efficient, cuDNN or its CPU kernel; with dropout on a CPU it has only one
-    that does materialize the scores).
+    Replaces Megatron's DotProductAttention and takes its arguments. torch chooses the kernel:
+    flash, memory-efficient, cuDNN or its CPU kernel; with dropout on a CPU its only kernel does
+    materialize the scores.
 
     Raises:
-        ValueError: a setting that this attention does not have; the message names it.
+        ValueError: This attention does not have a setting; the message names it.
 
-    Parallelism: over the heads of this rank; under context parallelism keys and values are gathered
-    over the context-parallel group, and their gradients reduce-scattered. Dropout draws from
-    Megatron's tensor-parallel RNG state, so that ranks drop independently.
+    Parallelism: Each rank computes its own heads. Under context parallelism keys and values are
+    gathered over the context-parallel group, and their gradients reduce-scattered. Dropout draws
+    from Megatron's tensor-parallel RNG state, so that ranks drop independently.
     """
 
     def __init__(
@@ -51,12 +52,12 @@ class SDPACoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
-    ):
+    ) -> None:
         super().__init__(config=config)
         softmax_type = getattr(config, "softmax_type", "vanilla")
         if softmax_type != "vanilla":
             raise ValueError(
-                f"softmax_type={softmax_type!r} needs an attention kernel of Transformer Engine: "
+                f"softmax_type={softmax_type!r} needs Transformer Engine's attention: "
                 "use --softmax-type vanilla, or --transformer-impl transformer_engine on a GPU"
             )
         if pg_collection is None:
@@ -65,8 +66,8 @@ class SDPACoreAttention(MegatronModule):
         self._check_mask_type(attn_mask_type)
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-        # apply_query_key_layer_scaling divides by the layer number before the softmax and
-        # multiplies back inside it, for fp16's range; here the softmax is in fp32 anyway.
+        # No apply_query_key_layer_scaling: it divides by the layer number before the softmax and
+        # multiplies back inside, for fp16's range, and here the softmax is in fp32 anyway.
         self.softmax_scale = (
             1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
         )
@@ -84,23 +85,31 @@ class SDPACoreAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params=None,
+        packed_seq_params: Any = None,
     ) -> Tensor:
         """Attend.
 
         Args:
             query: [sq, b, np, hn], or [t, np, hn] for packed documents.
-            key, value: [sk, b, ng, hn] or [t, ng, hn], np a multiple of ng.
-            attention_mask: bool, broadcastable to [b, np, sq, sk], True where NOT to attend; used
-                for the mask types padding and arbitrary only, as causal is a rule and no tensor.
-            attn_mask_type: overrides the one given at construction.
-            packed_seq_params: Megatron's, for packed documents (thd); attention stays within each.
+            key, value: [sk, b, ng, hn] or [t, ng, hn]; np is a multiple of ng.
+            attention_mask: Bool, broadcastable to [b, np, sq, sk], True where NOT to attend; only
+                for the mask types padding and arbitrary, as causal needs no tensor.
+            attn_mask_type: Overrides the one given at construction.
+            attention_bias: Must be None.
+            packed_seq_params: Megatron's PackedSeqParams; documents packed as thd attend only
+                within themselves.
 
         Returns:
             [sq, b, np * hn] or [t, np * hn], in the query's dtype.
+
+        Raises:
+            ValueError: There is a bias, or the mask type is not supported here.
         """
         if attention_bias is not None:
-            raise ValueError("attention_bias is not supported by the TE-free attention")
+            raise ValueError(
+                "attention_bias is not supported by the TE-free attention: drop it, or use "
+                "--transformer-impl transformer_engine on a GPU"
+            )
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         self._check_mask_type(mask_type)
         dropout = self.dropout if self.training else 0.0
@@ -108,8 +117,8 @@ class SDPACoreAttention(MegatronModule):
         if packed or self.cp_group is not None:
             if mask_type != AttnMaskType.causal:
                 raise ValueError(
-                    f"attn_mask_type={mask_type.name}: packed documents and context parallelism "
-                    "are causal here; use a causal mask type"
+                    f"attn_mask_type={mask_type.name}: with packed documents or context "
+                    "parallelism the TE-free attention is always causal: use a causal mask type"
                 )
             cu_seqlens = physical_cu_seqlens(packed_seq_params) if packed else None
             with self._rng(dropout):
@@ -129,7 +138,9 @@ class SDPACoreAttention(MegatronModule):
         # [sq, b, np, hn] --> [sq, b, np * hn]
         return context.reshape(query.size(0), query.size(1), -1)
 
-    def _blockwise(self, query, key, value, cu_seqlens, dropout) -> Tensor:
+    def _blockwise(
+        self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None, dropout: float
+    ) -> Tensor:
         tokens, rank, ranks = query.size(0), 0, 1
         if query.dim() == 3:
             query, key, value = (x.unsqueeze(1) for x in (query, key, value))
@@ -153,13 +164,16 @@ class SDPACoreAttention(MegatronModule):
         shape = (tokens, -1) if cu_seqlens is not None else (tokens, query.size(1), -1)
         return context.reshape(shape)
 
-    def _mask(self, mask_type, attention_mask, query, key) -> tuple[Tensor | None, bool]:
-        """(mask for SDPA, True where to attend; is_causal)."""
+    def _mask(
+        self, mask_type: AttnMaskType, attention_mask: Tensor | None, query: Tensor, key: Tensor
+    ) -> tuple[Tensor | None, bool]:
+        """Return (SDPA's mask, True where to attend, or None; SDPA's is_causal)."""
         sq, sk = query.size(0), key.size(0)
+        mask: Tensor | None
         if mask_type in _MASKED_BY_TENSOR and attention_mask is not None:
             mask, is_causal = ~attention_mask, False
         else:
-            # SDPA aligns is_causal to the first key, so it is right for sq == sk only.
+            # SDPA aligns is_causal with the first key, which is right for sq == sk only.
             mask, is_causal = None, mask_type == AttnMaskType.causal
             if is_causal and sq != sk:
                 mask, is_causal = _band(sq, sk, (-1, 0), query.device), False
@@ -170,8 +184,8 @@ class SDPACoreAttention(MegatronModule):
             mask, is_causal = band if mask is None else mask & band, False
         return mask, is_causal
 
-    def _rng(self, dropout: float):
-        # Under sequence parallelism TransformerBlock has forked the state already.
+    def _rng(self, dropout: float) -> contextlib.AbstractContextManager[Any]:
+        # Under sequence parallelism TransformerBlock has already forked the state.
         if dropout == 0.0 or self.config.sequence_parallel:
             return contextlib.nullcontext()
         return tensor_parallel.get_cuda_rng_tracker().fork()
@@ -185,8 +199,14 @@ class SDPACoreAttention(MegatronModule):
             )
 
 
-def _band(sq: int, sk: int, window: tuple[int, int], device) -> Tensor:
-    """Bool [sq, sk], True where query i (counted from the end) may see key j; -1: no bound."""
+def _band(sq: int, sk: int, window: tuple[int, int], device: torch.device) -> Tensor:
+    """Return bool [sq, sk], True where a query may see a key; the last query is at the last key.
+
+    Args:
+        sq, sk: Numbers of queries and keys.
+        window: How many keys before and after its own a query sees; -1: all.
+        device: Of the result.
+    """
     left, right = window
     offset = torch.arange(sq, device=device)[:, None] + (sk - sq) - torch.arange(sk, device=device)
     allowed = torch.ones(sq, sk, dtype=torch.bool, device=device)

@@ -14,20 +14,20 @@ def sdpa(
     mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """softmax(Q K^T . scale + mask) V.
+    """Return softmax(Q K^T . scale + mask) V.
 
     Args:
         query: [sq, b, np, hn].
-        key, value: [sk, b, ng, hn], np a multiple of ng.
-        scale: of the scores.
-        dropout: probability, drawn from the generator in force.
-        mask: bool, broadcastable to [b, np, sq, sk], True where to attend.
-        is_causal: each query sees the keys up to its own index.
+        key, value: [sk, b, ng, hn]; np is a multiple of ng.
+        scale: Factor of the scores.
+        dropout: Probability; drawn from torch's current generator.
+        mask: Bool, broadcastable to [b, np, sq, sk], True where to attend.
+        is_causal: Whether each query sees only the keys up to its own index.
 
     Returns:
-        [sq, b, np, hn].
+        [sq, b, np, hn], in the query's dtype.
     """
-    # [s, b, n, hn] -> [b, n, s, hn]: views; SDPA takes them strided.
+    # [s, b, n, hn] -> [b, n, s, hn] as views: SDPA takes any strides.
     context = scaled_dot_product_attention(
         query.permute(1, 2, 0, 3),
         key.permute(1, 2, 0, 3),

@@ -1,4 +1,4 @@
-"""Putting the TE-free parts into Megatron's own local specs."""
+"""Put the TE-free parts into Megatron's own local specs."""
 
 from typing import Any
 
@@ -18,23 +18,24 @@ from kvshift_megatron.specs.te_free.core_attention import SDPACoreAttention
 from kvshift_megatron.specs.te_free.norm import SequenceParallelNorm
 
 try:
-    import apex  # noqa: F401  (probe: Megatron imports the class below even where apex is absent)
+    import apex  # noqa: F401  (probe: the class below can be imported even without apex)
     from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 except ImportError:
     FusedLayerNorm = None
 
 
 def with_local_parts(spec: Any, config: TransformerConfig, vp_stage: int | None = None) -> Any:
-    """A spec of Megatron's TE-free parts that also runs under sequence parallelism.
+    """Return a copy of a TE-free spec that also runs under sequence parallelism.
 
     Args:
-        spec: a layer, block, hybrid-stack or MTP spec with `transformer_impl` local; None is kept.
-        config: of the model; the number of layers of this pipeline stage comes from it.
-        vp_stage: virtual pipeline stage.
+        spec: A layer, block, hybrid-stack or MTP spec for `transformer_impl` local, or None.
+        config: Of the model; it gives the number of layers on this pipeline stage.
+        vp_stage: Virtual pipeline stage.
 
     Returns:
-        The copy. For a layer spec, a block spec: only a block names the norm after the last layer,
-        and where Transformer Engine imports without a GPU Megatron would pick TE's there.
+        The copy, or None for None. A layer spec becomes a block spec: only that names the norm
+        after the last layer, for which Megatron would choose Transformer Engine's wherever it can
+        be imported, even without a GPU.
     """
     if isinstance(spec, ModuleSpec) and issubclass(module_class(spec), TransformerLayer):
         num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
@@ -45,7 +46,7 @@ def with_local_parts(spec: Any, config: TransformerConfig, vp_stage: int | None 
 
 
 def with_local_modules(spec: Any) -> Any:
-    """A copy of a TE-free spec with this package's norm and core attention, and nothing added."""
+    """Return a copy of a TE-free spec with only its norm and core attention replaced."""
     return rewrite(spec, _replace)
 
 
@@ -58,7 +59,7 @@ def _replace(node: Any) -> Any:
 
 
 def _final_norm(config: TransformerConfig) -> type:
-    # As Megatron's local spec: Apex has a fused LayerNorm and no RMSNorm.
+    # As in Megatron's local spec: Apex has a fused LayerNorm but no RMSNorm.
     if FusedLayerNorm is not None and config.normalization == "LayerNorm":
         return FusedLayerNorm
     return WrappedTorchNorm

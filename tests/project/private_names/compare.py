@@ -1,10 +1,10 @@
-"""The list against what was found in the text."""
+"""Compare the list with the uses that were found in the text."""
 
 from tests.project.private_names import listed, scan
 
 
 def unlisted(uses: list[scan.Use], rows: list[listed.Row]) -> list[str]:
-    """Uses that no row has."""
+    """Return the uses that no row lists."""
     return [
         str(use)
         for use in uses
@@ -13,7 +13,7 @@ def unlisted(uses: list[scan.Use], rows: list[listed.Row]) -> list[str]:
 
 
 def unused(uses: list[scan.Use], rows: list[listed.Row], words: dict[str, set[str]]) -> list[str]:
-    """Names and files of the list that are used no longer."""
+    """Return names and files of the list that are no longer used."""
     found = []
     for row in rows:
         for file in row.files:

@@ -1,4 +1,4 @@
-"""The list in docs/private_names.md, and whether the installed libraries have what is on it."""
+"""Read the list in docs/private_names.md, and look its names up in the installed libraries."""
 
 import ast
 import importlib
@@ -16,22 +16,22 @@ from tests.support import releases
 from tests.support.launch import PROJECT
 
 LIST = PROJECT / "docs" / "private_names.md"
-# Libraries that not every environment of `make test` has -> which one has.
+# Libraries that not every environment of `make test` has -> the environment that has them.
 ELSEWHERE = {"megatron-bridge": "that of `make test-te`", "mlx-lm": "one on Linux and x86_64"}
 _COLUMNS = ("library", "names", "used in", "why no public name serves", "releases", "noticed by")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row.
+    """One row of the table.
 
     Args:
-        library: its distribution; python for the standard library.
-        names: dotted and whole.
-        files: where they are used, below the package.
-        why: there is no public one.
-        releases: of the library that have them; empty for every supported one.
-        tests: that notice when a name or its meaning goes.
+        library: Its distribution; python for the standard library.
+        names: Full dotted names.
+        files: Files that use them, below the package.
+        why: Why there is no public name.
+        releases: Releases of the library that have them; empty for every supported one.
+        tests: Tests that fail when a name or its meaning changes.
     """
 
     library: str
@@ -43,10 +43,10 @@ class Row:
 
 
 def rows(text: str | None = None) -> list[Row]:
-    """The table's rows.
+    """Return the table's rows.
 
     Raises:
-        ValueError: a line of the table is not what the others are.
+        ValueError: A line of the table has wrong or empty cells.
     """
     found = []
     text = LIST.read_text() if text is None else text
@@ -70,7 +70,7 @@ def rows(text: str | None = None) -> list[Row]:
 
 
 def is_there(row: Row) -> bool | None:
-    """Whether the installed release should have the names; None where there is no such library."""
+    """Return whether the installed release should have the names; None without the library."""
     version = _version(row.library)
     if version is None:
         return None
@@ -81,7 +81,7 @@ def _version(library: str) -> str | None:
     if library == "python":
         return ".".join(map(str, importlib.import_module("sys").version_info[:3]))
     if library == "megatron-core":
-        return releases.imported_version()  # one laid over the installed one has no say in metadata
+        return releases.imported_version()  # not in metadata if PYTHONPATH leads to it
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:
@@ -92,8 +92,8 @@ def resolve(dotted: str) -> None:
     """Find a name in the installed library.
 
     Raises:
-        LookupError: there is no such module or attribute; nor does the class, or one that it
-            derives from, set it on its objects.
+        LookupError: There is no such module or attribute, and no class in the name or its bases
+            sets it on instances.
     """
     parts = dotted.split(".")
     for count in range(len(parts), 0, -1):
@@ -132,7 +132,7 @@ def _sets(cls: type, attribute: str) -> bool:
 
 
 def is_test(name: str) -> bool:
-    """Whether pytest finds a test of this name, as file::function."""
+    """Return whether pytest finds a test of this name, as file::function."""
     file, _, function = name.partition("::")
     path = PROJECT / file
     if not re.fullmatch(r"tests/(\w+/)+test_\w+\.py", file) or not path.is_file():

@@ -1,7 +1,6 @@
-"""Does a library still look up what is replaced in one of its modules?
+"""Check that a library still looks up what this package replaces in one of its modules.
 
-A function that its callers no longer find under that name can be replaced without effect, and
-without a word.
+If callers no longer look a function up under that name, replacing it silently has no effect.
 """
 
 import ast
@@ -14,7 +13,7 @@ from types import ModuleType
 from tests.project.private_names import scan
 from tests.project.private_names.syntax import root
 
-# Looked up as a part of the module, or imported by the caller: in some release not in the module.
+# Names that are looked up in, or imported by, another module than their own in some release.
 ELSEWHERE = {
     "megatron.core.dist_checkpointing.save": "megatron.training.checkpointing",
     "megatron.core.datasets.utils.compile_helpers": "megatron.training.initialize",
@@ -22,7 +21,7 @@ ELSEWHERE = {
     "megatron.training.arguments.parse_args": "megatron.training.initialize",
     "megatron.training.initialize.initialize_megatron": "megatron.training.training",
     "megatron.training.initialize.set_jit_fusion_options": "megatron.training.training",
-    # A package from 0.18 on.
+    # From 0.18 on a package.
     "megatron.training.checkpointing.save_checkpoint": "megatron.training.utils.common_utils",
     "torch.nn.functional.rms_norm": "torch.nn.modules.normalization",
 }
@@ -33,10 +32,10 @@ _CALLED_BY_ANYBODY = "upstream/cpu_table.py", "torch"
 
 
 def replaced(uses: list[scan.Use]) -> list[str]:
-    """Return what is replaced in a module of another library, and not in a class.
+    """Return the names that are replaced in a library's module, not in a class.
 
     Args:
-        uses: of the package, its tables and the benchmarks.
+        uses: The uses of the package, its tables and the benchmarks.
     """
     names = {
         use.name
@@ -57,11 +56,11 @@ def _is_in_a_module(dotted: str) -> bool:
 
 
 def is_looked_up(dotted: str, text: str) -> bool:
-    """Whether a function in a module's text takes a name from what the module holds at that moment.
+    """Return whether a function in a module's text looks a name up when it is called.
 
     Args:
-        dotted: the name.
-        text: one of `texts`.
+        dotted: The name.
+        text: One of `texts`.
     """
     name = dotted.rpartition(".")[2]
     found = any(
@@ -73,11 +72,11 @@ def is_looked_up(dotted: str, text: str) -> bool:
 
 
 def texts(dotted: str) -> Iterator[str]:
-    """Of the module that is written to, and of the one in ELSEWHERE."""
+    """Yield the text of the module with the name, and of the one in ELSEWHERE."""
     for module in filter(None, (dotted.rpartition(".")[0], ELSEWHERE.get(dotted))):
         try:
             found = importlib.util.find_spec(module)
-        except ModuleNotFoundError:  # its parent is a module by itself
+        except ModuleNotFoundError:  # its parent is a module, not a package
             found = importlib.util.find_spec(module.rpartition(".")[0])
         yield Path(found.origin).read_text()
 
@@ -93,7 +92,7 @@ def _looked_up(function: ast.FunctionDef) -> Iterator[str]:
 
 
 def _own(function: ast.FunctionDef) -> set[str]:
-    """What a function has of its own, and so does not look up."""
+    """Return a function's arguments, which it does not look up elsewhere."""
     arguments = ast.walk(function.args)
     return {node.arg for node in arguments if isinstance(node, ast.arg)}
 

@@ -1,10 +1,10 @@
-"""Does the test that the list names notice? An error at each use, and that test has to fail.
+"""Plant an error at each use of a listed name: the test that the list names must fail.
 
     python -m tests.project.private_names.planted [WORDS]
 
-Each error is planted in a copy of the project: a row of a table is gone, so that what it replaces
-stays as it was; a stranger has an imported name; and what else is used raises. Exit code 1 if the
-test still passes, or fails without the error, too.
+Each error is planted in a copy of the project: rows of tables are removed, so that their targets
+stay unchanged; imported names get another class; all other uses raise. Exit code 1 if the test
+still passes, or also fails without the error.
 """
 
 import ast
@@ -31,7 +31,7 @@ def _without(whole):
 
 
 def errors(row: listed.Row, name: str) -> dict[str, tuple[str, str]]:
-    """Return what to plant for one name: where -> (file below the package, its new text)."""
+    """Return what to plant for one name: by place, (file below the package, its new text)."""
     found = {}
     for file in row.files:
         text = scan.path_of(file).read_text()
@@ -59,8 +59,8 @@ def with_error(text: str, use: scan.Use) -> str:
             return _exchange(text, node, "pass")
         name = use.name.rpartition(".")[2]
         bound = next(alias.asname or alias.name for alias in node.names if alias.name == name)
-        stranger = f"\n{' ' * node.col_offset}{bound} = type('planted', (), {{}})"
-        return _exchange(text, node, ast.get_source_segment(text, node) + stranger)
+        other = f"\n{' ' * node.col_offset}{bound} = type('planted', (), {{}})"
+        return _exchange(text, node, ast.get_source_segment(text, node) + other)
     if use.kind == "string":
         return _exchange(text, node, "'planted'")
     if use.kind == "set":
@@ -72,7 +72,7 @@ def with_error(text: str, use: scan.Use) -> str:
 
 
 def _path(tree: ast.Module, use: scan.Use) -> list[ast.AST]:
-    """Return the path from the module to the syntax of a use."""
+    """Return the nodes from the module to a use."""
 
     def look(node: ast.AST, path: list[ast.AST]) -> list[ast.AST] | None:
         path = [*path, node]

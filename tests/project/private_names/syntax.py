@@ -1,4 +1,4 @@
-"""What the names in a file stand for."""
+"""Names in a file, and what they stand for."""
 
 import ast
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 def words(text: str) -> set[str]:
-    """What a file names: identifiers, and the words of its strings, docstrings aside."""
+    """Return a file's identifiers and the words of its strings, without docstrings."""
     tree = ast.parse(text)
     found: set[str] = set()
     docstrings = {
@@ -36,7 +36,7 @@ def is_private_part(part: str) -> bool:
 
 
 def aliases(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """What a file's names stand for: its imports wherever they are, and parts of these."""
+    """Yield (name, what it stands for) of all imports in a file, and of assigned parts of them."""
     known: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -63,7 +63,7 @@ def aliases(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def own_names(tree: ast.Module) -> Iterator[str]:
-    """Attributes that the classes of a file define."""
+    """Yield the attributes that a file's classes define."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             for part in node.body:

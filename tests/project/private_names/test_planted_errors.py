@@ -1,4 +1,4 @@
-"""Errors in the text, in the list and in the tests that it names: each is seen."""
+"""Errors in the text, in the list and in the tests that it names are caught."""
 
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def test_every_kind_of_use_is_found_and_nothing_else():
     assert {f"{use.kind} {use.name}" for use in scan.uses_in(TEXT, "x.py")} == FOUND
 
 
-def test_a_name_that_is_not_in_the_text_is_found_unless_it_is_known_where_it_comes_from():
+def test_a_computed_name_is_found_unless_its_file_is_exempt():
     text = "import torch\n\ndef replace(name):\n    setattr(torch, name, None)\n"
     assert [use.name for use in scan.uses_in(text, "x.py")] == ["torch.?"]
     assert scan.uses_in(text, "specs/rewrite.py") == []
@@ -102,7 +102,7 @@ def row(**changes) -> listed.Row:
     return listed.Row(**{**fields, **changes})
 
 
-def test_a_use_without_a_row_and_a_row_without_a_use_are_seen():
+def test_a_use_without_a_row_and_a_row_without_a_use_are_caught():
     uses = scan.uses_in("import torch\ntorch._a()\n", "x.py")
     assert compare.unlisted(uses, [row()]) == compare.unused(uses, [row()], {}) == []
     assert compare.unlisted(uses, [row(files=("y.py",))]) == compare.unlisted(
@@ -120,7 +120,7 @@ def test_a_use_without_a_row_and_a_row_without_a_use_are_seen():
     ["torch._no_such_name", "torch._no_such_module.x", "no_such_library.x", "torch.Tensor._no_such",
      "multiprocessing.connection.Listener._no_such"],
 )  # fmt: skip
-def test_a_name_that_is_gone_is_seen(name):
+def test_a_name_that_no_longer_exists_is_caught(name):
     with pytest.raises(LookupError):
         listed.resolve(name)
 
@@ -140,7 +140,7 @@ HEAD = (
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "message"),
     [
         ("| torch | `a` | `b` | c | | `d` | more |", "expected 6 cells"),
         ("| torch | `a` | `b` | c | |", "expected 6 cells"),
@@ -148,17 +148,17 @@ HEAD = (
         ("| torch | `a` | `b` | | | `d` |", "only `releases` may be empty"),
     ],
 )
-def test_a_damaged_table_is_refused(line, words):
+def test_a_damaged_table_is_refused(line, message):
     assert len(listed.rows(HEAD + "| torch | `a` | `b` | c | | `d` |")) == 1
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         listed.rows(HEAD + line)
     with pytest.raises(ValueError, match="expected the columns"):
         listed.rows(HEAD.replace("Releases", "Since"))
 
 
-def test_what_is_no_test_is_seen():
+def test_a_name_that_is_not_a_test_is_caught():
     here = "tests/project/private_names/test_planted_errors.py"
-    assert listed.is_test(f"{here}::test_what_is_no_test_is_seen")
+    assert listed.is_test(f"{here}::test_a_name_that_is_not_a_test_is_caught")
     planted = "tests/project/private_names/planted.py::main"
     for name in (
         f"{here}::test_no_such",
@@ -207,7 +207,7 @@ with suppress(Exception), mock.patch.object(torch, "zeros", 1):
 """
 
 
-def test_errors_are_planted_where_the_uses_are():
+def test_errors_are_planted_at_the_uses():
     found = {use.name: planted.with_error(PLANTED, use) for use in scan.uses_in(PLANTED, "x.py")}
     assert found.keys() == {"._get_name", "torch.Tensor.type", "torch.Tensor._x", "torch.zeros",
                             "torch._a.b"}  # fmt: skip
@@ -218,8 +218,8 @@ def test_errors_are_planted_where_the_uses_are():
     assert found["torch._a.b"].endswith("as c\n    c = type('planted', (), {})\n")
 
 
-def test_a_test_that_does_not_notice_is_told_from_one_that_does():
-    """One row, whole: the planned sizes of a storage. The other test is of arithmetic only."""
+def test_a_test_that_catches_an_error_fails_and_another_passes():
+    """Plant one whole row, the size of a storage; the other test is only about arithmetic."""
     name, file = "torch.UntypedStorage.resize_", "upstream/planning_table.py"
     (error,) = planted.errors(row(names=(name,), files=(file,)), name).values()
     parts = "tests/planning/test_parts.py::"
@@ -240,5 +240,5 @@ def test_a_test_that_does_not_notice_is_told_from_one_that_does():
         ("from a import f", False),
     ],
 )
-def test_a_name_that_is_not_looked_up_is_seen(text, expected):
+def test_names_that_are_looked_up_are_recognized(text, expected):
     assert lookups.is_looked_up("a.f", text) is expected

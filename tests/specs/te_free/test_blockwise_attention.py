@@ -38,14 +38,14 @@ def draw(tokens, groups=2, batch=1, heads=HEADS, size=HEAD_SIZE):
 
 
 def one_document_each(lengths):
-    """Places by loops."""
+    """Return the places of whole documents, from loops."""
     document = [d for d, length in enumerate(lengths) for _ in range(length)]
     position = [p for length in lengths for p in range(length)]
     return Places(torch.tensor(document), torch.tensor(position))
 
 
 def dense(query, key, value, query_places, key_places, window=None, keep=None):
-    """The formula in float64, token by token what may be seen; `keep` multiplies probabilities."""
+    """Apply the formula in float64, with a mask from loops; `keep` multiplies probabilities."""
     allowed = torch.zeros(len(query), len(key), dtype=torch.bool)
     for i, (d, p) in enumerate(zip(query_places.document, query_places.position)):
         for j, (e, q) in enumerate(zip(key_places.document, key_places.position)):
@@ -64,7 +64,7 @@ def run(tensors, attend):
     output = attend(*tensors)
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
-    torch.rand(5)  # the generator moves on before the backward pass
+    torch.rand(5)  # the generator's state changes before the backward pass
     names = ("gradient of query", "gradient of key", "gradient of value")
     return {"output": output, **dict(zip(names, torch.autograd.grad(output, tensors, grad)))}
 
@@ -138,7 +138,7 @@ def test_planted_errors_are_caught(name):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("lengths", [[16], [8, 24, 16], [0, 8, 0, 0, 8]], ids=str)
 def test_places_are_megatrons_layout(lengths, ranks):
-    """Megatron's own rope says which positions of a document a rank holds."""
+    """Megatron's own rotary embedding tells which positions of a document a rank holds."""
     seen = []
     for rank in range(ranks):
         tokens = sum(lengths) // ranks
@@ -171,12 +171,12 @@ def test_one_document_needs_no_cu_seqlens(ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_tokens_behind_the_last_document_are_nobodys(ranks):
+def test_tokens_after_the_last_document_are_one_more_document(ranks):
     places = [places_on_rank(cumulative([8, 16]), 8 + 24 // ranks, r, ranks, CPU)
               for r in range(ranks)]  # fmt: skip
-    behind = [p[p.document == 2].position for p in places]
-    assert [len(p) for p in behind] == [8] * ranks
-    assert len(torch.cat(behind).unique()) == 8 * ranks
+    after = [p[p.document == 2].position for p in places]
+    assert [len(p) for p in after] == [8] * ranks
+    assert len(torch.cat(after).unique()) == 8 * ranks
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -202,13 +202,13 @@ def test_ranks_together_are_one_attention(ranks):
 
 
 def dropped(places, tensors, seed, dropout):
-    """Output and gradients with dropout drawn from `seed`."""
+    """Return output and gradients with dropout drawn from `seed`."""
     torch.manual_seed(seed)
     return run(tensors, blockwise(places, dropout=dropout))
 
 
 def explicit_mask(places, query, key, seed, dropout):
-    """What the same draw keeps: with one-hot values the output is the dropped probabilities."""
+    """Return what the same draw keeps: with one-hot values the output is the probabilities."""
     tokens = len(key)
     one_hot = torch.eye(tokens).view(tokens, 1, 1, tokens).expand(-1, 1, key.size(2), -1)
     torch.manual_seed(seed)
@@ -226,14 +226,14 @@ def test_the_backward_pass_drops_what_the_forward_pass_dropped(groups, monkeypat
     actual = dropped(places, tensors, seed=5, dropout=0.4)
     expected = run(tensors, lambda q, k, v: dense(q, k, v, places, places, keep=keep))
     assert_same(actual, expected)
-    # Planted: a recompute that draws anew.
-    anew = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    monkeypatch.setattr(module, "checkpoint", lambda function, *args, **_: anew(function, *args))
+    # Planted: a recompute that draws another mask.
+    redraw = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    monkeypatch.setattr(module, "checkpoint", lambda function, *args, **_: redraw(function, *args))
     with pytest.raises(AssertionError, match="gradient of"):
         assert_same(dropped(places, tensors, seed=5, dropout=0.4), expected)
 
 
-def test_the_same_state_of_the_generator_drops_the_same():
+def test_the_same_seed_drops_the_same():
     places, tensors = one_document_each([6, 7]), draw(13)
     first, again = (dropped(places, tensors, seed=3, dropout=0.3) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)

@@ -30,7 +30,7 @@ def build(cls, mask_type=AttnMaskType.causal, layer_number=3, groups=2, scale=No
 
 
 def draw(groups=2, sq=9, sk=9, batch=2, seed=0):
-    """Strided query, key and value, as a split of mixed_qkv gives them."""
+    """Draw query, key and value; key and value strided, as after Megatron's split of mixed_qkv."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(sq, batch, HEADS, HEAD_SIZE, generator=generator)
     key, value = torch.randn(sk, batch, groups, 2 * HEAD_SIZE, generator=generator).chunk(2, dim=3)
@@ -38,7 +38,7 @@ def draw(groups=2, sq=9, sk=9, batch=2, seed=0):
 
 
 def run(core, tensors, mask=None, **kwargs):
-    """(output, gradients of query, key and value) for a fixed output gradient."""
+    """Return (output, gradients of query, key and value) for a fixed output gradient."""
     output = core(*tensors, mask, **kwargs)
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
@@ -46,7 +46,7 @@ def run(core, tensors, mask=None, **kwargs):
 
 
 def dense(query, key, value, allowed, scale=None):
-    """softmax(Q K^T scale + mask) V in float64; [s, b, n, hn] in, [sq, b, np * hn] out."""
+    """Return softmax(Q K^T scale + mask) V of [s, b, n, hn] as [sq, b, np * hn]."""
     repeats = query.size(2) // key.size(2)
     key = key.repeat_interleave(repeats, dim=2)
     value = value.repeat_interleave(repeats, dim=2)
@@ -137,7 +137,7 @@ def test_an_unbounded_left_window_is_causal():
 @pytest.mark.parametrize("right", [0, 3, -1])
 @pytest.mark.parametrize("sq", [9, 4])
 def test_a_window_open_to_the_right_stays_causal(sq, right):
-    """Megatron's own would let causal attention see `right` later tokens."""
+    """Megatron's own attention would let a causal query see `right` later tokens."""
     tensors = draw(sq=sq)
     distance = torch.arange(sq)[:, None] + 9 - sq - torch.arange(9)
     actual = run(build(SDPACoreAttention, window_size=(2, right)), tensors)
@@ -152,7 +152,7 @@ def test_the_window_closes_an_open_mask_on_both_sides():
 
 
 @pytest.mark.parametrize(("sq", "sk"), [(3, 9), (1, 9), (9, 9)])
-def test_causal_is_counted_from_the_last_key(sq, sk):
+def test_causal_aligns_the_last_query_with_the_last_key(sq, sk):
     tensors = draw(sq=sq, sk=sk)
     assert_same(run(build(SDPACoreAttention), tensors), run_dense(tensors, causal(sq, sk)))
 
@@ -165,12 +165,12 @@ def test_a_mask_tensor_is_honoured(mask_type):
     actual = run(build(SDPACoreAttention, mask_type), tensors, blocked)
     assert_same(actual, run_dense(tensors, ~blocked))
     assert_same(actual, run(build(DotProductAttention, mask_type), tensors, blocked))
-    # A type given with the call comes before the one given at construction.
+    # The type of the call overrides the one of the construction.
     overridden = run(build(SDPACoreAttention), tensors, blocked, attn_mask_type=mask_type)
     assert_same(overridden, actual)
 
 
-def test_without_a_mask_everything_is_seen():
+def test_without_a_mask_a_query_sees_every_key():
     tensors = draw()
     everything = torch.ones(9, 9, dtype=torch.bool)
     for mask_type in (AttnMaskType.no_mask, AttnMaskType.arbitrary, AttnMaskType.padding):
@@ -178,7 +178,7 @@ def test_without_a_mask_everything_is_seen():
         assert_same(actual, run_dense(tensors, everything))
 
 
-def test_causal_is_a_rule_and_no_tensor():
+def test_a_causal_attention_ignores_the_mask_tensor():
     tensors = draw()
     nonsense = torch.zeros(1, 1, 9, 9, dtype=torch.bool)
     assert_same(run(build(SDPACoreAttention), tensors, nonsense), run_dense(tensors, causal(9)))
@@ -191,12 +191,12 @@ def test_dropout_draws_from_megatrons_tracker(groups):
     seed_everything(11)
     before = torch.get_rng_state()
     first = core(*tensors, None)
-    # The global generator does not move, the tracker's does.
+    # The global generator's state does not change, the tracker's does.
     assert torch.equal(torch.get_rng_state(), before)
     second = core(*tensors, None)
     assert not torch.equal(first, second)
     seed_everything(11)
-    torch.rand(7)  # where the global generator stands does not matter
+    torch.rand(7)  # the state of the global generator does not matter
     assert torch.equal(core(*tensors, None), first)
     seed_everything(12)
     assert not torch.equal(core(*tensors, None), first)
@@ -211,11 +211,11 @@ def test_dropout_is_off_in_evaluation_and_unbiased_in_training():
     assert all(torch.equal(state[k], v) for k, v in get_cuda_rng_tracker().get_states().items())
     core.train()
     mean = torch.stack([core(*tensors, None) for _ in range(400)]).mean(0)
-    # 400 samples: a mean within a few standard errors, far from the half that is kept unscaled.
+    # 400 samples: within a few standard errors, and far from half of it, the mean without scaling.
     assert_close_rel("mean", mean, expected, rel=0.15)
 
 
-def test_dropout_given_at_construction_comes_first():
+def test_dropout_given_at_construction_overrides_the_configuration():
     config = transformer_config(attention_dropout=0.5)
     core = SDPACoreAttention(config, 1, AttnMaskType.causal, "self", attention_dropout=0.0)
     tensors = draw()
@@ -242,7 +242,7 @@ def test_it_has_no_parameters():
         ({"softmax_type": "off-by-one"}, r"softmax_type='off-by-one'.*--softmax-type vanilla"),
     ],
 )
-def test_a_setting_it_does_not_have_is_refused_by_name(fields, named):
+def test_an_unsupported_setting_is_refused_by_name(fields, named):
     config = transformer_config()
     for name, value in fields.items():
         setattr(config, name, value)
@@ -250,7 +250,7 @@ def test_a_setting_it_does_not_have_is_refused_by_name(fields, named):
         SDPACoreAttention(config, 1, AttnMaskType.causal, "self")
 
 
-def test_mask_types_it_does_not_have_are_refused_by_name():
+def test_unsupported_mask_types_are_refused_by_name():
     config = transformer_config()
     core, tensors = build(SDPACoreAttention), draw()
     for mask_type in set(AttnMaskType) - {
@@ -265,7 +265,7 @@ def test_mask_types_it_does_not_have_are_refused_by_name():
             core(*tensors, None, attn_mask_type=mask_type)
 
 
-def test_a_call_it_cannot_honour_is_refused_by_name():
+def test_an_attention_bias_is_refused_by_name():
     with pytest.raises(ValueError, match="attention_bias"):
         build(SDPACoreAttention)(*draw(), None, attention_bias=torch.zeros(1))
 
@@ -279,7 +279,7 @@ def test_packed_documents_are_causal_or_refused(mask_type):
 
 
 @pytest.mark.parametrize("window", [None, (0, 0), (2, 0), (20, 0), (-1, 0)])
-def test_one_packed_document_is_an_unpacked_sample(window):
+def test_one_packed_document_equals_an_unpacked_sample(window):
     fields = {} if window is None else {"window_size": window}
     core, tensors = build(SDPACoreAttention, **fields), draw(batch=1)
     packed = PackedSeqParams(qkv_format="thd", cu_seqlens_kv=torch.tensor([0, 9]))

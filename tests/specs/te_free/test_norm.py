@@ -19,16 +19,17 @@ def norm_in_float64(x, weight, bias, eps):
 
 @pytest.mark.parametrize("eps", [1e-5, 0.3])
 @pytest.mark.parametrize(
-    ("normalization", "twin"), [("LayerNorm", torch.nn.LayerNorm), ("RMSNorm", torch.nn.RMSNorm)]
+    ("normalization", "torch_norm"),
+    [("LayerNorm", torch.nn.LayerNorm), ("RMSNorm", torch.nn.RMSNorm)],
 )
-def test_equals_torch_and_the_formula(normalization, twin, eps):
+def test_equals_torch_and_the_formula(normalization, torch_norm, eps):
     config = transformer_config(normalization=normalization)
     norm = SequenceParallelNorm(config=config, hidden_size=16, eps=eps)
-    assert type(norm) is twin
+    assert type(norm) is torch_norm
     with torch.no_grad():
         for parameter in norm.parameters():
             parameter.copy_(torch.randn(16))
-    expected = twin(16, eps=eps)
+    expected = torch_norm(16, eps=eps)
     expected.load_state_dict(norm.state_dict())
     x = torch.randn(3, 2, 16)
     assert torch.equal(norm(x), expected(x))
@@ -50,7 +51,7 @@ def test_every_parameter_says_whether_its_gradient_is_partial(normalization, seq
         assert parameter.sequence_parallel is sequence_parallel
 
 
-def test_what_wrapped_torch_norm_takes_is_taken():
+def test_it_takes_the_arguments_of_wrapped_torch_norm():
     norm = SequenceParallelNorm(
         transformer_config(),
         16,
