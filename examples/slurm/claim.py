@@ -1,7 +1,7 @@
 """Claim a run directory, which one job at a time may use.
 
 The file `owner` in it holds the job's id and cluster. A requeued job is the same job. A file that
-an ended job left behind is taken over, once Slurm says that the job is over.
+an ended job left is taken over, once Slurm says that the job is over.
 """
 
 import fcntl

@@ -118,7 +118,7 @@ class Jobs:
             slurm: Further options of sbatch, which override these.
             megatron: Further flags after `--`.
             run: The run directory.
-            steps: train-iters.
+            steps: Value of train-iters.
             tp: Tensor-parallel size, which is also the number of GPUs and ranks per node.
         """
         run = run or self.folder / name
