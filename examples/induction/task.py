@@ -54,7 +54,7 @@ class InductionDataset(MegatronDataset):
         dataset_path: Unused, None.
         indices: Which of the ranges this split owns, int [1].
         num_samples: Number of samples; sequences are made on demand and never repeat.
-        index_split: train, valid or test.
+        index_split: Train, valid or test.
         config: `random_seed`, `sequence_length`, `tokenizer.vocab_size` and
             `create_attention_mask` are read.
     """

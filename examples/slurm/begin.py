@@ -1,9 +1,9 @@
-"""The first thing a job does: claims its run directory and opens an attempt in it.
+"""Begin a job: claim its run directory and open an attempt in it.
 
     python -m examples.slurm.begin <arguments of pretrain.sbatch>
 
-Prints variables for the batch script. Needs nothing but Python's own library, as it runs beside
-Slurm's commands and not in a container. Exit status: 0, or 2 where the job must not go on.
+Prints variables for the batch script. It needs only Python's standard library, as it runs outside
+the container, where Slurm's commands are. Exit status: 0, or 2 if the job must not go on.
 """
 
 import shlex
@@ -17,14 +17,14 @@ from examples.slurm.status import Attempt, Status, attempt_directory
 
 
 def begin(job: Settings) -> Path:
-    """Opens an attempt.
+    """Open an attempt.
 
     Returns:
-        Its directory. It holds the configuration already, where an earlier attempt of this job
-        resolved one: a job keeps it.
+        Its directory. If an earlier attempt of this job resolved the configuration, the directory
+        already holds it: a job keeps its configuration.
 
     Raises:
-        ValueError: the directory is another job's, or this job has had its attempts.
+        ValueError: Another job has the directory, or this job has had all its attempts.
     """
     job.run.mkdir(parents=True, exist_ok=True)
     claim.take(job.run, job.job, job.cluster)
@@ -40,7 +40,8 @@ def _open_attempt(job: Settings) -> Path:
     newest = status.newest_checkpoint(job.run)
     for attempt in known.attempts:
         if attempt.state == "running":
-            attempt.state, attempt.message = "lost", "it ended without a word, as with its node"
+            attempt.state = "lost"
+            attempt.message = "it ended without a message, for example because its node went down"
     status.write(job.run, known)
     earlier = known.of_job(job.job)
     _check(job, earlier, newest)
@@ -59,27 +60,27 @@ def _check(job: Settings, earlier: list[Attempt], newest: int) -> None:
     if len(earlier) >= job.max_attempts:
         raise ValueError(
             f"job {job.job} has had its {len(earlier)} attempts (--max-attempts) and is at step "
-            f"{newest}: look at why it was interrupted so often, then submit it again"
+            f"{newest}: find out why it was interrupted so often, then submit it again"
         )
-    # Lower is progress, too: a damaged checkpoint was passed over, and a new one saved since.
+    # A lower step is progress too: a damaged checkpoint was skipped, and a new one saved since.
     if earlier and newest == earlier[-1].start:
         raise ValueError(
             f"no progress: attempt {earlier[-1].number} ({earlier[-1].state}) started from step "
-            f"{earlier[-1].start}, and the newest checkpoint is of step {newest}: the next one "
-            "would repeat it; look at its logs, or save more often (--save-interval)"
+            f"{earlier[-1].start}, and the newest checkpoint is still of step {newest}: another "
+            "attempt would repeat it; look at its logs, or save more often (--save-interval)"
         )
 
 
 def own_flags(job: Settings) -> list[list[str]]:
-    """What the script adds to the configuration: flags, each with its values."""
+    """Return what the script adds to the configuration: flags, each with its values."""
     checkpoints = str(job.run / status.CHECKPOINTS)
     flags = [
         ["--save", checkpoints],
         ["--load", checkpoints],  # without a checkpoint Megatron starts from the beginning
         ["--tensorboard-dir", str(job.run / "tensorboard")],
         ["--metrics-file", str(job.run / "metrics.jsonl")],
-        # Save, and end with exit status 0, on a signal that does nothing to who does not listen: it
-        # goes to every process, and Python stops listening a while before it ends.
+        # Save, and end with exit status 0, on a signal that processes ignore by default: it goes to
+        # every process of the job, and Python drops its handlers some time before it ends.
         ["--exit-signal", "SIGURG"],
         ["--exit-signal-handler"],
     ]
@@ -87,14 +88,16 @@ def own_flags(job: Settings) -> list[list[str]]:
         if word.startswith("--"):
             flags.append([word])
         elif flags[-1][0] == "--exit-signal-handler":
-            raise ValueError(f"{word}: expected flags of kvshift_megatron.pretrain after --")
+            raise ValueError(
+                f"{word}: expected a flag of kvshift_megatron.pretrain (--NAME) directly after --"
+            )
         else:
             flags[-1].append(word)
     return flags
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     try:
         job = settings.read(argv)
         flags = own_flags(job)

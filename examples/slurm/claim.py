@@ -1,7 +1,7 @@
-"""Who may use a run directory: one job at a time.
+"""Claim a run directory, which one job at a time may use.
 
-The file `owner` in it holds the job's id and cluster. A job that was requeued is the same job. A
-file that a dead job left is taken over, once Slurm says that the job is over.
+The file `owner` in it holds the job's id and cluster. A requeued job is the same job. A file that
+an ended job left is taken over, once Slurm says that the job is over.
 """
 
 import fcntl
@@ -15,15 +15,15 @@ _OVER = ("", "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_
 
 
 def take(directory: Path, job: str, cluster: str) -> None:
-    """Claims the directory for the job.
+    """Claim the directory for the job.
 
     Args:
-        directory: exists.
-        job: as Slurm's commands name it; `12_3` for a task of an array.
-        cluster: Slurm's name of the cluster; empty where it gives none.
+        directory: An existing run directory.
+        job: The job as Slurm's commands name it; `12_3` for a task of an array.
+        cluster: Slurm's name of the cluster; empty if it has none.
 
     Raises:
-        ValueError: another job that is not over holds the directory, or nobody can tell.
+        ValueError: Another job holds the directory, and it is not over or its state is unknown.
     """
     owner = directory / FILE
     mine = f"{job} {cluster}\n"
@@ -31,19 +31,19 @@ def take(directory: Path, job: str, cluster: str) -> None:
     candidate.write_text(mine)
     lock = (directory / f".{FILE}.lock").open("w")
     try:
-        # Two jobs that find the same stale claim take it over one after the other.
+        # Of two jobs that find the same stale claim, one waits here for the other.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        # Bounded: every round but the last takes away the claim of a job that is over.
+        # Bounded: every round but the last removes the claim of a job that is over.
         for _ in range(10):
             try:
-                os.link(candidate, owner)  # complete when it appears, and only where none is
+                os.link(candidate, owner)  # atomic: the file appears complete, or one exists
                 return
             except FileExistsError:
                 pass
             try:
                 found = owner.read_text()
             except FileNotFoundError:
-                continue  # given back in this moment
+                continue  # given back at this moment
             if found == mine:
                 return
             _refuse_unless_over(directory, found, cluster)
@@ -55,14 +55,14 @@ def take(directory: Path, job: str, cluster: str) -> None:
 
 
 def give_back(directory: Path, job: str, cluster: str) -> None:
-    """Ends the job's claim; without effect if the directory is not its own."""
+    """End the job's claim, if it has one on the directory."""
     owner = directory / FILE
     if owner.exists() and owner.read_text() == f"{job} {cluster}\n":
         owner.unlink()
 
 
 def _take_away(owner: Path, stale: str, aside: Path) -> None:
-    """Removes a claim of a job that is over, and no other one that came in between."""
+    """Remove the claim of a job that is over, but not one that has replaced it meanwhile."""
     try:
         owner.rename(aside)  # of two jobs that try, one gets the file
     except FileNotFoundError:
@@ -76,8 +76,8 @@ def _refuse_unless_over(directory: Path, found: str, cluster: str) -> None:
     job, _, owner_cluster = found.strip().partition(" ")
     if owner_cluster != cluster:
         raise ValueError(
-            f"{directory} is in use by job {job} of cluster {owner_cluster or '(no name)'}, which "
-            f"this one cannot ask about: remove {directory / FILE} if that job is over"
+            f"{directory} is in use by job {job} of cluster {owner_cluster or '(no name)'}, whose "
+            f"state is unknown here: remove {directory / FILE} if that job is over"
         )
     if state := state_of(job):
         raise ValueError(
@@ -87,15 +87,15 @@ def _refuse_unless_over(directory: Path, found: str, cluster: str) -> None:
 
 
 def state_of(job: str) -> str | None:
-    """The state of a job that Slurm still has in its queue; None where it is over.
+    """Return the state of a job that Slurm still has in its queue; None if it is over.
 
     Raises:
         ValueError: Slurm does not answer.
     """
-    # All states: left to itself squeue hides suspended jobs, which go on.
+    # All states: by default squeue hides suspended jobs, which may go on.
     command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    # Of one job that has left its memory, Slurm says that the id is invalid.
+    # For a job that it no longer remembers, Slurm says that the id is invalid.
     if result.returncode and "Invalid job id" not in result.stderr:
         raise ValueError(f"squeue cannot say whether job {job} is over: {result.stderr.strip()}")
     state = result.stdout.strip()

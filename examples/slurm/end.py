@@ -1,10 +1,10 @@
-"""The last thing a job does: judges its attempt, and says whether the job starts again.
+"""End a job: judge its attempt, and say whether the job starts again.
 
     python -m examples.slurm.end ATTEMPT CODE WARNED TERMINATED <arguments of pretrain.sbatch>
 
-ATTEMPT is the attempt's directory, CODE srun's exit status; WARNED and TERMINATED are 1 where the
-batch script got the warning signal and SIGTERM. Prints `done`, `requeue` or `fail`; the reason goes
-to standard error. Needs nothing but Python's own library.
+ATTEMPT is the attempt's directory and CODE srun's exit status. WARNED is 1 if the batch script got
+the warning signal, and TERMINATED if it got SIGTERM. Prints `done`, `requeue` or `fail`; the reason
+goes to standard error. It needs only Python's standard library.
 """
 
 import sys
@@ -20,13 +20,13 @@ class Facts:
 
     Attributes:
         code: srun's exit status; 0 only if every rank's was.
-        warned: time was running out, and the ranks were told to save and end.
-        terminated: Slurm is ending the job, and decides itself what becomes of it.
-        start, end: iteration of the newest checkpoint before and after.
-        total: iterations that the run is to reach.
-        stops_early: the newest checkpoint is where --exit-interval asks to end.
-        attempts: of this job, this one included.
-        max_attempts, retry_failures: see Settings.
+        warned: Time was running out, and the ranks were told to save and end.
+        terminated: Slurm is ending the job, and decides whether it starts again.
+        start, end: Iteration of the newest checkpoint before and after.
+        total: Iterations that the run is to reach.
+        stops_early: The newest checkpoint is where --exit-interval asks to end.
+        attempts: Number of attempts of this job, this one included.
+        max_attempts, retry_failures: See Settings.
     """
 
     code: int
@@ -42,10 +42,10 @@ class Facts:
 
 
 def judge(facts: Facts) -> tuple[str, str, str]:
-    """What becomes of the job.
+    """Decide what happens to the job.
 
     Returns:
-        The action (`done`, `requeue` or `fail`), the attempt's state and the reason in a sentence.
+        The action (`done`, `requeue` or `fail`), the attempt's state, and the reason in a sentence.
     """
     at = f"step {facts.end} of {facts.total}"
     if facts.code == 0 and facts.end >= facts.total:
@@ -54,19 +54,19 @@ def judge(facts: Facts) -> tuple[str, str, str]:
         return "fail", "terminated", f"Slurm ended the job; the newest checkpoint is {at}"
     if facts.code == 0 and facts.stops_early:
         return "done", "completed", f"ended at {at}, as --exit-interval asks"
-    # Megatron ends early with status 0 where it was told to: by a signal, which Slurm may also have
-    # sent to the ranks without this script, or by --exit-duration-in-mins.
+    # Megatron ends early with status 0 if it was told to: by a signal, which Slurm may have sent to
+    # the ranks directly, or by --exit-duration-in-mins.
     if facts.code and facts.warned:
-        why = f"did not end well after the warning (exit status {facts.code}), at {at}"
+        why = f"failed after the warning signal (exit status {facts.code}), at {at}"
     elif facts.code:
         why = f"failed with exit status {facts.code}; the newest checkpoint is {at}"
         if not facts.retry_failures:
             return "fail", "failed", why
     else:
         why = f"was interrupted and saved {at}"
-    # Lower is progress, too: a damaged checkpoint was passed over, and a new one saved since.
+    # A lower step is progress too: a damaged checkpoint was skipped, and a new one saved since.
     if facts.end == facts.start:
-        return "fail", "failed", f"{why}: no progress since step {facts.start}, so it stops here"
+        return "fail", "failed", f"{why}: no progress since step {facts.start}, so the job ends"
     if facts.attempts >= facts.max_attempts:
         limit = f"attempt {facts.attempts} was the last one (--max-attempts {facts.max_attempts})"
         return "fail", "failed", f"{why}, and {limit}"
@@ -74,19 +74,19 @@ def judge(facts: Facts) -> tuple[str, str, str]:
 
 
 def _flag(lines: list[list[str]], name: str) -> str | None:
-    """The last value of a flag, as argparse takes it; empty for a switch, None where it is not."""
+    """Return a flag's last value, as argparse takes it; empty for a switch, None if missing."""
     values = [words[1] if len(words) > 1 else "" for words in lines if words[:1] == [name]]
     return values[-1] if values else None
 
 
 def end(attempt: Path, code: int, warned: bool, terminated: bool, argv: list[str]) -> str:
-    """Judges the attempt, stores the verdict and prints the reason.
+    """Judge the attempt, store the verdict and print the reason.
 
     Returns:
         The action.
 
     Raises:
-        ValueError: the run directory is not as `begin` left it.
+        ValueError: The run directory is not as `begin` left it.
     """
     job = settings.read(argv)
     known = status.read(job.run)
@@ -114,7 +114,7 @@ def end(attempt: Path, code: int, warned: bool, terminated: bool, argv: list[str
         action, current.state = "fail", "failed"
         current.message = "the configuration was refused: the reason is above"
     status.write(job.run, known)
-    # What was requeued is still this job's, and so may be what Slurm ends.
+    # A requeued job keeps its claim, and so does one that Slurm ends: Slurm may requeue it.
     if current.state in ("completed", "failed"):
         claim.give_back(job.run, job.job, job.cluster)
     print(f"attempt {current.number} {current.message}", file=sys.stderr)
@@ -125,7 +125,7 @@ def end(attempt: Path, code: int, warned: bool, terminated: bool, argv: list[str
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     attempt, code, warned, terminated, *rest = argv
     try:
         print(end(Path(attempt), int(code), warned == "1", terminated == "1", rest))

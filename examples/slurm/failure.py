@@ -1,42 +1,43 @@
-"""What the ranks of a failed attempt said last."""
+"""Summarize the last messages of the ranks of a failed attempt."""
 
 import re
 from pathlib import Path
 
-_MOST = 5  # different last words that are shown
-_RANK = re.compile(r"^\[rank\d+\]:\s?")  # before each line of a traceback that PyTorch prints
-# The line that a Python program ends with, or this package's own refusals.
-_LAST_WORDS = re.compile(r"^(kvshift_megatron: |([a-zA-Z_][\w.]*\.)?\w*(Error|Exception|Exit)\b)")
+_MOST = 5  # different messages that are shown
+_RANK = re.compile(r"^\[rank\d+\]:\s?")  # precedes each line of a traceback that PyTorch prints
+# The last line of a Python traceback, or a message of this package.
+_LAST_MESSAGE = re.compile(r"^(kvshift_megatron: |([a-zA-Z_][\w.]*\.)?\w*(Error|Exception|Exit)\b)")
 
 
 def summary(attempt: Path, ranks_per_node: int) -> list[str]:
-    """Lines for the job's output: last words, each with the ranks that said them.
+    """Return lines for the job's output: last messages, each with the ranks that printed it.
 
     Args:
-        attempt: the directory of the attempt, with torchrun's logs below `logs/node-N`.
-        ranks_per_node: for the numbers of the ranks.
+        attempt: The directory of the attempt, with torchrun's logs below `logs/node-N`.
+        ranks_per_node: Gives the ranks their numbers.
     """
     said: dict[str, list[int]] = {}
     for path in sorted(attempt.glob("logs/node-*/*/attempt_0/*/stderr.log")):
         node = int(path.relative_to(attempt).parts[1].removeprefix("node-"))
         rank = node * ranks_per_node + int(path.parent.name)
-        if words := last_words(path.read_text(errors="replace")):
-            said.setdefault(words, []).append(rank)
-    lines = [f"ranks {_ranges(ranks)}: {words}" for words, ranks in list(said.items())[:_MOST]]
+        if message := last_message(path.read_text(errors="replace")):
+            said.setdefault(message, []).append(rank)
+    shown = list(said.items())[:_MOST]
+    lines = [f"ranks {_ranges(ranks)}: {message}" for message, ranks in shown]
     if len(said) > _MOST:
-        lines.append(f"and {len(said) - _MOST} others, in {attempt / 'logs'}")
+        lines.append(f"and {len(said) - _MOST} other messages in {attempt / 'logs'}")
     return lines
 
 
-def last_words(text: str) -> str:
-    """The message that a rank's standard error ends with; empty where it holds none."""
+def last_message(text: str) -> str:
+    """Return the last error message in a rank's standard error; empty if it holds none."""
     lines = [_RANK.sub("", line) for line in text.splitlines()]
-    lines = [line for line in lines if _LAST_WORDS.match(line)]
+    lines = [line for line in lines if _LAST_MESSAGE.match(line)]
     return lines[-1] if lines else ""
 
 
 def _ranges(ranks: list[int]) -> str:
-    """`0-3, 7` for 0, 1, 2, 3, 7."""
+    """Format ranks as ranges: `0-3, 7` for 0, 1, 2, 3, 7."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and runs[-1][-1] == rank - 1:

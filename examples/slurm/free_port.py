@@ -1,4 +1,4 @@
-"""Prints a TCP port of this host that nobody listens on.
+"""Print a TCP port of this host that nobody listens on.
 
 python -m examples.slurm.free_port
 """
@@ -13,12 +13,12 @@ _EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_port() -> int:
-    """A free port below those that the system hands out by itself.
+    """Return a free port below the ephemeral ports.
 
-    Any connection of this host could be given one of those before the port is used.
+    The system could give an ephemeral port to any connection of this host before it is used here.
 
     Raises:
-        OSError: there is none.
+        OSError: There is none.
     """
     end = int(_EPHEMERAL.read_text().split()[0]) if _EPHEMERAL.exists() else 32768
     ports = range(_LOWEST, end) if end > _LOWEST + 1000 else range(_LOWEST, 65536)

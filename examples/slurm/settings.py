@@ -1,4 +1,4 @@
-"""The command line of pretrain.sbatch, and what Slurm says about the job."""
+"""Read the command line of pretrain.sbatch, and what Slurm says about the job."""
 
 import argparse
 import os
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-# What the script sets itself, below the run directory, or what it follows the run by.
+# Flags that the script sets itself: places below the run directory, and its way to end a run.
 _OWN_FLAGS = ("--save", "--load", "--tensorboard-dir", "--metrics-file", "--exit-signal",
               "--exit-signal-handler")  # fmt: skip
 _USAGE = (
@@ -25,15 +25,15 @@ class Settings:
     """One job's settings.
 
     Attributes:
-        run: the run directory, absolute; of an array's task, its own below the given one.
-        job: the job as Slurm's commands name it.
-        cluster: Slurm's name of the cluster, may be empty.
-        nodes: of the job.
-        ranks_per_node: one a GPU.
-        show: arguments of `python -m kvshift_megatron.recipes`.
-        megatron: flags for kvshift_megatron.pretrain that win over the configuration's.
-        max_attempts: starts of this job, the first one included.
-        retry_failures: a failed attempt that made progress is started again too.
+        run: The run directory, absolute. A task of an array has its own below the given one.
+        job: The job as Slurm's commands name it.
+        cluster: Slurm's name of the cluster; may be empty.
+        nodes: Number of nodes of the job.
+        ranks_per_node: Number of ranks per node, by default one per GPU.
+        show: Arguments of `python -m kvshift_megatron.recipes`.
+        megatron: Flags of kvshift_megatron.pretrain that override the configuration's.
+        max_attempts: The most starts of this job, the first one included.
+        retry_failures: Whether a failed attempt that made progress is started again too.
     """
 
     run: Path
@@ -48,14 +48,14 @@ class Settings:
 
 
 def read(argv: list[str], environment: dict[str, str] | None = None) -> Settings:
-    """The settings of the job that this process belongs to.
+    """Return the settings of the job that this process belongs to.
 
     Args:
-        argv: the batch script's arguments.
-        environment: the variables that Slurm sets; of this process where not given.
+        argv: The batch script's arguments.
+        environment: The variables that Slurm sets; by default, those of this process.
 
     Raises:
-        ValueError: a mistake on the command line, in a sentence.
+        ValueError: A mistake on the command line, in one sentence.
     """
     environment = dict(os.environ) if environment is None else environment
     own, megatron = _split(argv)
@@ -64,28 +64,28 @@ def read(argv: list[str], environment: dict[str, str] | None = None) -> Settings
     given = {word.partition("=")[0] for word in megatron}
     given |= {f"--{text.partition('=')[0]}" for text in options.set}
     if blanks := [word for word in (*megatron, str(run)) if word.split() != [word]]:
-        raise ValueError(f"{blanks[0]!r}: neither a path nor a flag's value may hold a blank")
+        raise ValueError(f"{blanks[0]!r}: neither a path nor a flag's value may contain a space")
     if taken := sorted(given & set(_OWN_FLAGS)):
-        raise ValueError(f"{taken[0]}: the script sets it, in the run directory: leave it out")
+        raise ValueError(f"{taken[0]}: the script sets this flag itself: leave it out")
     for flag in ("--ckpt-step", "--finetune"):
         if flag in given:
             raise ValueError(
-                f"{flag}: every start of the job would go back to it: leave it out, or start from "
-                "another checkpoint by --pretrained-checkpoint"
+                f"{flag}: every start of the job would go back to the same step: leave it out, or "
+                "start from another checkpoint by --pretrained-checkpoint"
             )
     if "--save-interval" not in given:
-        raise ValueError("--save-interval is missing after --: steps between two checkpoints")
+        raise ValueError("--save-interval is missing after --: give the steps between checkpoints")
     if task := environment.get("SLURM_ARRAY_TASK_ID"):
         if "--seed" in given:
             raise ValueError("--seed: in an array the task's number is the seed: leave it out")
         run, megatron = run / f"seed-{task}", [*megatron, "--seed", task]
-        # The bare id is the whole array's for one of its tasks.
+        # The id of one task is also that of the whole array, so the task's number is needed too.
         job = f"{environment['SLURM_ARRAY_JOB_ID']}_{task}"
     nodes = int(environment["SLURM_JOB_NUM_NODES"])
     ranks = options.ranks_per_node or int(environment.get("SLURM_GPUS_ON_NODE") or 0)
     if ranks < 1:
         raise ValueError(
-            "the job has no GPUs: ask for them (--gpus-per-node), or say --ranks-per-node"
+            "the job has no GPUs: ask for them (--gpus-per-node), or give --ranks-per-node"
         )
     if options.max_attempts < 1:
         raise ValueError(f"--max-attempts must be at least 1, got {options.max_attempts}")

@@ -1,8 +1,9 @@
-"""What became of a run: `status.json` in its directory.
+"""Read and write the status of a run, `status.json` in its directory.
 
     python -m examples.slurm.status RUN_DIRECTORY
 
-Only the job that holds the directory writes it. The command needs nothing but Python's own library.
+prints it. Only the job that holds the directory writes it. The command needs only Python's standard
+library.
 """
 
 import json
@@ -23,13 +24,13 @@ class Attempt:
     """One start of the run.
 
     Attributes:
-        job: as Slurm's commands name it.
-        number: counts the attempts of all jobs in this directory, from 1.
-        start: iteration of the newest checkpoint when it started; 0 where there was none.
-        end: the same when it ended; None while it runs, and where it was cut off.
+        job: The job as Slurm's commands name it.
+        number: Counts the attempts of all jobs in this directory, from 1.
+        start: Iteration of the newest checkpoint when it started; 0 if there was none.
+        end: The same when it ended; None while it runs, and if it was cut off.
         state: running, completed, failed, requeued, terminated (by Slurm: cancelled, out of time
-            or requeued by it), or lost (it ended without a word).
-        message: why, in a sentence.
+            or requeued by it), or lost (it ended without a message).
+        message: The reason, in a sentence.
     """
 
     job: str
@@ -47,15 +48,15 @@ class Status:
     attempts: list[Attempt] = field(default_factory=list)
 
     def of_job(self, job: str) -> list[Attempt]:
-        """The attempts of one job: its first start and its requeues."""
+        """Return the attempts of one job: its first start and its requeues."""
         return [attempt for attempt in self.attempts if attempt.job == job]
 
 
 def read(directory: Path) -> Status:
-    """The status of a run directory, empty for a new one.
+    """Return the status of a run directory, which is empty for a new one.
 
     Raises:
-        ValueError: the file is not one that `write` wrote.
+        ValueError: The file is not one that `write` wrote.
     """
     try:
         stored = json.loads((directory / FILE).read_text())
@@ -64,26 +65,26 @@ def read(directory: Path) -> Status:
         return Status()
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{directory / FILE} does not hold the status of a run ({error}): use a directory of "
-            "your own for the run"
+            f"{directory / FILE} does not hold the status of a run ({error}): use another "
+            "directory for the run"
         ) from error
 
 
 def write(directory: Path, status: Status) -> None:
-    """Stores the status, whole or not at all."""
+    """Store the status, completely or not at all."""
     text = json.dumps(asdict(status), indent=1) + "\n"
     replace(directory / FILE, lambda path: path.write_text(text))
 
 
 def attempt_directory(directory: Path, number: int) -> Path:
-    """Where an attempt's files are, below the run directory."""
+    """Return the folder of an attempt, below the run directory."""
     return directory / "attempts" / f"{number:03d}"
 
 
 def newest_checkpoint(directory: Path) -> int:
-    """The iteration that Megatron's tracker names in a run directory; 0 where there is none.
+    """Return the iteration that Megatron's tracker file in a run directory names; 0 if none.
 
-    Also 0 where it cannot be read: the run itself says at its start what it does about that.
+    Also 0 if its content is no number: the run itself says at its start what it does about that.
     """
     tracker = directory / CHECKPOINTS / TRACKER
     try:
@@ -93,7 +94,7 @@ def newest_checkpoint(directory: Path) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """Prints the attempts; returns the exit status."""
+    """Print the attempts and return the exit status."""
     if len(argv) != 1:
         print(__doc__, file=sys.stderr)
         return 2

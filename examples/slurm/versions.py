@@ -1,4 +1,4 @@
-"""Prints what a run is made of: Python, the machine, every installed distribution.
+"""Print what a run uses: Python, the machine, and every installed distribution.
 
 python -m examples.slurm.versions
 """
@@ -11,7 +11,7 @@ from importlib import metadata
 
 
 def main() -> int:
-    """Prints; returns the exit status."""
+    """Print them and return the exit status."""
     print(f"python=={platform.python_version()}")
     print(f"platform=={platform.platform()}")
     if shutil.which("nvidia-smi"):

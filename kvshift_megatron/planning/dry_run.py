@@ -42,7 +42,7 @@ class DryRank:
         flags: Command line of kvshift_megatron.pretrain, as words.
         world_size, rank: The rank's place in the layout.
         micro_batches: Micro-batches of each step; see StepObserver.
-        kernels: gpu or cpu; see kernels.py.
+        kernels: "gpu" or "cpu"; see kernels.py.
     """
 
     flags: tuple[str, ...]

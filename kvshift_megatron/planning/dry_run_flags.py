@@ -82,7 +82,7 @@ def undo_cpu_choices(args: Namespace, words: tuple[str, ...], kernels: str) -> N
     Args:
         args: Megatron's validated arguments.
         words: The user's command line, whose choices stay.
-        kernels: gpu or cpu.
+        kernels: "gpu" or "cpu".
     """
     # Create the weights on the "GPU": on the host they would take memory.
     args.use_cpu_initialization = False

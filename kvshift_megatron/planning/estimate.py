@@ -1,4 +1,6 @@
-"""Estimate how long a step takes, the one figure that is not counted. This is the whole model:
+"""Estimate how long a step takes, the one figure that is not counted.
+
+The whole model:
 
     micro-batch  = (matmul FLOPs + half of the attention FLOPs, which the counter takes as if
                    nothing were masked) / (peak x matmul_efficiency)

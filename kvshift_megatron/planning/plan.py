@@ -30,7 +30,7 @@ def plan(
         words: Command line of kvshift_megatron.pretrain.
         layout: The layout that these flags ask for.
         jobs: Processes at a time.
-        kernels: gpu or cpu; see kernels.py.
+        kernels: "gpu" or "cpu"; see kernels.py.
         stages_only: Leave out the baseline model and the ranks that could differ.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The output of kvshift-plan, and the counts behind it."""
+"""The output of kvshift-plan, and the counts that it shows."""
 
 import json
 import subprocess

@@ -1,9 +1,9 @@
-"""A real Slurm on one host: munged, slurmctld and two slurmd, cut off from everything else.
+"""Run a real Slurm on one host: munged, slurmctld and two slurmd, isolated from everything else.
 
-All of it, jobs included, lives in namespaces of its own. The network one has nothing but a loopback
-interface, so that no packet can leave and no port can be taken. The first process of the PID one
-takes all others with it when it dies, and it dies with the process that started the cluster, by
-whatever way that ends.
+All of it, jobs included, lives in namespaces of its own. The network namespace has only a loopback
+interface, so that no packet can leave and no port can be taken. When the first process of the PID
+namespace dies, all others die with it. It dies with the process that started the cluster, however
+that ends.
 """
 
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "nsenter", "setpriv")
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-_GPUS = 8  # a node; device files that only have to exist
+_GPUS = 8  # per node; device files that only have to exist
 _START_SECONDS = 60
 
 _SLURM_CONF = """\
@@ -55,8 +55,9 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 # No cgroup is touched: the mount point does not exist.
 _CGROUP_CONF = "CgroupPlugin=cgroup/v1\nCgroupAutomount=no\nCgroupMountpoint=/nonexistent\n"
 _GRES_CONF = "AutoDetect=off\nNodeName=n[1-2] Name=gpu File={base}/dev/nvidia[0-{last}]\n"
-# Each slurmd has a host name of its own, as scripts ask for it; the names are loopback addresses.
-# The second address: a host that has 127.0.0.1 alone counts as without IPv4, and no name resolves.
+# Each slurmd has a host name of its own, which scripts ask for. The names resolve to loopback
+# addresses. The second address is needed because a host that has only 127.0.0.1 counts as having no
+# IPv4, and no name would resolve.
 _INIT = """\
 set -e
 ip link set lo up
@@ -75,7 +76,7 @@ wait
 
 
 def missing() -> list[str]:
-    """What this machine lacks to run a cluster, in words; empty where nothing does."""
+    """Return what this machine lacks to run a cluster, in words; empty if nothing."""
     lacking = [name for name in (*PROGRAMS, "ip") if shutil.which(name, path=_PATH) is None]
     if os.geteuid():
         lacking.append("root")
@@ -86,13 +87,13 @@ _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
 class Cluster:
-    """A running cluster; a context manager. Commands run inside its namespaces.
+    """A running cluster, as a context manager. Commands run inside its namespaces.
 
     Args:
-        base: an empty folder for keys, state and logs.
+        base: An empty folder for keys, state and logs.
 
     Raises:
-        RuntimeError: it did not come up; the message holds the daemons' last words.
+        RuntimeError: It did not come up; the message holds the ends of the daemons' logs.
     """
 
     def __init__(self, base: Path):
@@ -117,7 +118,7 @@ class Cluster:
 
     def __enter__(self) -> "Cluster":
         with open(self.base / "log/init.out", "wb") as output:
-            # setpriv: unshare, and with it the init, is killed when this process ends.
+            # setpriv has unshare, and with it the init, killed when this process ends.
             self._process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--net", "--pid", "--fork",
                  "--kill-child=SIGKILL", "--mount-proc", "bash", str(self.base / "init.sh")],
@@ -135,13 +136,17 @@ class Cluster:
         self.stop()
 
     def stop(self) -> None:
-        """Ends every process of the cluster and of its jobs."""
+        """End every process of the cluster and of its jobs."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def run(self, *command: str, cwd: Path | None = None, **environment: str) -> str:
-        """Standard output of a command inside; RuntimeError with both outputs if it fails."""
+        """Run a command inside and return its standard output.
+
+        Raises:
+            RuntimeError: It failed; the message holds both of its outputs.
+        """
         result = self.try_run(*command, cwd=cwd, **environment)
         if result.returncode:
             raise RuntimeError(f"{command}: {result.returncode}\n{result.stdout}{result.stderr}")
@@ -150,9 +155,9 @@ class Cluster:
     def try_run(
         self, *command: str, cwd: Path | None = None, **environment: str
     ) -> subprocess.CompletedProcess:
-        """A command inside, whatever its exit status."""
+        """Run a command inside, whatever its exit status."""
         inside = ["nsenter", f"--target={self._init}", "--mount", "--net", "--pid", "--"]
-        # The mount namespace starts at its own root.
+        # In the mount namespace the working directory would be its root.
         start = ["sh", "-c", 'cd "$0" && exec "$@"', str(cwd or "/"), *command]
         environment = {"SLURM_CONF": str(self.base / "slurm.conf"), **environment}
         return subprocess.run(
@@ -164,33 +169,33 @@ class Cluster:
         )
 
     def job(self, job: str) -> dict[str, str]:
-        """What `scontrol show job` says, by field. Of an array's task: `12_3`."""
+        """Return the fields of `scontrol show job`; `12_3` names a task of an array."""
         fields = re.findall(r"(\w+)=(\S*)", self.run("scontrol", "-o", "show", "job", job))
         return dict(fields)
 
-    def take_down(self, node: str) -> None:
-        """Sets a node down, which ends the jobs on it, and waits until it is back."""
+    def set_node_down(self, node: str) -> None:
+        """Set a node down, which ends the jobs on it, and wait until it is back."""
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
         deadline = time.monotonic() + 30
         while "down" in self.run("sinfo", "--noheader", f"--nodes={node}", "--format=%T"):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{node} stays down")
-            # Refused where its slurmd has registered it again already.
+            # Refused if its slurmd has already registered it again.
             self.try_run("scontrol", "update", f"NodeName={node}", "State=RESUME")
             time.sleep(0.2)
 
     def start_again(self, job: str, seconds: float = 30) -> None:
-        """Lets a requeued job start at once, instead of after Slurm's two minutes."""
+        """Let a requeued job start at once, instead of after Slurm's two minutes."""
         self.wait(job, {"PENDING"}, seconds)
-        # The credential of its first start is void for all of the second that it was revoked in.
+        # Within the second in which its first credential was revoked, a new one is invalid too.
         time.sleep(2)
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def wait(self, job: str, states: set[str], seconds: float) -> dict[str, str]:
-        """The job's fields, once it is in one of the states.
+        """Wait until the job is in one of the states, and return its fields.
 
         Raises:
-            TimeoutError: after `seconds`, or where the job is over in another state.
+            TimeoutError: After `seconds`, or if the job is over in another state.
         """
         deadline = time.monotonic() + seconds
         while (fields := self.job(job))["JobState"] not in states:

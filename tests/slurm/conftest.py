@@ -1,4 +1,4 @@
-"""These tests need Slurm and root: `make test-slurm` installs the one and checks for the other."""
+"""These tests need Slurm and root: `make test-slurm` installs Slurm and checks for root."""
 
 import shutil
 import tempfile
@@ -11,17 +11,17 @@ from tests.slurm.jobs import Jobs
 
 
 def pytest_configure(config):
-    # Not a skip: a run without Slurm would look green and have tested nothing.
+    # An error rather than a skip: a run without Slurm would pass without testing anything.
     if lacking := slurm.missing():
         raise pytest.UsageError(
-            f"tests/slurm needs {', '.join(lacking)}, which this machine does not give: run "
-            "`make test-slurm` as root, which installs Slurm"
+            f"tests/slurm needs {', '.join(lacking)}, which this machine lacks: run `make "
+            "test-slurm` as root, which installs Slurm"
         )
 
 
 @pytest.fixture(scope="session")
 def folder(request):
-    """An empty folder; kept where a test failed, for its logs."""
+    """Make an empty folder; if a test fails it is kept, for its logs."""
     path = Path(tempfile.mkdtemp(prefix="kvshift-slurm-"))
     yield path
     if request.session.testsfailed:
@@ -32,12 +32,12 @@ def folder(request):
 
 @pytest.fixture(scope="session")
 def cluster(folder):
-    """A cluster of two nodes that all tests share."""
+    """Run a cluster of two nodes, which all tests share."""
     with slurm.Cluster(folder / "cluster") as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def jobs(cluster, folder):
-    """Submits the shipped script to the cluster."""
+    """Return what submits the shipped script to the cluster."""
     return Jobs(cluster, folder)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs Debian's Slurm where it is not there, for `make test-slurm`.
+# Install Debian's Slurm if it is missing, for `make test-slurm`.
 set -euo pipefail
 packages="slurm-wlm munge iproute2 util-linux"
 missing=
@@ -8,10 +8,10 @@ for program in slurmctld slurmd sbatch munged ip unshare nsenter setpriv; do
 done
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-    echo "make test-slurm needs$missing: install $packages, or run it as root where apt-get is" >&2
+    echo "make test-slurm needs$missing: install $packages, or run it as root on a system with apt-get" >&2
     exit 1
 fi
-# No service may start: the tests start what they need.
+# Keep services from starting: the tests start what they need.
 policy=/usr/sbin/policy-rc.d
 if [ ! -e "$policy" ]; then
     printf '#!/bin/sh\nexit 101\n' >"$policy"

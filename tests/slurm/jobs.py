@@ -1,4 +1,4 @@
-"""Submitting the shipped script as a user would, and watching what becomes of it."""
+"""Submit the shipped script as a user would, and watch the job."""
 
 import json
 import os
@@ -23,10 +23,10 @@ class Job:
     """A submitted job.
 
     Attributes:
-        number: its id.
-        run: its run directory.
-        output: the file that the queue writes what it prints to.
-        ranks_per_node: on each of the two nodes.
+        number: Its id.
+        run: Its run directory.
+        output: The file that Slurm writes its output to.
+        ranks_per_node: Ranks on each of the two nodes.
     """
 
     number: str
@@ -35,37 +35,37 @@ class Job:
     ranks_per_node: int = 2
 
     def said(self) -> str:
-        """What the job printed."""
+        """Return what the job printed."""
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     def status(self) -> list[dict]:
-        """The attempts in status.json, oldest first."""
+        """Return the attempts in status.json, oldest first."""
         return json.loads((self.run / "status.json").read_text())["attempts"]
 
     def rank_log(self, attempt: int, rank: int, stream: str = "stdout") -> str:
-        """What a rank printed."""
+        """Return what a rank printed."""
         node, local = divmod(rank, self.ranks_per_node)
         pattern = f"attempts/{attempt:03d}/logs/node-{node}/*/attempt_0/{local}/{stream}.log"
         return "".join(path.read_text(errors="replace") for path in self.run.glob(pattern))
 
     def steps(self, attempt: int) -> list[int]:
-        """The iterations that the last rank printed a loss of."""
+        """Return the iterations for which the last rank printed a loss."""
         printed = self.rank_log(attempt, 2 * self.ranks_per_node - 1)
         lines = [line for line in printed.splitlines() if " lm loss: " in line]
         return [int(line.partition("] iteration")[2].partition("/")[0]) for line in lines]
 
     def losses(self) -> dict[int, float]:
-        """Iteration -> its loss in the metrics, to the bit; of the last attempt that logged it."""
+        """Return iteration -> loss, exact, from the metrics of the last attempt that logged it."""
         entries = read_metrics(self.run / "metrics.jsonl")
         return {step: entry["lm loss"] for step, entry in entries.items() if "lm loss" in entry}
 
     def newest(self) -> int:
-        """The iteration of the newest checkpoint; 0 where there is none."""
+        """Return the iteration of the newest checkpoint; 0 if there is none."""
         tracker = self.run / "checkpoints/latest_checkpointed_iteration.txt"
         return int(tracker.read_text()) if tracker.exists() else 0
 
     def processes(self) -> dict[int, dict[str, str]]:
-        """Pid -> environment of everything that srun started for the run."""
+        """Return pid -> environment of every process that srun started for the run."""
         found = {}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
@@ -80,7 +80,7 @@ class Job:
         return found
 
     def kill_rank(self, rank: int) -> None:
-        """SIGKILL to the process of a rank, and to nothing that it started."""
+        """Send SIGKILL to the process of a rank, but not to its children."""
         processes = self.processes()
         ranks = [pid for pid, env in processes.items() if env.get("RANK") == str(rank)]
         children = {pid for pid in ranks if _parent(pid) in ranks}
@@ -92,8 +92,8 @@ class Jobs:
     """Submits jobs to a cluster.
 
     Args:
-        cluster: running.
-        folder: run directories and outputs go here.
+        cluster: A running cluster.
+        folder: Holds the run directories and outputs.
     """
 
     def __init__(self, cluster: Cluster, folder: Path):
@@ -110,16 +110,16 @@ class Jobs:
         steps: int = STEPS,
         tp: int = 2,
     ) -> Job:
-        """Submits the script on two nodes.
+        """Submit the script on two nodes.
 
         Args:
-            name: of the run directory, if `run` is not given, and of the output.
-            own: the script's own options.
-            slurm: further options of sbatch; they win.
-            megatron: further flags after `--`.
-            run: the run directory.
-            steps: train-iters.
-            tp: tensor-parallel size, and as many GPUs and ranks on each node.
+            name: Name of the output and, unless `run` is given, of the run directory.
+            own: The script's own options.
+            slurm: Further options of sbatch, which override these.
+            megatron: Further flags after `--`.
+            run: The run directory.
+            steps: Value of train-iters.
+            tp: Tensor-parallel size, which is also the number of GPUs and ranks per node.
         """
         run = run or self.folder / name
         output = self.folder / f"{name}.out"
@@ -131,17 +131,17 @@ class Jobs:
             f"--output={output}", *slurm,
             SCRIPT, str(run), MODEL, LAYOUT, f"--set=train-iters={steps}", *layout, *own,
             "--", *flags,
-            # Compiling a few steps takes longer than they do.
+            # Compiling would take longer than these few steps.
             cwd=ROOT, TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1",
         )  # fmt: skip
         return Job(number.strip(), run, output, tp)
 
     def ended(self, job: Job, seconds: float = _LAUNCH_SECONDS) -> dict[str, str]:
-        """Slurm's fields of the job, once it is over."""
+        """Wait until the job is over, and return Slurm's fields of it."""
         return self.cluster.wait(job.number, OVER, seconds)
 
     def wait_for(self, job: Job, what: str, condition, seconds: float = _LAUNCH_SECONDS) -> None:
-        """Waits until `condition()`; fails with the job's output if the job or the time ends."""
+        """Wait until `condition()`; fail with the job's output if the job or the time ends."""
         deadline = time.monotonic() + seconds
         while not condition():
             state = self.cluster.job(job.number)["JobState"]
@@ -150,7 +150,7 @@ class Jobs:
             time.sleep(0.1)
 
     def wait_for_step(self, job: Job, attempt: int, step: int) -> None:
-        """Waits until an attempt has printed the loss of a step at or after `step`."""
+        """Wait until an attempt has printed the loss of a step at or after `step`."""
         reached = lambda: max(job.steps(attempt), default=0) >= step  # noqa: E731
         self.wait_for(job, f"step {step} of attempt {attempt}", reached)
 

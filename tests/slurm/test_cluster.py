@@ -1,4 +1,4 @@
-"""The cluster of the tests: cut off from everything, and gone with whoever started it."""
+"""The cluster of the tests: it is isolated, and ends with the process that started it."""
 
 import os
 import signal
@@ -56,7 +56,7 @@ def test_everything_ends_with_the_process_that_started_it(tmp_path):
 
 
 def mentioning(base: Path) -> dict[int, str]:
-    """Pid -> name of the processes whose command line or environment names the folder."""
+    """Return pid -> name of the processes whose command line or environment names the folder."""
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -70,7 +70,7 @@ def mentioning(base: Path) -> dict[int, str]:
     return found
 
 
-def test_the_comparison_of_checkpoints_sees_a_bit():
+def test_the_comparison_of_checkpoints_sees_one_bit():
     one = {"a": torch.zeros(3), "b": torch.ones(2, dtype=torch.bfloat16)}
     other = {name: tensor.clone() for name, tensor in one.items()}
     assert differing(one, other) == []

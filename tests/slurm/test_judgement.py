@@ -1,4 +1,4 @@
-"""What becomes of a job, from what is known of its attempt."""
+"""What happens to a job, given the facts of its attempt."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ CASES = {
     "ended with 0 and saved nothing": ({"end": 10}, "fail", "failed", "no progress since step 10"),
     "warned, and nothing saved": ({"warned": True, "end": 10}, "fail", "failed", "no progress"),
     "warned, and the save failed, but an earlier one is new": (
-        {"warned": True, "code": 1}, "requeue", "requeued", "did not end well",
+        {"warned": True, "code": 1}, "requeue", "requeued", "failed after the warning signal",
     ),
     "an older checkpoint was loaded and a new one saved": (
         {"warned": True, "end": 5}, "requeue", "requeued", "saved step 5",
@@ -58,7 +58,7 @@ def test_judge(case):
 
 
 def test_only_success_is_done():
-    """Whatever else is the case, a failed step is not `done`, and too few iterations are not."""
+    """Whatever else is true, a job that failed or has too few iterations is not `done`."""
     booleans = (False, True)
     for code in (0, 1, 137):
         for end in (10, 20, 100):

@@ -1,4 +1,4 @@
-"""Who may use a run directory, and how often, with a squeue of the test's own."""
+"""Which job may use a run directory, and how often, with a stand-in for squeue."""
 
 import json
 import os
@@ -16,7 +16,7 @@ _FLAGS = ["--", "--save-interval", "10", "--mock-data"]
 
 @pytest.fixture
 def squeue(tmp_path, monkeypatch):
-    """Sets what squeue answers: its output and its exit status."""
+    """Return a function that sets what squeue answers: its output and its exit status."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -35,7 +35,7 @@ def read(run, *words, **environment):
     return settings.read([str(run), "13b", "64x80gb", *words, *_FLAGS], {**_JOB, **environment})
 
 
-def test_a_directory_is_one_jobs(tmp_path, squeue):
+def test_a_directory_belongs_to_one_job(tmp_path, squeue):
     claim.take(tmp_path, "7", "test")
     claim.take(tmp_path, "7", "test")  # the same job, requeued
     for state in ("RUNNING", "PENDING", "COMPLETING", "SUSPENDED"):
@@ -54,7 +54,7 @@ def test_a_directory_is_one_jobs(tmp_path, squeue):
     ("output", "code"),
     [("", 0), ("FAILED", 0), ("slurm_load_jobs error: Invalid job id specified", 1)],
 )
-def test_a_dead_jobs_directory_is_taken_over(tmp_path, squeue, output, code):
+def test_the_directory_of_an_ended_job_is_taken_over(tmp_path, squeue, output, code):
     claim.take(tmp_path, "7", "test")
     squeue(output, code)
     claim.take(tmp_path, "8", "test")
@@ -62,7 +62,7 @@ def test_a_dead_jobs_directory_is_taken_over(tmp_path, squeue, output, code):
     assert [path.name for path in tmp_path.glob("owner*")] == ["owner"]
 
 
-def test_where_nobody_can_tell_the_directory_is_in_use(tmp_path, squeue):
+def test_a_directory_is_in_use_if_its_jobs_state_is_unknown(tmp_path, squeue):
     claim.take(tmp_path, "7", "test")
     squeue("Unable to contact slurm controller", 1)
     with pytest.raises(ValueError, match="squeue cannot say whether job 7 is over: Unable to"):
@@ -108,7 +108,7 @@ def test_a_job_keeps_its_configuration(tmp_path):
     assert not (begin.begin(read(run, SLURM_JOB_ID="8")) / "flags.txt").exists()
 
 
-def test_the_tasks_of_an_array_have_their_own(tmp_path):
+def test_each_task_of_an_array_has_its_own_directory_and_seed(tmp_path):
     task = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_ID": "10"}
     job = read(tmp_path, **task)
     assert (job.job, job.run) == ("7_3", tmp_path / "seed-3")
@@ -131,7 +131,7 @@ def test_the_command_line():
         (["run", "m", "l"], {}, "--save-interval is missing after --"),
         (["run", "m", "l", *_FLAGS, "--ckpt-step", "5"], {}, "--ckpt-step: every start of the job"),
         (["run", "m", "l", "--set", "finetune", *_FLAGS], {}, "--finetune: every start"),
-        (["run", "m", "l", *_FLAGS, "--save=x"], {}, "--save: the script sets it"),
+        (["run", "m", "l", *_FLAGS, "--save=x"], {}, "--save: the script sets this flag"),
         (["run", "m", "l", *_FLAGS, "--data-path", "a b"], {}, "'a b': neither a path nor"),
         (["run", "m", "l", *_FLAGS], {"SLURM_GPUS_ON_NODE": ""}, "the job has no GPUs"),
         (["run", "m", "l", "--max-attempts=0", *_FLAGS], {}, "--max-attempts must be at least 1"),
@@ -142,7 +142,7 @@ def test_mistakes_are_named(words, environment, message):
         settings.read(words, {**_JOB, **environment})
 
 
-def test_status_survives_and_rejects_what_is_not_one(tmp_path, capsys):
+def test_a_status_is_read_back_and_another_file_is_refused(tmp_path, capsys):
     status.write(tmp_path, Status([Attempt("7", 1, 0, 10, "requeued", "why")]))
     assert status.read(tmp_path).attempts == [Attempt("7", 1, 0, 10, "requeued", "why")]
     assert status.main([str(tmp_path)]) == 0
@@ -153,7 +153,7 @@ def test_status_survives_and_rejects_what_is_not_one(tmp_path, capsys):
         status.read(tmp_path)
 
 
-def test_the_last_words_of_failed_ranks(tmp_path):
+def test_the_last_messages_of_failed_ranks(tmp_path):
     def log(node, rank, text):
         path = tmp_path / f"logs/node-{node}/none_x/attempt_0/{rank}/stderr.log"
         path.parent.mkdir(parents=True)
@@ -170,7 +170,7 @@ def test_the_last_words_of_failed_ranks(tmp_path):
     ]
 
 
-def test_the_port_is_free_and_not_one_that_connections_get():
+def test_the_port_is_free_and_not_ephemeral():
     port = free_port.free_port()
     low = int(free_port._EPHEMERAL.read_text().split()[0])
     assert 15000 <= port < low

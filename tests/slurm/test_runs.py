@@ -1,4 +1,4 @@
-"""The shipped script on two nodes with two ranks each: it trains, and it survives."""
+"""The shipped script on two nodes with two ranks each: it trains, and it survives failures."""
 
 import json
 import time
@@ -11,13 +11,13 @@ from tests.support.saved_tensors import differing, tensors
 
 
 def final(job) -> Path:
-    """The folder of the checkpoint that a finished run ends with."""
+    """Return the folder of a finished run's last checkpoint."""
     assert job.newest() == STEPS, job.said()[-3000:]
     return job.run / f"checkpoints/iter_{STEPS:07d}"
 
 
 def assert_same_training(job, unbroken):
-    """Every loss, before and after, and all that is trained are an unbroken run's to the bit."""
+    """Check that every loss and all that is trained equal an unbroken run's to the bit."""
     last = job.status()[-1]
     assert job.steps(last["number"]) == list(range(last["start"] + 1, STEPS + 1))
     assert sorted(job.losses()) == list(range(1, STEPS + 1))
@@ -29,7 +29,7 @@ def assert_same_training(job, unbroken):
 
 @pytest.fixture(scope="module")
 def unbroken(jobs):
-    """A run that nobody disturbs."""
+    """Train without a disturbance."""
     job = jobs.submit("unbroken")
     job.fields = jobs.ended(job)
     return job
@@ -76,7 +76,7 @@ def test_a_signal_saves_requeues_and_resumes(jobs, cluster, unbroken):
     assert first["state"] == "requeued"
     assert 5 <= first["end"] < STEPS
     assert "still running" not in job.said()
-    # Nothing is lost.
+    # No step is lost.
     assert first["end"] == second["start"] == max(job.steps(1))
     assert_same_training(job, unbroken)
 
@@ -85,7 +85,7 @@ def test_a_node_that_goes_down_costs_the_steps_since_the_checkpoint(jobs, cluste
     job = jobs.submit("node-down", megatron=("--save-interval=40",))
     jobs.wait_for(job, "a checkpoint", lambda: job.newest() >= 40)
     jobs.wait_for_step(job, 1, 43)
-    cluster.take_down("n2")
+    cluster.set_node_down("n2")
     cluster.start_again(job.number, 60)
     fields = jobs.ended(job)
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), job.said()[-5000:]
@@ -100,7 +100,7 @@ def test_a_node_that_goes_down_costs_the_steps_since_the_checkpoint(jobs, cluste
 def test_without_a_checkpoint_it_does_not_start_over_forever(jobs, cluster):
     job = jobs.submit("no-progress")
     jobs.wait_for(job, "the step", lambda: job.processes())
-    cluster.take_down("n2")
+    cluster.set_node_down("n2")
     cluster.start_again(job.number, 60)
     fields = jobs.ended(job, 30)
     assert fields["JobState"] == "FAILED"
@@ -137,7 +137,7 @@ def test_sigterm_to_all_processes_saves_too(jobs, cluster):
 
 @pytest.fixture(scope="module")
 def limited(jobs):
-    """A run that its time limit ends, and not a requeue; of the vanilla twin."""
+    """Train the baseline model until the time limit ends it without a requeue."""
     slurm = ("--time=3", "--signal=B:USR1@160")
     own = ("--vanilla", "--max-attempts=1")
     return jobs.submit("limited", *own, slurm=slurm, steps=100_000, tp=1)
@@ -152,7 +152,7 @@ def test_a_second_job_is_refused(jobs, limited):
 
 
 def test_a_bad_configuration_fails_in_the_queue(jobs, unbroken, limited):
-    # In a directory that a job left without a word: nobody is in its way.
+    # In a directory that still has the claim of a job that is over.
     run = jobs.folder / "bad"
     run.mkdir()
     (run / "owner").write_text(f"{unbroken.number} test\n")
@@ -187,7 +187,7 @@ def test_an_array_trains_three_seeds(jobs, cluster):
     for run, seed in zip(runs, "123"):
         assert f"--seed {seed}" in (run / "attempts/001/flags.txt").read_text().splitlines()
         assert json.loads((run / "status.json").read_text())["attempts"][0]["state"] == "completed"
-    # The comparison of checkpoints sees what a seed changes.
+    # Different seeds give different weights.
     weights = [key for key in trained[0] if key.endswith("linear_fc1.weight")]
     assert weights
     for one, other in ((0, 1), (1, 2), (0, 2)):

@@ -45,7 +45,7 @@ def time_in_turns(
 
     Args:
         candidates: Calls, by name.
-        device: cpu or cuda.
+        device: "cpu" or "cuda".
         budget_s: Seconds after which no further round begins, once there are enough rounds.
         rounds: The fewest and the most rounds.
         progress: Called before each round.
