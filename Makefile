@@ -27,6 +27,9 @@ TRANSFORMERS_VENVS := .venv-transformers
 
 # Which tests `test`, `test-latest` and `test-oldest` run, and other options for pytest; all of them.
 TESTS :=
+# Processes that run them: launches of ranks, one at a time, and beside them tests of one process.
+WORKERS := 2
+PARALLEL = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 # What `lock` renews besides versions that no longer fit: names of packages, or `all`.
 UPGRADE :=
@@ -82,12 +85,12 @@ docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(PYTHON_IN_VENV) -m mkdocs build --strict --quiet
 
 test: lint
-	$(PYTHON_IN_VENV) -m pytest $(TESTS)
+	$(PYTHON_IN_VENV) -m pytest $(PARALLEL) $(TESTS)
 
 # Without a stamp: what is newest changes by itself.
 test-latest:
 	@bash tools/make_range_venv.sh $(LATEST_VENV) highest
-	$(LATEST_VENV)/bin/python -m pytest --versions latest $(TESTS)
+	$(LATEST_VENV)/bin/python -m pytest $(PARALLEL) --versions latest $(TESTS)
 
 # Twice: with the oldest megatron-core what that has (as test-matrix), with the pinned one everything.
 PINNED_MEGATRON = $(shell sed -n 's/^megatron-core==//p' $(REQUIREMENTS)/dev.txt)
@@ -96,12 +99,12 @@ test-oldest:
 	@bash tools/make_range_venv.sh $(OLDEST_VENV) lowest-direct
 	@bash tools/lay_megatron_over.sh $(OLDEST_VENV) $(PINNED_MEGATRON)
 	failed=; PYTHONPATH=$(abspath $(OLDEST_VENV))/megatron-core-$(PINNED_MEGATRON) \
-		$(OLDEST_VENV)/bin/python -m pytest --versions oldest $(TESTS) || failed=1; \
-	$(OLDEST_VENV)/bin/python -m pytest --versions oldest --megatron $(OLDEST_MEGATRON) $(TESTS) \
-		|| failed=1; [ -z "$$failed" ]
+		$(OLDEST_VENV)/bin/python -m pytest $(PARALLEL) --versions oldest $(TESTS) || failed=1; \
+	$(OLDEST_VENV)/bin/python -m pytest $(PARALLEL) --versions oldest --megatron $(OLDEST_MEGATRON) \
+		$(TESTS) || failed=1; [ -z "$$failed" ]
 
 test-transformers: $(READY)
-	@bash tools/test_transformers.sh $(TRANSFORMERS_VENVS) $(VENV) $(TRANSFORMERS)
+	@PARALLEL="$(PARALLEL)" bash tools/test_transformers.sh $(TRANSFORMERS_VENVS) $(VENV) $(TRANSFORMERS)
 
 $(VENV)/megatron-core-%/ready: tools/lay_megatron_over.sh | $(READY)
 	@bash tools/lay_megatron_over.sh $(VENV) $*
@@ -109,7 +112,7 @@ $(VENV)/megatron-core-%/ready: tools/lay_megatron_over.sh | $(READY)
 test-matrix: $(VERSIONS:%=$(VENV)/megatron-core-%/ready)
 	failed=; for version in $(VERSIONS); do \
 		PYTHONPATH=$(abspath $(VENV))/megatron-core-$$version $(PYTHON_IN_VENV) -m pytest \
-			--megatron $$version $(MATRIX_FLAGS) || failed="$$failed $$version"; \
+			$(PARALLEL) --megatron $$version $(MATRIX_FLAGS) || failed="$$failed $$version"; \
 	done; [ -z "$$failed" ] || { echo "failed with megatron-core$$failed" >&2; exit 1; }
 
 $(TE_READY): $(READY) $(REQUIREMENTS)/te.txt $(REQUIREMENTS)/te-alone.txt tools/make_te_venv.sh

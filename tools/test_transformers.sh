@@ -35,7 +35,8 @@ for release; do
         continue
     fi
     status=0
-    "$environment/bin/python" -m pytest -p no:cacheprovider tests/hf tests/convert 2>&1 |
+    # shellcheck disable=SC2086
+    "$environment/bin/python" -m pytest -p no:cacheprovider ${PARALLEL:-} tests/hf tests/convert 2>&1 |
         tee "$directory/$release.log" || status=$?
     [ "$status" -eq 0 ] || failed=1
     results+=("$found: $(tail -n 1 "$directory/$release.log" | tr -d =)")

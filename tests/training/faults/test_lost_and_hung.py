@@ -14,6 +14,7 @@ import pytest
 
 from kvshift_megatron.checks.checkpoint_paths import TRACKER
 from kvshift_megatron.training.faults.fallback import fault_of
+from tests.support.launch import one_launch_at_a_time
 from tests.training.faults.runs import (
     HANG_TIMEOUT,
     Run,
@@ -61,7 +62,7 @@ def broken(root) -> dict[str, tuple[Run, float]]:
 
     # The stopped one takes longest, of which torchrun waits 30 s.
     names = ["stopped", *(name for name in FAULTS if name != "stopped"), "unbroken"]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with one_launch_at_a_time(), ThreadPoolExecutor(_AT_ONCE) as pool:
         return dict(zip(names, pool.map(run, names)))
 
 
