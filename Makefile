@@ -40,13 +40,14 @@ BENCH_FLAGS :=
 # uv or pip (docs/install.md).
 export INSTALLER
 
-.PHONY: help setup lock demo bench test test-latest test-oldest test-transformers test-matrix test-te \
+.PHONY: help setup lock demo bench test test-fast test-latest test-oldest test-transformers test-matrix test-te \
 	test-gpu test-slurm lint docs dist clean
 
 help:
 	@echo "make demo   train with KV shifting through Megatron's loop and show the result (minutes)"
 	@echo "make bench  measure what KV shifting costs on this machine (10 minutes; BENCH_FLAGS=--quick)"
 	@echo "make test   run the tests (CPU, gloo; TESTS=tests/ops: part of them)"
+	@echo "make test-fast  run those that start no ranks and build nothing (minutes)"
 	@echo "make test-latest  run them with the newest versions that pyproject.toml allows"
 	@echo "make test-oldest  run them with the oldest ones"
 	@echo "make test-transformers  run the tests of the exported model on the releases of TRANSFORMERS"
@@ -88,6 +89,9 @@ test: lint
 	$(PYTHON_IN_VENV) -m pytest $(PARALLEL) $(TESTS)
 
 # Without a stamp: what is newest changes by itself.
+test-fast: $(READY)
+	$(PYTHON_IN_VENV) -m pytest $(PARALLEL) -m "not slow" $(TESTS)
+
 test-latest:
 	@bash tools/make_range_venv.sh $(LATEST_VENV) highest
 	$(LATEST_VENV)/bin/python -m pytest $(PARALLEL) --versions latest $(TESTS)

@@ -15,6 +15,8 @@ from tests.support.launch import PROJECT
 from tests.support.single_process import transformer_config
 from tests.support.tolerances import FP32_REL
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found():

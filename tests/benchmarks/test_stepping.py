@@ -5,6 +5,8 @@ import pytest
 from tools.benchmarks.model_flags import model_flags
 from tools.benchmarks.stepping import Run, RunFailed
 
+pytestmark = pytest.mark.slow
+
 
 def test_windows_figures_and_the_end(tmp_path):
     model = {"layers": 1, "hidden": 64, "heads": 4, "query_groups": 2, "seq_length": 16, "batch": 2}

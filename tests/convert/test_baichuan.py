@@ -17,7 +17,7 @@ from kvshift_megatron.convert.transforms import Convolution
 from kvshift_megatron.convert.verify import Run, largest_difference, mlx_logits
 from tests.convert import models
 
-pytestmark = pytest.mark.usefixtures("megatron_rank")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("megatron_rank")]
 TOLERANCE = 1e-4
 
 

@@ -14,7 +14,7 @@ from kvshift_megatron.convert.transforms import GateAndUp, SeparateQKV
 from kvshift_megatron.convert.verify import largest_difference
 from tests.convert import models
 
-pytestmark = pytest.mark.usefixtures("megatron_rank")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("megatron_rank")]
 TOLERANCE = 1e-5
 
 ARCHITECTURES = {

@@ -12,6 +12,8 @@ from tests.convert.test_round_trips import equal, random_folder, stored
 from tests.integration.tiny_gpt import flags
 from tests.support.launch import ranks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "changes",

@@ -7,6 +7,8 @@ import pytest
 from kvshift_megatron.convert.command_line import main
 from tests.hf import export
 
+pytestmark = pytest.mark.slow
+
 # Fields that version 0.0 wrote: its configuration was derived from LlamaConfig.
 OLDER = {"pretraining_tp": 1}
 

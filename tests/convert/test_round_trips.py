@@ -20,6 +20,8 @@ from kvshift_megatron.convert.to_megatron import ToMegatron, hf_to_megatron
 from tests.convert import models
 from tests.convert.test_name_map import architectures
 
+pytestmark = pytest.mark.slow
+
 
 def random_folder(folder, arch, layout="kvshift", seed=0, shards=1):
     """Write a Hugging Face folder with the public library and random weights; return these."""

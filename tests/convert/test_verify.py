@@ -9,7 +9,7 @@ from kvshift_megatron.convert.verify import edge_case_prompts, verify
 from tests.convert import models
 from tests.convert.test_round_trips import random_folder
 
-pytestmark = pytest.mark.usefixtures("megatron_rank")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("megatron_rank")]
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from kvshift_megatron import cpu
 from kvshift_megatron.cpu import allocator
 from tests.support.launch import PROJECT
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = (
     allocator.VARIABLE,
     "GLIBC_TUNABLES",

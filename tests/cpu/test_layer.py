@@ -15,7 +15,10 @@ from kvshift_megatron import cpu
 from kvshift_megatron.cpu.layer import Layer
 from kvshift_megatron.upstream.substitutions import resolve
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the layer is for CPU machines")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the layer is for CPU machines"),
+]
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,6 +10,8 @@ from tests.distributed.cases import BF16, BF16_LAYOUTS, LAYOUTS, PLANTED, REFERE
 from tests.support.compare import assert_close_rel, relative_error
 from tests.support.tolerances import BF16_SPREADS, FP32_REL
 
+pytestmark = pytest.mark.slow
+
 
 def compare_runs(actual: dict, expected: dict) -> None:
     """Compare losses and gradient norms of every step, first gradients and final parameters."""

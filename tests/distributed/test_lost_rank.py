@@ -13,6 +13,8 @@ import pytest
 
 from tests.support.launch import python_path
 
+pytestmark = pytest.mark.slow
+
 _RANKS, _LOST, _TIMEOUT = 3, 1, 6
 _RANK = f"""
 import os, signal, sys, time

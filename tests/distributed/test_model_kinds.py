@@ -14,6 +14,8 @@ from tests.distributed.cases import (
     Case,
 )
 
+pytestmark = pytest.mark.slow
+
 # Numbers, from 0, of the decoder layers with a SelfAttention; all four if not listed.
 _SHIFTING = {"heterogeneous": (0, 1, 4), "hybrid": (0, 2)}
 _CASES = [

@@ -7,6 +7,8 @@ from tests.distributed.properties import PACKED
 from tests.distributed.test_layouts import taps_joined
 from tests.support.compare import assert_close_rel
 
+pytestmark = pytest.mark.slow
+
 _CASES = [(world, case) for world in (2, 4) for case in PACKED[world]]
 
 

@@ -6,6 +6,8 @@ import torch
 from tests.distributed.cases import MQA, REFERENCES, Case
 from tests.distributed.properties import LAYOUTS, expected_initial_taps
 
+pytestmark = pytest.mark.slow
+
 _LAYOUTS = [(world, case) for world, layouts in LAYOUTS.items() for case in layouts]
 each_layout = pytest.mark.parametrize(
     ("world_size", "case"), _LAYOUTS, ids=[f"{world}-{case.name}" for world, case in _LAYOUTS]

@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.launch import ranks
 
+pytestmark = pytest.mark.slow
+
 _PROBE = "tests.distributed.probe_rank"
 
 

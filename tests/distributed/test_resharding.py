@@ -10,6 +10,8 @@ from tests.support.launch import ranks
 from tests.support.releases import imported_from
 from tests.support.tolerances import FP32_REL
 
+pytestmark = pytest.mark.slow
+
 _TIMEOUT = 600  # seconds; it takes a tenth of that on two cores
 
 _LAYOUTS = [(family, layout) for family, layouts in FAMILIES.items() for layout in layouts]

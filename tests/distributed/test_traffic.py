@@ -4,6 +4,8 @@ import pytest
 
 from tests.distributed.properties import TRAFFIC
 
+pytestmark = pytest.mark.slow
+
 _BATCH, _HEAD, _FP32 = 2, 8, 4
 each_case = pytest.mark.parametrize(
     ("world_size", "case"),

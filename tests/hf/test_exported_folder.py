@@ -11,6 +11,8 @@ import torch
 
 from tests.hf import export
 
+pytestmark = pytest.mark.slow
+
 WAYS = 15
 
 

@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from kvshift_megatron.hf import AUTO_MAP, KVShiftLlamaForCausalLM, KVShiftLlamaModel, write_code
 from tests.hf.models import agrees, full_logits, named, tiny_config, tiny_model, tokens
 
+pytestmark = pytest.mark.slow
+
 MODELS = [
     {"kv_shift_window": 3, "tie_word_embeddings": True},
     {"kv_shift_variant": "gate", "num_local_experts": 4, "qk_norm": True, "qkv_bias": True},

@@ -9,6 +9,8 @@ from kvshift_megatron.hf.plan_kvshift import make_plan
 from tests.hf.models import VARIANTS, agrees, full_logits, named, tiny_model, tokens
 from tests.hf.test_decoding import in_steps, new_cache
 
+pytestmark = pytest.mark.slow
+
 SEEN = []
 
 

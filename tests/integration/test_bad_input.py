@@ -8,6 +8,8 @@ from tests.integration.bad_input import BAD_INPUT
 from tests.integration.tiny_gpt import flags
 from tests.support.launch import ranks, torchrun
 
+pytestmark = pytest.mark.slow
+
 _RANKS = 2
 
 

@@ -9,6 +9,8 @@ from tests.integration.tiny_gpt import flags
 from tests.support.launch import ranks
 from tests.support.tolerances import FP32_REL
 
+pytestmark = pytest.mark.slow
+
 _TIMEOUT = 300
 _NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 

@@ -6,6 +6,8 @@ from tests.integration.tiny_gpt import flags
 from tests.support.forked_launch import Run, forked
 from tests.support.saved_tensors import tensors
 
+pytestmark = pytest.mark.slow
+
 _RANKS = 2
 _STEPS = 2
 _LAYOUT = {"tensor_model_parallel_size": 2, "sequence_parallel": True}

@@ -10,6 +10,8 @@ from kvshift_megatron.training.run_config import parse_and_check
 from kvshift_megatron.upstream import dataset_helpers
 from tests.integration.tiny_gpt import flags
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_model_that_would_stay_on_the_cpu_is_refused(monkeypatch):
     assert not cpu.is_enabled()

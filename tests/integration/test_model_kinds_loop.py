@@ -8,6 +8,8 @@ from tests.integration.tiny_gpt import flags
 from tests.support.launch import ranks
 from tests.support.tolerances import FP32_REL
 
+pytestmark = pytest.mark.slow
+
 _TIMEOUT = 300
 
 

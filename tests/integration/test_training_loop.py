@@ -7,6 +7,8 @@ import pytest
 from tests.integration.tiny_gpt import flags
 from tests.support.launch import ranks, torchrun
 
+pytestmark = pytest.mark.slow
+
 _RANKS = 2
 _TIMEOUT = 300
 _MICRO_BATCHES = 2  # per step

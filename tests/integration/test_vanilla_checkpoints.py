@@ -9,6 +9,8 @@ from kvshift_megatron.checks.checkpoint import stored_taps
 from tests.integration.tiny_gpt import flags
 from tests.support.launch import ranks
 
+pytestmark = pytest.mark.slow
+
 _STEPS = 2
 _MICRO_BATCHES = 2  # per step
 _TAPS = {"alpha_1", "alpha_2", "beta_1", "beta_2"}

@@ -15,6 +15,8 @@ from tests.packaging.builds import tracked_files
 from tests.project.test_own_imports import imports
 from tests.support.launch import PROJECT
 
+pytestmark = pytest.mark.slow
+
 # Imported module -> distribution to install. Apex has none: users build it.
 DISTRIBUTIONS = {
     "matplotlib": "matplotlib",

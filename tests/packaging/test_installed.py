@@ -14,6 +14,8 @@ from tests.integration.tiny_gpt import flags
 from tests.megatron_lm import megatron_trees
 from tests.support.launch import PROJECT
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["scripts"]
 STOCK_SCRIPT = Path(__file__).with_name("stock_script.py")
 SPEC = ["--spec", "kvshift_megatron.layer_specs", "kv_shift_layer_spec"]

@@ -10,6 +10,8 @@ from kvshift_megatron.planning import command_line
 from tests.planning.planned_cases import MANY
 from tests.support.launch import PROJECT
 
+pytestmark = pytest.mark.slow
+
 
 def test_two_short_steps_give_the_cost_of_a_long_one(plan_folder):
     lines = json.loads((plan_folder / "lines.json").read_text())

@@ -7,6 +7,8 @@ import pytest
 from tests.planning import compare
 from tests.planning.cases import CASES
 
+pytestmark = pytest.mark.slow
+
 each_case = pytest.mark.parametrize("case", CASES)
 
 

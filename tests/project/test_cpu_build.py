@@ -16,6 +16,8 @@ from packaging.markers import default_environment
 
 from tests.support import pins
 
+pytestmark = pytest.mark.slow
+
 LIST = pins.LISTS / "dev.txt"
 DEV = pins.direct(pins.pyproject(), ["dev"])
 

@@ -8,6 +8,8 @@ import pytest
 from tests.support import releases
 from tests.support.launch import PROJECT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("start", [*releases.NOT_IN_MATRIX, *releases.BEGINS_IN])
 def test_the_tables_name_tests_that_exist(start):

@@ -18,6 +18,8 @@ from kvshift_megatron.recipes.toml_flags import command_line, read
 from tests.support.fake_ranks import Layout, fake_rank
 from tests.support.launch import PROJECT, ranks
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Paper:

@@ -9,6 +9,8 @@ from kvshift_megatron.ops import shift_ref
 from kvshift_megatron.ops.cpu import build, kernel
 from tests.support.compare import relative_error
 
+pytestmark = pytest.mark.slow
+
 # [s, b, ng, hn]: whole vectors and odd sizes, fewer tokens than the window, several blocks.
 SHAPES = [
     (67, 2, 3, 128),

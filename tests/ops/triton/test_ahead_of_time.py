@@ -6,6 +6,8 @@ import torch
 from kvshift_megatron.ops.triton import launch
 from tests.ops.triton.ahead_of_time import CASES, Case, compile_case, expected, per_element
 
+pytestmark = pytest.mark.slow
+
 
 def assert_lean(case: Case, capability: int, **layout) -> None:
     """No spilled register; tensors only by 128-bit accesses, and no byte more than expected."""

@@ -12,6 +12,8 @@ from tests.ops.triton.triton_worker import interpreted
 from tests.support.compare import relative_error
 from tests.support.rope_cases import CASES, Case, assert_rope, rope_errors
 
+pytestmark = pytest.mark.slow
+
 # The interpreter cuts the last bits off where a GPU rounds: a whole unit in the last place.
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 

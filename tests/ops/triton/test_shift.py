@@ -11,6 +11,8 @@ from kvshift_megatron.ops.triton.launch import strided
 from tests.ops.triton.triton_worker import interpreted
 from tests.support.shift_cases import assert_right
 
+pytestmark = pytest.mark.slow
+
 # The interpreter cuts the last bits off where a GPU rounds: a whole unit in the last place.
 ROUNDING = {"fp32": 1e-6, "fp16": 2**-10, "bf16": 2**-7}
 

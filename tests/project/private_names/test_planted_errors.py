@@ -218,6 +218,7 @@ def test_errors_are_planted_at_the_uses():
     assert found["torch._a.b"].endswith("as c\n    c = type('planted', (), {})\n")
 
 
+@pytest.mark.slow
 def test_a_test_that_catches_an_error_fails_and_another_passes():
     """Plant one whole row, the size of a storage; the other test is only about arithmetic."""
     name, file = "torch.UntypedStorage.resize_", "upstream/planning_table.py"

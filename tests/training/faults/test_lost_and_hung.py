@@ -25,6 +25,8 @@ from tests.training.faults.runs import (
     survivors,
 )
 
+pytestmark = pytest.mark.slow
+
 # Name -> (fault, the iteration that it happens in, steps done before it, newest whole checkpoint).
 FAULTS = {
     "killed": ("killed", 6, 5, 4),

@@ -17,6 +17,8 @@ from kvshift_megatron.training.faults.fallback import fault_of
 from tests.support.saved_tensors import differing, tensors
 from tests.training.faults.runs import STEPS, Run, command, losses, planned
 
+pytestmark = pytest.mark.slow
+
 # Without the worker Megatron quietly saves in the foreground.
 _IN_BACKGROUND = {
     "async_save": True,

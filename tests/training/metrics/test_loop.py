@@ -15,6 +15,8 @@ from tests.support.forked_launch import Run, forked
 from tests.training.metrics.float64_taps import assert_tags, effective
 from tests.training.metrics.watched_ranks import wild_values
 
+pytestmark = pytest.mark.slow
+
 _RANKS = 2
 _TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 _PP = {"pipeline_model_parallel_size": 2}
