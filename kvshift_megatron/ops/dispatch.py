@@ -15,10 +15,16 @@ logger = logging.getLogger(__name__)
 # auto, or one of IMPLEMENTATIONS.
 VARIABLE = "KVSHIFT_IMPLEMENTATION"
 # Name -> the module with its `forward` and `backward`. Imported late: Triton is not everywhere.
-IMPLEMENTATIONS = {"reference": "eager", "cpu": "cpu.kernel", "triton": "triton.launch"}
+IMPLEMENTATIONS = {"eager": "eager", "cpu": "cpu.kernel", "triton": "triton.launch"}
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def requested() -> str:
+    """Return the value of KVSHIFT_IMPLEMENTATION; auto if it is not set."""
+    wanted = os.environ.get(VARIABLE, "auto")
+    return "eager" if wanted == "reference" else wanted  # its old name
 
 
 def implementation(x: Tensor) -> str:
@@ -27,7 +33,7 @@ def implementation(x: Tensor) -> str:
     Raises:
         ValueError: KVSHIFT_IMPLEMENTATION names one that does not exist, or cannot take them.
     """
-    return _choose(os.environ.get(VARIABLE, "auto"), x.device, x.dtype)
+    return _choose(requested(), x.device, x.dtype)
 
 
 def functions(x: Tensor) -> ModuleType:
@@ -46,16 +52,16 @@ def _choose(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     if wanted not in ("auto", *IMPLEMENTATIONS):
         choices = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"{VARIABLE} must be auto or one of {choices}, not {wanted!r}")
-    if wanted == "reference":
-        return _log(logging.INFO, "reference", f"{VARIABLE}=reference")
+    if wanted == "eager":
+        return _log(logging.INFO, "eager", f"{VARIABLE}=eager")
     best = wanted if wanted != "auto" else "cpu" if device.type == "cpu" else "triton"
     # Triton's interpreter is for tests, which ask for it by name.
     interpreted = wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     obstacle = None if interpreted and HAS_TRITON else why_not(best, device, dtype)
     if obstacle and wanted != "auto":
-        raise ValueError(f"{VARIABLE}={wanted}: {obstacle}: set it to auto or reference")
+        raise ValueError(f"{VARIABLE}={wanted}: {obstacle}: set it to auto or eager")
     if obstacle:
-        return _log(logging.WARNING, "reference", obstacle)
+        return _log(logging.WARNING, "eager", obstacle)
     reason = f"{dtype} on the {device.type} device" if wanted == "auto" else f"{VARIABLE}={wanted}"
     return _log(logging.INFO, best, reason)
 

@@ -159,7 +159,7 @@ def _rope_shift_operator(
     if implementation(inputs[0]) != "triton":
         raise RuntimeError(
             "the Triton kernels, compiled into this graph, fail their trial on this device (see "
-            "the log): set KVSHIFT_IMPLEMENTATION=reference and start again"
+            "the log): set KVSHIFT_IMPLEMENTATION=eager and start again"
         )
     return _forward(inputs, taps, position, freqs, freq_index, interleaved, mscale)
 

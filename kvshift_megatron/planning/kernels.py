@@ -27,7 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvshift_megatron.ops.dispatch import HAS_TRITON, VARIABLE
+from kvshift_megatron.ops.dispatch import HAS_TRITON, VARIABLE, requested
 
 aten = torch.ops.aten
 
@@ -43,12 +43,12 @@ def use(kernels: str) -> None:
     if kernels == "cpu":
         sdpa.scaled_dot_product_attention = _as_on_cpu(sdpa.scaled_dot_product_attention)
         # Tensors without data get a GPU's kernels unless told otherwise.
-        os.environ[VARIABLE] = "reference"
+        os.environ[VARIABLE] = "eager"
     else:
-        if not HAS_TRITON and os.environ.get(VARIABLE) != "reference":
+        if not HAS_TRITON and requested() != "eager":
             raise ValueError(
                 "a GPU's kernels of the shift are Triton's, which is not installed: pip install "
-                f"triton, or set {VARIABLE}=reference to plan without them"
+                f"triton, or set {VARIABLE}=eager to plan without them"
             )
         sdpa.scaled_dot_product_attention = _on_gpu
         core_attention.blockwise_attention = whole_attention

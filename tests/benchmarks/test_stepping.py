@@ -8,7 +8,7 @@ from tools.benchmarks.stepping import Run, RunFailed
 
 def test_windows_figures_and_the_end(tmp_path):
     model = {"layers": 1, "hidden": 64, "heads": 4, "query_groups": 2, "seq_length": 16, "batch": 2}
-    run = Run("tiny", model_flags(**model), 1, {"KVSHIFT_IMPLEMENTATION": "reference"})
+    run = Run("tiny", model_flags(**model), 1, {"KVSHIFT_IMPLEMENTATION": "eager"})
     try:
         run.start(tmp_path)
         run.wait_until_ready()
@@ -22,7 +22,7 @@ def test_windows_figures_and_the_end(tmp_path):
     # Far more than the input [s, b, h] in fp32, far less than the machine's memory.
     assert 16 * 2 * 64 * 4 < figures["saved_bytes_a_layer"] < 2**20
     log = (tmp_path / "tiny.log").read_text()
-    assert "implementation of the shift: reference" in log
+    assert "implementation of the shift: eager" in log
     # Someone who asks it for more learns that it is gone, with its last lines.
     with pytest.raises(RunFailed, match=r"the run tiny (is gone|lost)"):
         run.window(1)

@@ -199,7 +199,7 @@ def _check(inputs, taps, output_grads, position) -> None:
         raise ValueError(
             "the CPU kernel of the shift takes keys and values of one shape and dtype (fp32 or "
             f"bf16) on the CPU, fp32 taps [window, ng] with a window of at most {MAX_WINDOW} and "
-            "an int64 position [s], all on the CPU: set KVSHIFT_IMPLEMENTATION=reference for others"
+            "an int64 position [s], all on the CPU: set KVSHIFT_IMPLEMENTATION=eager for others"
         )
 
 

@@ -38,7 +38,7 @@ def test_the_trial_before_the_first_choice_passes_and_names_what_is_wrong():
 
 @pytest.mark.parametrize("name", CASES)
 def test_without_kernels_the_result_is_the_same(name, monkeypatch):
-    monkeypatch.setenv("KVSHIFT_IMPLEMENTATION", "reference")
+    monkeypatch.setenv("KVSHIFT_IMPLEMENTATION", "eager")
     assert_rope(rope_errors(CASES[name], "cpu"), ROUNDING[CASES[name].dtype])
 
 
