@@ -92,7 +92,10 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the kernels are for bf16, fp16 and fp32, not {dtype}"
     if not HAS_TRITON:
         return "triton is not installed"
-    return importlib.import_module(f"{__package__}.triton.self_check").self_check(device, dtype)
+    # A plain import: Dynamo cannot trace importlib.
+    from kvshift_megatron.ops.triton.self_check import self_check
+
+    return self_check(device, dtype)
 
 
 @functools.cache
