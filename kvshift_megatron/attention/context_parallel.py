@@ -11,7 +11,8 @@ from torch import Tensor
 from kvshift_megatron.attention.cp_chunks import DocumentHalves, EqualHalves
 from kvshift_megatron.attention.halo_exchange import HistoryExchange
 from kvshift_megatron.attention.packed_sequences import document_positions
-from kvshift_megatron.ops import autograd, eager, kv_shift, shift_ref
+from kvshift_megatron.ops import eager, kv_shift, shift_ref
+from kvshift_megatron.ops.autograd import SHIFT
 
 
 def context_parallel_group(
@@ -67,8 +68,8 @@ def shift_across_boundaries(
         halves = EqualHalves(tokens, back, key.device)
     else:
         halves = DocumentHalves(cu_seqlens, tokens, ranks, back)
-    inputs = autograd.to_keep(inputs)
-    outputs = iter(_OverRanks.apply(halves, HistoryExchange(cp_group), *inputs, *taps))
+    kernels, inputs = SHIFT.prepare(inputs)
+    outputs = iter(_OverRanks.apply(kernels, halves, HistoryExchange(cp_group), *inputs, *taps))
     return (
         key if alpha is None else next(outputs),
         value if beta is None else next(outputs),
@@ -82,13 +83,13 @@ class _OverRanks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, halves, exchange, *inputs_and_taps):
+    def forward(ctx, kernels, halves, exchange, *inputs_and_taps):
         count = len(inputs_and_taps) // 2
         inputs, taps = inputs_and_taps[:count], inputs_and_taps[count:]
         exchange.start(_side_by_side(halves.tails(x) for x in inputs))
         # The whole local part is queued while the messages are under way.
         with torch.profiler.record_function("kv_shift: local part"):
-            outputs = autograd.forward(inputs, taps, halves.position)
+            outputs = kernels.forward(inputs, taps, halves.position)
         with torch.profiler.record_function("kv_shift: wait for the history"):
             history = exchange.finish()
         heads = _side_by_side(halves.heads(x) for x in inputs)
@@ -97,7 +98,7 @@ class _OverRanks(torch.autograd.Function):
         for output, its_heads in zip(outputs, new.chunk(count, dim=-2)):
             halves.set_heads(output, its_heads)
         ctx.save_for_backward(history, *inputs_and_taps)
-        ctx.halves, ctx.exchange = halves, exchange
+        ctx.kernels, ctx.halves, ctx.exchange = kernels, halves, exchange
         return tuple(outputs)
 
     @staticmethod
@@ -117,13 +118,13 @@ class _OverRanks(torch.autograd.Function):
         )
         exchange.start_backward(grad[: len(grad) // 2].movedim(0, -4))
         with torch.profiler.record_function("kv_shift: local part"):
-            grads = autograd.backward(inputs, taps, halves.position, output_grads)
+            grads = ctx.kernels.backward(inputs, taps, halves.position, output_grads)
         with torch.profiler.record_function("kv_shift: wait for the tails' gradient"):
             tails = exchange.finish_backward()
         for input_grad, its_tails in zip(grads, tails.chunk(count, dim=-2)):
             halves.add_to_tails(input_grad, its_tails)
         own_tap_grads = zip(grads[count:], tap_grads.chunk(count, dim=-1))
-        return None, None, *grads[:count], *(one + other for one, other in own_tap_grads)
+        return None, None, None, *grads[:count], *(one + other for one, other in own_tap_grads)
 
 
 def _side_by_side(tensors: Iterable[Tensor]) -> Tensor:

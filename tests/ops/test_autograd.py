@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kvshift_megatron.ops import kv_shift
-from kvshift_megatron.ops.rope_shift import kv_shift_rope
+from kvshift_megatron.ops import kv_shift, kv_shift_rope
 from tests.support.compare import assert_close_rel
 
 
