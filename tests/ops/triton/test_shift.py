@@ -11,7 +11,7 @@ from kvshift_megatron.ops.triton.launch import strided
 from tests.ops.triton.triton_worker import interpreted
 from tests.support.shift_cases import assert_right
 
-# The interpreter cuts the last bits off where a GPU rounds: a whole unit in the last place.
+# The interpreter truncates instead of rounding: a whole unit in the last place.
 ROUNDING = {"fp32": 1e-6, "fp16": 2**-10, "bf16": 2**-7}
 
 
@@ -31,7 +31,7 @@ def test_the_comparison_sees_a_kernel_that_forgets_a_tap():
 
 
 def saved_bytes(queries: int) -> int:
-    """Memory kept for the backward pass, beyond the shifted tensors, of one layer on a GPU."""
+    """Return what one layer saves for the backward pass on a GPU, in multiples of the keys."""
     tokens, groups, head = 64, 4, 32
     mixed = torch.empty(
         tokens, 1, groups, (queries + 2) * head, device="meta", dtype=torch.bfloat16
@@ -52,7 +52,7 @@ def saved_bytes(queries: int) -> int:
 
 
 def test_no_more_than_the_raw_keys_and_values_is_kept_for_the_backward_pass():
-    """In keys: mixed_qkv as it is with one query head a group; copies of two with twelve."""
+    """With one query head per group mixed_qkv is kept; with twelve, copies of keys and values."""
     assert implementation(torch.empty(2, 1, 1, 8, device="meta")) == "triton"
     assert saved_bytes(queries=1) == 3
     assert saved_bytes(queries=12) == 2
