@@ -1,6 +1,7 @@
 """Shift sequences that are packed documents, split over context-parallel ranks, or both."""
 
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from kvshift_megatron.attention.cp_chunks import Chunks, PackedZigzagChunks, ZigzagChunks
 from kvshift_megatron.attention.halo_exchange import HaloExchange
 from kvshift_megatron.attention.packed_sequences import document_positions
-from kvshift_megatron.ops import autograd, eager, kv_shift, shift_ref
+from kvshift_megatron.ops import eager, kv_shift, shift_ref
+from kvshift_megatron.ops.autograd import SHIFT, ShiftOperator
 
 
 def context_parallel_group(
@@ -68,8 +70,9 @@ def shift_across_boundaries(
         chunks = ZigzagChunks(tokens, back, key.device)
     else:
         chunks = PackedZigzagChunks(cu_seqlens, tokens, cp_group.size(), back)
-    kept = autograd.to_keep(inputs)
-    outputs = iter(ContextParallelShift.apply(chunks, HaloExchange(cp_group), *kept, *taps))
+    kernels, kept = SHIFT.prepare(inputs)
+    exchange = HaloExchange(cp_group)
+    outputs = iter(ContextParallelShift.apply(kernels, chunks, exchange, *kept, *taps))
     return (
         key if alpha is None else next(outputs),
         value if beta is None else next(outputs),
@@ -84,14 +87,18 @@ class ContextParallelShift(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, chunks: Chunks, exchange: HaloExchange, *inputs_and_taps: Tensor
+        ctx: Any,
+        kernels: ModuleType | ShiftOperator,
+        chunks: Chunks,
+        exchange: HaloExchange,
+        *inputs_and_taps: Tensor,
     ) -> tuple[Tensor, ...]:
         count = len(inputs_and_taps) // 2
         inputs, taps = inputs_and_taps[:count], inputs_and_taps[count:]
         exchange.start(_side_by_side(chunks.last_tokens(x) for x in inputs))
         # Queue the whole local part while the messages travel.
         with torch.profiler.record_function("kv_shift: local part"):
-            outputs = autograd.forward(inputs, taps, chunks.position)
+            outputs = kernels.forward(inputs, taps, chunks.position)
         with torch.profiler.record_function("kv_shift: wait for the halo"):
             halo = exchange.finish()
         first = _side_by_side(chunks.first_tokens(x) for x in inputs)
@@ -100,7 +107,7 @@ class ContextParallelShift(torch.autograd.Function):
         for output, its_first in zip(outputs, new.chunk(count, dim=-2)):
             chunks.set_first_tokens(output, its_first)
         ctx.save_for_backward(halo, *inputs_and_taps)
-        ctx.chunks, ctx.exchange = chunks, exchange
+        ctx.kernels, ctx.chunks, ctx.exchange = kernels, chunks, exchange
         return tuple(outputs)
 
     @staticmethod
@@ -120,13 +127,13 @@ class ContextParallelShift(torch.autograd.Function):
         )
         exchange.start_backward(grad[: len(grad) // 2].movedim(0, -4))
         with torch.profiler.record_function("kv_shift: local part"):
-            grads = autograd.backward(inputs, taps, chunks.position, output_grads)
+            grads = ctx.kernels.backward(inputs, taps, chunks.position, output_grads)
         with torch.profiler.record_function("kv_shift: wait for the halo's gradient"):
             last = exchange.finish_backward()
         for input_grad, its_last in zip(grads, last.chunk(count, dim=-2)):
             chunks.add_to_last_tokens(input_grad, its_last)
         own_tap_grads = zip(grads[count:], tap_grads.chunk(count, dim=-1))
-        return None, None, *grads[:count], *(one + other for one, other in own_tap_grads)
+        return None, None, None, *grads[:count], *(one + other for one, other in own_tap_grads)
 
 
 def _side_by_side(tensors: Iterable[Tensor]) -> Tensor:

@@ -17,8 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from kvshift_megatron.attention.packed_sequences import document_positions
+from kvshift_megatron.ops import kv_shift_rope
 from kvshift_megatron.ops.dispatch import implementation
-from kvshift_megatron.ops.rope_shift import kv_shift_rope
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
-"""The shift itself, without Megatron: key and value in, shifted key and value out."""
+"""The shift without Megatron: keys and values in, shifted (and rotated) keys and values out."""
 
-from kvshift_megatron.ops.api import kv_shift
+from kvshift_megatron.ops.api import kv_shift, kv_shift_rope
 from kvshift_megatron.ops.reference import shift_ref, shift_wide
 
-__all__ = ["kv_shift", "shift_ref", "shift_wide"]
+__all__ = ["kv_shift", "kv_shift_rope", "shift_ref", "shift_wide"]

@@ -1,13 +1,14 @@
-"""kv_shift: checks the arguments and shifts keys and values."""
+"""kv_shift and kv_shift_rope: keys and values shifted, and the keys rotated in the same pass."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kvshift_megatron.ops.autograd import shift
-
-Taps = Tensor | Sequence[Tensor]
+from kvshift_megatron.ops.autograd import ROPE_SHIFT, SHIFT, ShiftOperator
+from kvshift_megatron.ops.checks import Taps, check_freqs, check_input, checked_index
+from kvshift_megatron.ops.dispatch import implementation
+from kvshift_megatron.ops.reference import rope_shift_ref
 
 
 def kv_shift(
@@ -25,79 +26,111 @@ def kv_shift(
     Args:
         key: [s, b, ng, hn] (sbhd) or [t, ng, hn] (thd).
         value: the same layout; its head size may differ from the key's.
-        alpha: [window, ng], or ``window`` tensors [ng], current token first, on any floating
-            dtype. None leaves the keys as they are.
+        alpha: [window, ng], or ``window`` tensors [ng], current token first, of any floating
+            dtype. None returns the keys unchanged.
         beta: likewise for the values.
-        position: int [s] or [t]: tokens of the same document before each token, for packed
-            documents; None: one document.
+        position: int [s] or [t]: the number of earlier tokens in each token's document, for packed
+            documents. None: the sequence is one document.
 
     Returns:
         (key, value): new tensors of the inputs' shapes and dtypes, computed in fp32 (float64 for
-        float64 inputs); an input whose taps are None is returned as it came.
+        float64 inputs); an input whose taps are None is returned as is.
 
     Raises:
-        ValueError: shapes or devices that do not fit each other; the message names the argument.
+        ValueError: shapes or devices do not match; the message names the argument.
 
-    Parallelism: local to the rank; taps are those of this rank's query groups.
+    Parallelism: local to the rank; the taps are those of this rank's query groups.
     """
-    check("key", key, "alpha", alpha)
-    check("value", value, "beta", beta)
-    position = check_places("position", position, key)
-    if can_go_together(key, value, alpha, beta):
-        return tuple(_shift([key, value], [alpha, beta], position))  # in one launch
+    check_input("key", key, "alpha", alpha)
+    check_input("value", value, "beta", beta)
+    position = checked_index("position", position, key)
+    if alpha is not None and beta is not None and _fit_one_launch(key, value, alpha, beta):
+        key, value = _apply(SHIFT, [key, value], [alpha, beta], (position,))
+        return key, value
     return (
-        key if alpha is None else _shift([key], [alpha], position)[0],
-        value if beta is None else _shift([value], [beta], position)[0],
+        key if alpha is None else _apply(SHIFT, [key], [alpha], (position,))[0],
+        value if beta is None else _apply(SHIFT, [value], [beta], (position,))[0],
     )
 
 
-def _shift(inputs: list[Tensor], taps: list[Taps], position: Tensor | None) -> list[Tensor]:
+def kv_shift_rope(
+    key: Tensor,
+    value: Tensor,
+    alpha: Taps | None,
+    beta: Taps | None,
+    freqs: Tensor,
+    position: Tensor | None = None,
+    *,
+    freq_index: Tensor | None = None,
+    interleaved: bool = False,
+    mscale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Shift keys and values as `kv_shift` does, and apply the rotary embedding to the keys.
+
+    With the Triton kernels the keys cost what their rotation alone does: one read and one write.
+    Sines and cosines are fp32, as in Transformer Engine's rotation; keys are rounded once, at the
+    end.
+
+    Args:
+        key, value, alpha, beta, position: as in `kv_shift`.
+        freqs: fp32 [positions, 1, 1, rotary], as Megatron's RotaryEmbedding makes them: both
+            channels of a pair have the same angle. The first ``rotary`` channels are rotated.
+            Gets no gradient.
+        freq_index: int [s] or [t]: each token's row of freqs; for packed documents, its place in
+            its document. None: its place in the sequence.
+        interleaved: pairs are channels 2c and 2c + 1, not c and c + rotary / 2.
+        mscale: factor of the sines and cosines.
+
+    Returns:
+        (rotated shifted key, shifted value); a value whose taps are None is returned as is. If
+        freq_index points outside freqs, the kernels return NaN.
+
+    Raises:
+        ValueError: shapes do not match; the message names the argument.
+
+    Parallelism: local to the rank, as `kv_shift`.
+    """
+    check_input("key", key, "alpha", alpha)
+    check_input("value", value, "beta", beta)
+    check_freqs(key, freqs, freq_index)
+    position = checked_index("position", position, key)
+    freq_index = checked_index("freq_index", freq_index, key)
+    chosen = implementation(key)
+    if chosen != "triton":
+        return rope_shift_ref(
+            key, value, alpha, beta, freqs, position,
+            freq_index=freq_index, interleaved=interleaved, mscale=mscale,
+        )  # fmt: skip
+    settings = (position, freqs.flatten(0, -2), freq_index), (interleaved, mscale)
+    if alpha is not None and beta is not None and _fit_one_launch(key, value, alpha, beta):
+        key, value = _apply(ROPE_SHIFT, [key, value], [alpha, beta], *settings, chosen)
+        return key, value
+    if beta is not None:
+        value = _apply(SHIFT, [value], [beta], (position,))[0]
+    # With a window of one token the keys are only rotated.
+    key_taps = key.new_ones(1, key.size(-2)) if alpha is None else alpha
+    return _apply(ROPE_SHIFT, [key], [key_taps], *settings, chosen)[0], value
+
+
+def _fit_one_launch(key: Tensor, value: Tensor, alpha: Taps, beta: Taps) -> bool:
+    """Whether keys and values are alike and have windows of the same length."""
+    alike = (key.shape, key.dtype, key.device) == (value.shape, value.dtype, value.device)
+    return alike and len(alpha) == len(beta)
+
+
+def _apply(
+    operator: ShiftOperator,
+    inputs: list[Tensor],
+    taps: Sequence[Taps],
+    tensors: tuple[Tensor | None, ...],
+    constants: tuple[bool | float, ...] = (),
+    chosen: str | None = None,
+) -> list[Tensor]:
+    """Call the operator with thd inputs as sbhd ones of one sample and taps in the wide dtype."""
     wide = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
-    taps = [(tap if isinstance(tap, Tensor) else torch.stack(list(tap))).to(wide) for tap in taps]
+    stacked = [tap if isinstance(tap, Tensor) else torch.stack(list(tap)) for tap in taps]
     is_thd = inputs[0].dim() == 3
     if is_thd:
         inputs = [x.unsqueeze(1) for x in inputs]
-    outputs = shift(inputs, taps, position)
+    outputs = operator(inputs, [tap.to(wide) for tap in stacked], tensors, constants, chosen)
     return [x.squeeze(1) for x in outputs] if is_thd else outputs
-
-
-def can_go_together(key: Tensor, value: Tensor, alpha: Taps | None, beta: Taps | None) -> bool:
-    """Whether one launch can take both: tensors alike and windows equal."""
-    alike = (key.shape, key.dtype, key.device) == (value.shape, value.dtype, value.device)
-    return alike and alpha is not None and beta is not None and len(alpha) == len(beta)
-
-
-def check_places(name: str, places: Tensor | None, x: Tensor) -> Tensor | None:
-    """`places` as int64; refused, by its name, where it is not one for each token of x."""
-    if places is None or (places.shape == x.shape[:1] and places.device == x.device):
-        return places if places is None else places.long()
-    raise ValueError(
-        f"{name} must be of shape [{x.size(0)}] (one a token) on {x.device}, not "
-        f"{list(places.shape)} on {places.device}"
-    )
-
-
-def check(x_name: str, x: Tensor, taps_name: str, taps: Taps | None) -> None:
-    """Refuse, by its name, a tensor or taps that do not fit; as `kv_shift` says."""
-    if x.dim() not in (3, 4):
-        raise ValueError(
-            f"{x_name} must be [s, b, ng, hn] or [t, ng, hn], not of shape {list(x.shape)}"
-        )
-    if not x.is_floating_point():
-        raise ValueError(f"{x_name} must be of a floating dtype, not {x.dtype}")
-    if taps is None:
-        return
-    if len(taps) < 2:
-        raise ValueError(f"{taps_name} has {len(taps)} tap(s): a shift needs at least 2")
-    groups = x.shape[-2]
-    if any(tap.device != x.device for tap in ([taps] if isinstance(taps, Tensor) else taps)):
-        raise ValueError(f"{taps_name} must be on {x.device}, where {x_name} is")
-    # Taking a tensor apart costs the host as much as the shift itself.
-    if isinstance(taps, Tensor) and taps.shape[1:] == (groups,):
-        return
-    for j, tap in enumerate(taps, start=1):
-        if tap.shape != torch.Size([groups]):
-            raise ValueError(
-                f"{taps_name}_{j} must be of shape [{groups}] (one scalar per query group of "
-                f"{x_name}), not {list(tap.shape)}"
-            )

@@ -1,17 +1,17 @@
-"""The shift in plain PyTorch: any device, any floating dtype."""
+"""The shift in plain PyTorch, for any device and floating dtype."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from kvshift_megatron.ops.reference import shift_ref, where_same_document, widened
+from kvshift_megatron.ops.reference import mask_other_documents, shift_ref, widened
 
 
 def forward(
     inputs: Sequence[Tensor], taps: Sequence[Tensor], position: Tensor | None
 ) -> list[Tensor]:
-    """`shift_ref` of each input."""
+    """Return `shift_ref` of each input."""
     return [shift_ref(x, tap, position) for x, tap in zip(inputs, taps)]
 
 
@@ -21,7 +21,7 @@ def backward(
     position: Tensor | None,
     output_grads: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Gradients of the inputs, then those of the taps."""
+    """Return the gradients of the inputs, then those of the taps."""
     input_grads, tap_grads = zip(
         *(_backward(*tensors, position) for tensors in zip(inputs, taps, output_grads))
     )
@@ -37,12 +37,12 @@ def _backward(
     dtaps = torch.zeros_like(taps)
     dtaps[0] = _total(grad * wide)
     for j in range(1, min(len(taps), len(x))):
-        later = where_same_document(grad[j:], position, j)
+        later = mask_other_documents(grad[j:], position, j)
         dx[:-j] += taps[j].to(grad.dtype)[:, None] * later
         dtaps[j] = _total(later * wide[:-j])
     return dx.to(x.dtype), dtaps
 
 
 def _total(products: Tensor) -> Tensor:
-    """[ng] of [..., ng, hn]. In float64 over tokens: a tap's gradient may cancel to little."""
+    """Sum [..., ng, hn] to [ng]: over tokens in float64, as the terms may cancel."""
     return products.sum(-1).flatten(0, -2).sum(0, dtype=torch.float64)

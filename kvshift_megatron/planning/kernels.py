@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvshift_megatron.ops.dispatch import HAS_TRITON, VARIABLE
+from kvshift_megatron.ops.dispatch import HAS_TRITON, VARIABLE, requested
 from kvshift_megatron.upstream import planning_table, substitutions
 
 aten = torch.ops.aten
@@ -46,12 +46,12 @@ def use(kernels: str) -> None:
     if kernels == "cpu":
         substitutions.apply(planning_table.kernels_of_a_cpu(_as_on_cpu))
         # Tensors without data get a GPU's kernels unless told otherwise.
-        os.environ[VARIABLE] = "reference"
+        os.environ[VARIABLE] = "eager"
     else:
-        if not HAS_TRITON and os.environ.get(VARIABLE) != "reference":
+        if not HAS_TRITON and requested() != "eager":
             raise ValueError(
                 "a GPU's kernels of the shift are Triton's, which is not installed: pip install "
-                f"triton, or set {VARIABLE}=reference to plan without them"
+                f"triton, or set {VARIABLE}=eager to plan without them"
             )
         substitutions.apply(
             planning_table.kernels_of_a_gpu(

@@ -14,8 +14,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from kvshift_megatron import KVShiftConfig
 from kvshift_megatron.attention import rope
-from kvshift_megatron.ops.rope_reference import rotate
-from kvshift_megatron.ops.rope_shift import kv_shift_rope
+from kvshift_megatron.ops import kv_shift_rope
+from kvshift_megatron.ops.reference import rotate
 from tests.attention.test_self_attention import build_attention
 from tests.support.compare import relative_error
 from tests.support.single_process import seed_everything, single_process, transformer_config

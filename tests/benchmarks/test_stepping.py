@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 def test_windows_figures_and_the_end(tmp_path):
     model = {"layers": 1, "hidden": 64, "heads": 4, "query_groups": 2, "seq_length": 16, "batch": 2}
-    run = Run("tiny", model_flags(**model), 1, {"KVSHIFT_IMPLEMENTATION": "reference"})
+    run = Run("tiny", model_flags(**model), 1, {"KVSHIFT_IMPLEMENTATION": "eager"})
     try:
         run.start(tmp_path)
         run.wait_until_ready()
@@ -24,7 +24,7 @@ def test_windows_figures_and_the_end(tmp_path):
     # More than the input [s, b, h] in fp32, and less than 1 MiB.
     assert 16 * 2 * 64 * 4 < figures["saved_bytes_a_layer"] < 2**20
     log = (tmp_path / "tiny.log").read_text()
-    assert "implementation of the shift: reference" in log
+    assert "implementation of the shift: eager" in log
     # Asking for more raises an error with the run's last lines.
     with pytest.raises(RunFailed, match=r"the run tiny (is gone|lost)"):
         run.window(1)

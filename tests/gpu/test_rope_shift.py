@@ -4,8 +4,8 @@ import pytest
 import torch
 from megatron.core.models.common.embeddings.rope_utils import fused_apply_rotary_pos_emb
 
+from kvshift_megatron.ops import kv_shift_rope
 from kvshift_megatron.ops.dispatch import implementation
-from kvshift_megatron.ops.rope_shift import kv_shift_rope
 from kvshift_megatron.ops.triton.self_check import self_check
 from tests.support.compare import relative_error
 from tests.support.rope_cases import CASES, assert_rope, rope_errors

@@ -21,7 +21,7 @@ def real(tmp_path_factory) -> dict[str, list[dict]]:
     )
     most = max(case.ranks for case in CASES.values())
     # The compiled shift does not pass torch's dispatcher, where FLOPs are counted.
-    plain = {"KVSHIFT_IMPLEMENTATION": "reference"}
+    plain = {"KVSHIFT_IMPLEMENTATION": "eager"}
     launch = ranks(most, "tests.planning.real_ranks", [str(cases)], _TIMEOUT, forks=True, **plain)
     return {
         name: [_left(folder / name / f"rank-{rank}.json", launch) for rank in case.planned_ranks]

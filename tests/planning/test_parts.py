@@ -255,7 +255,7 @@ def test_a_gpu_s_kernels_are_the_ones_that_modules_call(monkeypatch):
         (core_attention, "blockwise_attention"),
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # restored after the test
-    monkeypatch.setenv("KVSHIFT_IMPLEMENTATION", "reference")
+    monkeypatch.setenv("KVSHIFT_IMPLEMENTATION", "eager")
     kernels.use("gpu")
     norm = torch.nn.RMSNorm(32, device="meta", dtype=torch.bfloat16)
     x = torch.empty(64, 32, device="meta", dtype=torch.bfloat16, requires_grad=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvshift_megatron.attention.packed_sequences import document_positions
-from kvshift_megatron.ops.rope_shift import kv_shift_rope
+from kvshift_megatron.ops import kv_shift_rope
 from tests.support.compare import relative_error
 from tests.support.shift_cases import definition
 

@@ -36,7 +36,7 @@ def measure(settings: Settings, progress: ReportProgress) -> dict:
     runs = {
         BASELINE: Run("vanilla", [*flags, "--no-kv-shift"]),
         "kv_shift": Run("kv-shift", flags, 1, {VARIABLE: "auto"}),
-        "kv_shift_eager": Run("kv-shift-plain-pytorch", flags, 1, {VARIABLE: "reference"}),
+        "kv_shift_eager": Run("kv-shift-plain-pytorch", flags, 1, {VARIABLE: "eager"}),
     }
     if not torch.cuda.is_available():
         runs["vanilla_fresh_pages"] = Run(

@@ -1,8 +1,8 @@
-"""Compiles a C file for this machine, once, and keeps the result in the user's cache.
+"""Compile a C file for this machine once, and keep the result in the user's cache.
 
-The cache may lie in a home directory that machines share, and many ranks may start at once: the
-file's name says what it was built from and for, it appears whole under that name or not at all, and
-nobody waits for anybody. At worst several ranks compile the same file.
+Machines may share the home directory that holds the cache, and many ranks may start at once. So a
+file's name depends on all that it was built from and for, it is renamed into place when complete,
+and no process waits for another: at worst, several ranks compile the same file.
 """
 
 import ctypes
@@ -17,21 +17,21 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-# The folder of compiled files; without it kvshift_megatron in the user's cache.
+# The folder of compiled files; if not set, kvshift_megatron in the user's cache.
 VARIABLE = "KVSHIFT_CACHE_DIR"
 _SECONDS = 120
 _NATIVE = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 
 
 class BuildError(RuntimeError):
-    """No compiled file can be had; the message is a clause that says why."""
+    """Compiling or loading failed; the message is a clause that says why."""
 
 
 def load(source: Path) -> ctypes.CDLL:
-    """The compiled and loaded `source`, from the cache where it is there and undamaged.
+    """Compile and load `source`, or load it from the cache if an undamaged file is there.
 
     Raises:
-        BuildError: no compiler is at hand, it fails, or what it made cannot be loaded.
+        BuildError: no compiler is found, it fails, or its output cannot be loaded.
     """
     compiler = find_compiler()
     command = [*compiler, *_flags()]
@@ -46,7 +46,7 @@ def load(source: Path) -> ctypes.CDLL:
                     os.replace(_compile(command, source, Path(building) / name), folder / name)
             return _open(folder / name)
         except OSError:
-            # A cache that cannot be written or run from: compiled for this process alone.
+            # The cache is not writable or forbids execution: compile for this process alone.
             with tempfile.TemporaryDirectory(prefix="kvshift-") as building:
                 return _open(_compile(command, source, Path(building) / name))
     except OSError as error:
@@ -54,10 +54,10 @@ def load(source: Path) -> ctypes.CDLL:
 
 
 def find_compiler() -> list[str]:
-    """The C compiler's command: CC of the environment, else cc, gcc or clang on PATH."""
+    """Return the C compiler's command: CC of the environment, else cc, gcc or clang on PATH."""
     asked = shlex.split(os.environ.get("CC", ""))
     if asked and shutil.which(asked[0]) is None:
-        raise BuildError(f"CC={os.environ['CC']!r} is no program on this machine")
+        raise BuildError(f"CC={os.environ['CC']!r} is not a program on this machine")
     names = [asked] if asked else [[name] for name in ("cc", "gcc", "clang")]
     for command in names:
         if shutil.which(command[0]):
@@ -66,7 +66,7 @@ def find_compiler() -> list[str]:
 
 
 def cache_folder() -> Path:
-    """KVSHIFT_CACHE_DIR, or kvshift_megatron in XDG_CACHE_HOME or ~/.cache."""
+    """Return KVSHIFT_CACHE_DIR, or kvshift_megatron in XDG_CACHE_HOME or ~/.cache."""
     if asked := os.environ.get(VARIABLE):
         return Path(asked)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -85,7 +85,7 @@ def _version(compiler: Sequence[str]) -> str:
 
 @functools.cache
 def _machine() -> tuple[str, ...]:
-    """What the compiled file depends on beside source and compiler: processor and C library."""
+    """What the compiled file depends on besides source and compiler: processor and C library."""
     try:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
     except OSError:
@@ -95,8 +95,8 @@ def _machine() -> tuple[str, ...]:
     return (platform.machine(), *platform.libc_ver(), *kept)
 
 
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess:
-    # The compiler's own words, not a translation of them.
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    # Messages in English, for the search for "error: " below.
     environment = {**os.environ, "LC_ALL": "C"}
     try:
         result = subprocess.run(
@@ -133,7 +133,7 @@ def _compile(command: Sequence[str], source: Path, target: Path) -> Path:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the file ends in its own checksum: one cut short would crash the loader."""
+    """Whether the file ends in its own checksum: a truncated one would crash the loader."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -142,5 +142,5 @@ def _is_whole(path: Path) -> bool:
 
 
 def _open(path: Path) -> ctypes.CDLL:
-    # Whole: a bare name would be searched for.
+    # The full path: the loader would search its own folders for a bare name.
     return ctypes.CDLL(str(path.resolve()))

@@ -1,9 +1,9 @@
-// The shift of keys and values on a CPU, and its backward pass: kernel.py says how it is called.
+// The shift of keys and values on a CPU, and its backward pass, as called by kernel.py.
 //
-// Written for memory: every input is read once and every output written once, past the caches where
-// they could not hold it anyway. Needs GCC's vector extensions (clang has them) and little-endian
-// numbers. OpenMP is not linked: the caller hands in the entry points of the runtime that torch
-// has already loaded, so that both share its threads.
+// Memory-bound: every input is read once and every output is written once, bypassing the caches if
+// they could not hold it anyway. Requires GCC's vector extensions (clang has them) and a
+// little-endian machine. OpenMP is not linked: the caller passes the entry points of the runtime
+// that torch has already loaded, so that both share its threads.
 
 #include <stdint.h>
 #include <string.h>
@@ -21,27 +21,27 @@ enum { BYTES = 32 };
 enum { BYTES = 16 };
 #endif
 enum { LANES = BYTES / 4, MAX_WINDOW = 8 };
-// Bytes to ask for ahead of time: keys with queries between them are no stream to a processor.
+// Prefetch distance in bytes: processors do not detect a stream of keys with queries in between.
 enum { AHEAD = 2048 };
 
 typedef float Floats __attribute__((vector_size(BYTES)));
 typedef uint32_t Bits __attribute__((vector_size(BYTES)));
 
-// One register's worth of a tensor in fp32. bf16 comes as its even and its odd elements, which a
-// shift and a mask take apart; of fp32 there is only `even`.
+// One register of a tensor, as fp32. A shift and a mask split bf16 into even and odd elements; fp32
+// uses `even` only.
 typedef struct {
     Floats even, odd;
 } Pack;
 
-// Keys or values. Strides, in bytes, are those of tokens, samples and groups; elements lie side by
-// side. What is written lies without gaps.
+// Keys or values. Strides are in bytes, for tokens, samples and groups; the elements of a head are
+// contiguous. Outputs are contiguous.
 typedef struct {
     const char *x;
     const char *dy;      // gradient of the output; NULL for the forward pass
     char *out;           // the shifted tensor, or the gradient of x
     const float *taps;   // [window, groups], current token first
-    float *dtaps;        // likewise
-    double *partial;     // [blocks, window, groups]: the taps' gradients, block by block
+    float *dtaps;        // gradient of the taps, [window, groups]
+    double *partial;     // [blocks, window, groups]: the taps' gradients per block
     int64_t x_strides[3], dy_strides[3];
 } Side;
 
@@ -49,19 +49,19 @@ typedef void Parallel(void (*)(void *), void *, unsigned threads, unsigned flags
 
 typedef struct {
     Side sides[2];
-    const int64_t *position;  // [tokens]: tokens of the same document before each; or NULL
-    int64_t count;            // of sides
+    const int64_t *position;  // [tokens]: earlier tokens of the same document; or NULL
+    int64_t count;            // number of sides
     int64_t tokens, samples, groups, head, window;
-    int64_t block;            // tokens whose products are summed in fp32
+    int64_t block;            // tokens per fp32 sum of the taps' gradients
     int64_t is_bf16;
-    int64_t past_caches;      // write around the caches
+    int64_t past_caches;      // whether to bypass the caches when writing
     int64_t threads;
     Parallel *parallel;       // GOMP_parallel
     int (*thread)(void);      // omp_get_thread_num
     int (*team)(void);        // omp_get_num_threads
 } Call;
 
-// --- elements in and out ---
+// --- loads and stores ---
 
 INLINE Pack load(const int is_bf16, const char *from) {
     Bits bits;
@@ -74,7 +74,7 @@ INLINE Pack load(const int is_bf16, const char *from) {
     return pack;
 }
 
-// To the nearest bf16, ties to even, in the upper half; any NaN becomes the quiet one.
+// Round to the nearest bf16, ties to even, in the upper half; any NaN becomes the quiet NaN.
 INLINE Bits rounded(Floats value) {
     Bits bits = (Bits)value, is_nan = (Bits)(value != value);
     Bits nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -125,9 +125,9 @@ INLINE void store_one(const int is_bf16, char *to, float value) {
     }
 }
 
-// --- a token, and a block of them, of keys or values ---
+// --- one token and one block of tokens, of keys or values ---
 
-// Which tokens a token is mixed with: their distance in bytes, and their taps [groups] and sums.
+// The tokens that a token is mixed with: their offsets in bytes, taps [groups] and sums.
 typedef struct {
     int64_t terms;
     int64_t offset[MAX_WINDOW];
@@ -135,7 +135,7 @@ typedef struct {
     Floats *sums[MAX_WINDOW];
 } Terms;
 
-// out_i = sum_j taps[j] from_j of token i, and, in the backward pass, sums[j] += x_i from_j. The
+// out_i = sum_j taps[j] from_j for token i and, in the backward pass, sums[j] += x_i from_j. The
 // products are added in the order of the definition, so that the rounding is the same.
 INLINE void mix(const int is_bf16, const int past_caches, const int backward, const int count,
                 const Call *call, const Side *side, int64_t i, const Terms *terms) {
@@ -161,7 +161,7 @@ INLINE void mix(const int is_bf16, const int past_caches, const int backward, co
                 x = side->x + i * own[0] + b * own[1] + g * own[2];
                 x_soon = x + ahead * own[2];
             }
-            // What will be read for the first time a little later.
+            // The next data that will be read for the first time.
             const int64_t newest = terms->offset[backward ? count - 1 : 0];
             const char *soon = source + newest + at_head + ahead * strides[2];
 
@@ -201,9 +201,9 @@ INLINE void mix(const int is_bf16, const int past_caches, const int backward, co
     }
 }
 
-// Forward: out_i = sum_j taps[j] x_{i-j}. Backward: out_i = sum_j taps[j] dy_{i+j}, and taps[j]'s
-// gradient is the sum of x_i dy_{i+j}. In both over tokens of the same document only: what lies
-// across a boundary is left out, not multiplied by zero, for it may be Inf or NaN.
+// Forward: out_i = sum_j taps[j] x_{i-j}. Backward: out_i = sum_j taps[j] dy_{i+j}, and the
+// gradient of taps[j] is sum_i x_i dy_{i+j}. Both take tokens of the same document only: the others
+// are skipped, not multiplied by zero, as they may be Inf or NaN.
 INLINE void shift_block(const int is_bf16, const int past_caches, const int backward,
                         const Call *call, const Side *side, int64_t index) {
     const int64_t window = call->window, groups = call->groups;
@@ -258,7 +258,7 @@ INLINE void shift_blocks(const int is_bf16, const int past_caches, const int bac
     }
 }
 
-// What one thread does: consecutive tokens, the same ones of keys and values.
+// One thread's share: consecutive tokens, the same ones of keys and values.
 static void work(void *argument) {
     const Call *call = argument;
     const int64_t blocks = block_count(call);
@@ -287,7 +287,7 @@ void kvshift_run(Call *call) {
     } else {
         work(call);
     }
-    // Block by block, whoever computed them: the sums do not depend on the number of threads.
+    // In the order of the blocks: the sums do not depend on the number of threads.
     for (int64_t n = 0; n < call->count && call->sides[n].dy; n++) {
         const Side *side = &call->sides[n];
         const int64_t size = call->window * call->groups, blocks = block_count(call);

@@ -1,4 +1,4 @@
-"""The shift on a CPU, by a compiled kernel (kernel.c): one pass over memory each way."""
+"""The shift on a CPU by a compiled kernel (kernel.c): one pass over memory in each direction."""
 
 import ctypes
 import functools
@@ -6,23 +6,25 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvshift_megatron.ops.autograd import empty
 from kvshift_megatron.ops.cpu import build
 
 SOURCE = Path(__file__).with_suffix(".c")
-# As kernel.c.
+# As in kernel.c.
 MAX_WINDOW = 8
 
 _DTYPES = (torch.float32, torch.bfloat16)
-# Products of each of the kernel's fp32 sums, at most; block by block they are added in float64.
+# Products in one fp32 sum, at most; the sums of all blocks are added in float64.
 _PRODUCTS = 512
 _LANES = 16
-# Elements below which waking other threads costs more than it saves; torch's own grain.
+# With fewer elements, waking other threads costs more than it saves; torch's own grain.
 _GRAIN = 32768
-# Bytes written beyond which the caches would not hold them for whoever reads them next.
+# With more bytes of output, the caches would not hold them until they are read.
 _PAST_CACHES = 16 * 2**20
 
 
@@ -50,15 +52,15 @@ class _Call(ctypes.Structure):
 
 
 def supports(dtype: torch.dtype) -> bool:
-    """Whether the kernel takes this dtype: fp32 and bf16."""
+    """Whether the kernel supports the dtype: fp32 or bf16."""
     return dtype in _DTYPES
 
 
 @functools.cache
 def why_not() -> str | None:
-    """Why the kernel cannot serve on this machine, as a clause; None where it is ready.
+    """Return a clause that says why the kernel cannot run on this machine; None if it can.
 
-    Compiles it on the first call, unless a compiled one is in the cache.
+    The first call compiles it, unless the cache holds a compiled one.
     """
     machine = (sys.platform, platform.machine())
     if machine not in (("linux", "x86_64"), ("linux", "aarch64")) or sys.byteorder != "little":
@@ -71,11 +73,11 @@ def why_not() -> str | None:
 
 
 @functools.cache
-def _entries() -> tuple:
-    """(the kernel, addresses of OpenMP's GOMP_parallel, omp_get_thread_num, omp_get_num_threads)"""
+def _entries() -> tuple[Any, ...]:
+    """(the kernel, addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads)."""
     kernel = build.load(SOURCE).kvshift_run
     kernel.argtypes, kernel.restype = [ctypes.c_void_p], None
-    # Found through torch's own library: a runtime of our own would bring threads of its own.
+    # Those of torch's own runtime: a second one would start threads of its own.
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         torch_cpu = ctypes.CDLL(str(library))
@@ -91,17 +93,14 @@ def _entries() -> tuple:
 def forward(
     inputs: Sequence[Tensor], taps: Sequence[Tensor], position: Tensor | None
 ) -> list[Tensor]:
-    """`shift_ref` of keys and values in one call, or of one of them.
+    """Return `shift_ref` of keys and values in one call, or of one of them; contiguous.
 
     Args:
-        inputs: one or two [s, b, ng, hn] of one shape and dtype (fp32 or bf16), any strides.
-        taps: as many fp32 [window, ng], a window of at most 8.
+        inputs: one or two [s, b, ng, hn] of the same shape and dtype (fp32 or bf16), any strides.
+        taps: as many fp32 [window, ng], with a window of at most 8.
         position: int64 [s], or None.
-
-    Returns:
-        As many tensors: contiguous, rounded as the definition's.
     """
-    outputs = [_empty(x) for x in inputs]
+    outputs = [empty(x) for x in inputs]
     _run(inputs, taps, position, outputs)
     return outputs
 
@@ -112,12 +111,12 @@ def backward(
     position: Tensor | None,
     output_grads: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Gradients of the inputs, then those of the taps (fp32 [window, ng]).
+    """Return the gradients of the inputs, then those of the taps (fp32 [window, ng]).
 
-    The same bits whatever the number of threads.
+    The number of threads does not change a bit of them.
     """
-    input_grads = [_empty(x) for x in inputs]
-    tap_grads = [_empty(tap) for tap in taps]
+    input_grads = [empty(x) for x in inputs]
+    tap_grads = [empty(tap) for tap in taps]
     _run(inputs, taps, position, input_grads, output_grads, tap_grads)
     return [*input_grads, *tap_grads]
 
@@ -146,7 +145,7 @@ def _run(
     count = len(inputs)
     size = inputs[0].element_size()
 
-    # Tensors made here have to outlive the call.
+    # Keep references: the tensors made here have to outlive the call.
     inputs = [_with_rows(x) for x in inputs]
     output_grads = [_with_rows(dy) for dy in output_grads]
     taps = [tap.contiguous() for tap in taps]
@@ -178,8 +177,13 @@ def _run(
     kernel(ctypes.byref(call))
 
 
-def _check(inputs, taps, output_grads, position) -> None:
-    # The kernel reads memory: what does not fit must not get there.
+def _check(
+    inputs: Sequence[Tensor],
+    taps: Sequence[Tensor],
+    output_grads: Sequence[Tensor],
+    position: Tensor | None,
+) -> None:
+    """Raise ValueError for tensors that would make the kernel read other memory."""
     first = inputs[0]
     alike = all(
         x.shape == first.shape and x.dtype == first.dtype and x.device.type == "cpu"
@@ -197,16 +201,12 @@ def _check(inputs, taps, output_grads, position) -> None:
     )
     if not (alike and fitting and placed and supports(first.dtype) and window <= MAX_WINDOW):
         raise ValueError(
-            "the CPU kernel of the shift takes keys and values of one shape and dtype (fp32 or "
-            f"bf16) on the CPU, fp32 taps [window, ng] with a window of at most {MAX_WINDOW} and "
-            "an int64 position [s], all on the CPU: set KVSHIFT_IMPLEMENTATION=reference for others"
+            "the CPU kernel of the shift takes keys and values of the same shape and dtype (fp32 "
+            f"or bf16), fp32 taps [window, ng] with a window of at most {MAX_WINDOW} and an int64 "
+            "position [s], all on the CPU: set KVSHIFT_IMPLEMENTATION=eager for others"
         )
 
 
 def _with_rows(x: Tensor) -> Tensor:
-    """x with the elements of a head side by side."""
+    """Return x, or a copy of it in which the elements of a head are contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _empty(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)

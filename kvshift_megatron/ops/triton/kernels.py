@@ -1,13 +1,13 @@
 """Triton kernels of the shift: one pass over keys and values forward, one backward.
 
-A program takes BLOCK_S tokens of one query group of one sample; keys and values go in one launch
+A program processes BLOCK_S tokens of one query group of one sample; keys and values share a launch
 (axis 2 of the grid). Each row is read with its `window - 1` neighbours, which are in cache by then,
-so that device memory sees every element once: 2 tensors forward, 3 backward. The arithmetic is in
-fp32. Sums of the taps' gradients are kept apart per program and added up in a fixed order later:
+so device memory transfers every element once: 2 tensors forward, 3 backward. The arithmetic is in
+fp32. Each program stores its sums of the taps' gradients separately, to be added in a fixed order:
 no atomics, so the same inputs give the same bits.
 
-x, dy, out: [s, b, ng, hn] by their strides in elements, the last of them 1.
-taps: fp32 [window, ng], contiguous. position: int [s], or anything where PACKED is False.
+x, dy, out: [s, b, ng, hn] by their strides in elements; the last stride is 1.
+taps: fp32 [window, ng], contiguous. position: int [s]; ignored if PACKED is False.
 """
 
 import triton
@@ -19,9 +19,10 @@ def shift_rows(
     source, source_s, target, taps, before, is_row, groups,
     HEAD: tl.constexpr, WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one head; source and target: pointers [BLOCK_S, 1] to each row's first channel.
+    """Shift one tile of one head.
 
-    taps: pointer to the head's first tap. before: how many tokens of its document precede a row.
+    source, target: pointers [BLOCK_S, 1] to each row's first channel. taps: pointer to the head's
+    first tap. before: [BLOCK_S], how many tokens of its document precede each row.
     """
     channels = tl.arange(0, BLOCK_D)[None, :]
     is_channel = channels < HEAD
@@ -37,7 +38,7 @@ def shift_rows(
 
 @triton.jit
 def has_later(position, rows, j: tl.constexpr, tokens, PACKED: tl.constexpr):
-    """Whether the token j behind each row is there, and of the same document."""
+    """Whether the token j after each row exists and belongs to the same document."""
     later = rows + j
     is_there = later < tokens
     if PACKED:
@@ -51,14 +52,14 @@ def shift_heads(
     HEAD: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out_i = sum_j taps[j] x_{i-j}, where i - j is a token of the same document."""
+    """out_i = sum_j taps[j] x_{i-j} over the tokens i - j of the same document."""
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     is_row = rows < tokens
     before = rows
     if PACKED:
-        # A position may count tokens that are not here.
+        # A position may count tokens that x does not hold.
         before = tl.minimum(tl.load(position + rows, mask=is_row, other=0), rows)
-    row = rows[:, None].to(tl.int64)  # offsets do not fit in 32 bits
+    row = rows[:, None].to(tl.int64)  # offsets may exceed 32 bits
     for i in range(HEADS):
         head = tl.program_id(1) * HEADS + i
         sample, group = (head // groups).to(tl.int64), head % groups
@@ -75,7 +76,7 @@ def shift_heads_backward(
     HEAD: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dx_i = sum_j taps[j] dy_{i+j}; dtaps[j] += sum_i dy_{i+j} x_i: each x is read once."""
+    """dx_i = sum_j taps[j] dy_{i+j}; dtaps[j] = sum_i dy_{i+j} x_i, so each x is read once."""
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     channels = tl.arange(0, BLOCK_D)[None, :]
     is_row, is_channel = rows < tokens, channels < HEAD
@@ -109,7 +110,7 @@ def shift_kernel(
     HEAD: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of tokens, samples * groups, 2): keys, and values; 1 on the last: k alone."""
+    """Grid: (blocks of tokens, samples * groups, 2 for keys and values or 1 for k)."""
     if tl.program_id(2) == 0:
         shift_heads(
             k, k_s, k_b, k_g, k_out, alpha,
@@ -130,7 +131,7 @@ def shift_backward_kernel(
     HEAD: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid as shift_kernel's."""
+    """Grid: as shift_kernel's."""
     if tl.program_id(2) == 0:
         shift_heads_backward(
             k, k_s, k_b, k_g, dk, dk_s, dk_b, dk_g, k_grad, alpha, dalpha,

@@ -1,6 +1,7 @@
-"""The shift by Triton kernels: keys and values in one launch."""
+"""Launches of the Triton kernels of the shift: keys and values in one launch."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -9,14 +10,20 @@ from torch import Tensor
 from kvshift_megatron.ops.autograd import empty
 from kvshift_megatron.ops.triton.kernels import shift_backward_kernel, shift_kernel
 
-# Elements of a program's tile and its warps: 16 bytes a load and 4 loads a thread for bf16.
+# Elements and warps of a program's tile: for bf16, each thread issues 4 loads of 16 bytes.
 _TILE, _WARPS = 4096, 4
 
 
 def forward(
     inputs: Sequence[Tensor], taps: Sequence[Tensor], position: Tensor | None
 ) -> list[Tensor]:
-    """`shift_ref` of one or two [s, b, ng, hn] of one shape and dtype (bf16, fp16 or fp32)."""
+    """Return `shift_ref` of one or two [s, b, ng, hn] of the same shape and dtype.
+
+    Args:
+        inputs: bf16, fp16 or fp32; any strides.
+        taps: as many fp32 [window, ng].
+        position: int [s], or None.
+    """
     outputs = [empty(x) for x in inputs]
     grid, sizes, constants = _launch(inputs, taps, position)
     arguments = [(*strided(x), out, tap.contiguous()) for x, out, tap in zip(inputs, outputs, taps)]
@@ -37,7 +44,7 @@ def backward(
     position: Tensor | None,
     output_grads: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Gradients of the inputs, then those of the taps."""
+    """Return the gradients of the inputs, then those of the taps."""
     grads = [empty(x) for x in inputs]
     grid, sizes, constants = _launch(inputs, taps, position)
     shape = (len(taps), *taps[0].shape, grid[0] * inputs[0].size(1))
@@ -57,8 +64,10 @@ def backward(
     return grads + list(partial.sum(-1))
 
 
-def _launch(inputs: Sequence[Tensor], taps: Sequence[Tensor], position: Tensor | None):
-    """(grid, (tokens, samples, groups), the kernels' compile-time constants)."""
+def _launch(
+    inputs: Sequence[Tensor], taps: Sequence[Tensor], position: Tensor | None
+) -> tuple[tuple[int, int, int], tuple[int, int, int], dict[str, Any]]:
+    """Return (grid, (tokens, samples, groups), the kernels' compile-time constants)."""
     tokens, samples, groups, head = inputs[0].shape
     block_d = triton.next_power_of_2(head)
     block_s = max(1, _TILE // block_d)
@@ -75,7 +84,9 @@ def _launch(inputs: Sequence[Tensor], taps: Sequence[Tensor], position: Tensor |
 
 
 def strided(x: Tensor) -> tuple[Tensor, int, int, int]:
-    # The kernels count the elements between groups in 32 bits.
+    """Return x [s, b, ng, hn], copied if the kernels cannot read it, and its first strides."""
+    # They count the elements between groups in 32 bits.
     if x.stride(-1) != 1 or x.stride(2) * x.size(2) >= 2**31:
         x = x.contiguous()
-    return x, *x.stride()[:3]
+    tokens, samples, groups, _ = x.stride()
+    return x, tokens, samples, groups

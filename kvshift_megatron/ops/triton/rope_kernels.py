@@ -1,13 +1,13 @@
-"""Triton kernels of the key shift and the rotary embedding in one pass, with the values' shift.
+"""Triton kernels that shift and rotate keys in one pass, and shift values in the same launch.
 
-A program takes BLOCK_S tokens of HEADS heads (query groups of samples), one after another: sines
-and cosines of a token are computed once for all of them. Keys go to axis 2 of the grid at 0, values
-at 1, as in kernels.py; so does everything else that is not said here.
+A program processes BLOCK_S tokens of HEADS heads (query groups of samples) in a loop, so a token's
+sines and cosines are computed once for all of them. On axis 2 of the grid, keys are at 0 and values
+at 1. What is not described here is as in kernels.py.
 
-The rotary part of a head is held as its two halves a and b, channel by channel the pairs that turn
-together: the first and the second half of the channels, or the even and the odd ones where
-INTERLEAVED. freqs: fp32 [positions, ROTARY] by its stride; both channels of a pair have one angle.
-index: int [s], the row of freqs for each token; anything where INDEXED is False.
+The rotary part of a head is held as two halves a and b, whose channels pair up: the first and the
+second half of the channels, or the even and the odd ones if INTERLEAVED. freqs: fp32
+[positions, ROTARY] by its stride; both channels of a pair have the same angle. index: int [s], each
+token's row of freqs; ignored if INDEXED is False.
 """
 
 import triton
@@ -26,7 +26,7 @@ def _load_halves(
     base, inside, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """(a, b), each [BLOCK_S, BLOCK_H]; base: pointers [BLOCK_S, 1] to the first channel."""
+    """Return (a, b), each fp32 [BLOCK_S, BLOCK_H]; base: pointers [BLOCK_S, 1] to channel 0."""
     if INTERLEAVED:
         channels = tl.arange(0, 2 * BLOCK_H)[None, :]
         both = tl.load(base + channels, mask=inside & (channels < 2 * HALF), other=0.0)
@@ -44,6 +44,7 @@ def _store_halves(
     base, a, b, inside, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
+    """Store what `_load_halves` loads, in the dtype of base."""
     dtype = base.dtype.element_ty
     if INTERLEAVED:
         channels = tl.arange(0, 2 * BLOCK_H)[None, :]
@@ -62,7 +63,7 @@ def _cos_sin(
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, INDEXED: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Each fp32 [BLOCK_S, BLOCK_H]; NaN for an index outside of freqs."""
+    """Return mscale (cos, sin), each fp32 [BLOCK_S, BLOCK_H]; NaN if index is outside freqs."""
     place, is_known = rows, is_row
     if INDEXED:
         place = tl.load(index + rows, mask=is_row, other=0)
@@ -76,7 +77,7 @@ def _cos_sin(
 
 @triton.jit
 def _turn(a, b, cos, sin):
-    """The pairs turned by their angles; fused as compilers fuse a * cos + (-b) * sin."""
+    """Rotate the pairs (a, b); fused as compilers fuse a * cos + (-b) * sin."""
     return tl.fma(a, cos, -b * sin), tl.fma(b, cos, a * sin)
 
 
@@ -88,13 +89,13 @@ def _keys(
     PACKED: tl.constexpr, INDEXED: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """out = R_i sum_j taps[j] x_{i-j}; channels behind ROTARY are only shifted."""
+    """out_i = R_i sum_j taps[j] x_{i-j}; channels from ROTARY on are only shifted."""
     HALF: tl.constexpr = ROTARY // 2
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     is_row = rows < tokens
     before = rows
     if PACKED:
-        # A position may count tokens that are not here.
+        # A position may count tokens that x does not hold.
         before = tl.minimum(tl.load(position + rows, mask=is_row, other=0), rows)
     row = rows[:, None].to(tl.int64)
     cos, sin = _cos_sin(
@@ -135,7 +136,7 @@ def _keys_backward(
     PACKED: tl.constexpr, INDEXED: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dx_i = sum_j taps[j] R_{i+j}^T dy_{i+j}; dtaps[j] += sum_i x_i . R_{i+j}^T dy_{i+j}."""
+    """dx_i = sum_j taps[j] R_{i+j}^T dy_{i+j}; dtaps[j] = sum_i x_i . R_{i+j}^T dy_{i+j}."""
     HALF: tl.constexpr = ROTARY // 2
     rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     is_row = rows < tokens
@@ -146,7 +147,8 @@ def _keys_backward(
         HALF, INTERLEAVED, INDEXED, BLOCK_S, BLOCK_H,
     )  # fmt: skip
     if WINDOW > 1:
-        # Those of the next token too, once for all heads; a longer window computes others anew.
+        # Those of the next token as well, once for all heads. Later tokens of a longer window
+        # compute theirs for each head.
         next_cos, next_sin = _cos_sin(
             freqs, freq_s, positions, index, rows + 1, has_later(position, rows, 1, tokens, PACKED),
             mscale, HALF, INTERLEAVED, INDEXED, BLOCK_S, BLOCK_H,
@@ -204,7 +206,7 @@ def rope_shift_kernel(
     PACKED: tl.constexpr, INDEXED: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of tokens, samples * groups / HEADS, 2): keys, and values; 1: keys alone."""
+    """Grid: (blocks of tokens, samples * groups / HEADS, 2 for keys and values or 1 for k)."""
     if tl.program_id(2) == 0:
         _keys(
             k, k_s, k_b, k_g, k_out, alpha, freqs, freq_s, positions, index, mscale,
@@ -227,7 +229,7 @@ def rope_shift_backward_kernel(
     PACKED: tl.constexpr, INDEXED: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Grid as rope_shift_kernel's."""
+    """Grid: as rope_shift_kernel's."""
     if tl.program_id(2) == 0:
         _keys_backward(
             k, k_s, k_b, k_g, dk, dk_s, dk_b, dk_g, k_grad, alpha, dalpha,

@@ -1,7 +1,8 @@
-"""Launches of the kernels that shift keys and values and rotate the keys in the same pass."""
+"""Launches of the Triton kernels that shift keys and values and rotate the keys in one pass."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -12,8 +13,8 @@ from kvshift_megatron.ops.triton.launch import strided
 from kvshift_megatron.ops.triton.rope_kernels import rope_shift_backward_kernel, rope_shift_kernel
 
 _WARPS = 4
-# At least so many elements of each half of the rotary channels in a program: 16 bytes a thread for
-# bf16; and at most so many of the whole head. At most so many heads share a token's sines.
+# A program's tile: so many elements of each half of the rotary channels (16 bytes a thread for
+# bf16), unless whole heads would exceed _TILE elements. At most _HEADS heads share a token's sines.
 _HALF_TILE, _TILE, _HEADS = 1024, 4096, 4
 
 
@@ -26,10 +27,14 @@ def forward(
     interleaved: bool,
     mscale: float,
 ) -> list[Tensor]:
-    """`rope_shift_ref` of keys, or of keys and values: [s, b, ng, hn] of one shape and dtype.
+    """Return `rope_shift_ref` of keys, or of keys and values; contiguous.
 
-    taps: as many fp32 [window, ng]. position, freq_index: int [s], or None. freqs: fp32
-    [positions, rotary]. The outputs are contiguous.
+    Args:
+        inputs: one or two [s, b, ng, hn] of the same shape and dtype (bf16, fp16 or fp32).
+        taps: as many fp32 [window, ng].
+        position, freq_index: int [s], or None.
+        freqs: fp32 [positions, rotary].
+        interleaved, mscale: as in `kv_shift_rope`.
     """
     outputs = [empty(x) for x in inputs]
     grid, constants = _launch(inputs, taps, position, freqs, freq_index, interleaved)
@@ -54,7 +59,7 @@ def backward(
     mscale: float,
     output_grads: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Gradients of the inputs, then those of the taps."""
+    """Return the gradients of the inputs, then those of the taps."""
     grads = [empty(x) for x in inputs]
     grid, constants = _launch(inputs, taps, position, freqs, freq_index, interleaved)
     shape = (len(taps), *taps[0].shape, grid[0] * inputs[0].size(1))
@@ -73,8 +78,15 @@ def backward(
     return grads + list(partial.sum(-1))
 
 
-def _launch(inputs, taps, position, freqs, freq_index, interleaved):
-    """(grid, the kernels' compile-time constants)."""
+def _launch(
+    inputs: Sequence[Tensor],
+    taps: Sequence[Tensor],
+    position: Tensor | None,
+    freqs: Tensor,
+    freq_index: Tensor | None,
+    interleaved: bool,
+) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Return (grid, the kernels' compile-time constants)."""
     tokens, samples, groups, head = inputs[0].shape
     rotary = freqs.size(-1)
     block_d, block_h = triton.next_power_of_2(head), triton.next_power_of_2(rotary // 2)
@@ -97,7 +109,10 @@ def _launch(inputs, taps, position, freqs, freq_index, interleaved):
     return (triton.cdiv(tokens, block_s), samples * groups // heads, len(inputs)), constants
 
 
-def _common(x, position, freqs, freq_index, mscale):
+def _common(
+    x: Tensor, position: Tensor | None, freqs: Tensor, freq_index: Tensor | None, mscale: float
+) -> tuple[Any, ...]:
+    """Return the arguments that keys and values share; x stands in for an index that is None."""
     if freqs.stride(-1) != 1:
         freqs = freqs.contiguous()
     return (

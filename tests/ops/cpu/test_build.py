@@ -1,4 +1,4 @@
-"""Compiling for this machine: once, by whatever compiler is there, and said where none is."""
+"""Compiling the kernel for this machine: once, with any compiler, and the error without one."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def source(tmp_path):
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """Names a compiler that notes each compilation; gives the number so far."""
+    """Set CC to a compiler that counts its compilations; return a function that reads the count."""
     log = tmp_path / "calls"
     _program(
         tmp_path / "noting-cc",
@@ -76,7 +76,7 @@ def test_another_source_machine_or_compiler_is_another_file(source, cache, calls
 
 @pytest.mark.parametrize("damage", ["cut short", "empty", "a bit flipped", "a folder"])
 def test_a_damaged_file_is_compiled_again(damage, source, cache, calls):
-    # Not loaded before: what is loaded must not be written to.
+    # Compiled but not loaded: a loaded file must not be written to.
     build.cache_folder().mkdir()
     made = build._compile([*build.find_compiler(), *build._flags()], source, cache / "a")
     content = bytearray(made.read_bytes())
@@ -96,14 +96,14 @@ def test_a_damaged_file_is_compiled_again(damage, source, cache, calls):
 
 
 def _name_in_cache(source: Path, cache: Path) -> str:
-    """What the file is called, found without loading it into this process."""
+    """Return the name of the compiled file, without loading it into this process."""
     _loading_processes(source, cache.parent / "elsewhere", 1)
     (made,) = (cache.parent / "elsewhere").iterdir()
     return made.name
 
 
 def _loading_processes(source: Path, cache: Path, count: int) -> None:
-    # By its path: the package around it would import torch.
+    # By its path: importing the package would import torch.
     program = (
         "import importlib.util as u, pathlib, sys"
         "; spec = u.spec_from_file_location('c', sys.argv[1])"
@@ -119,7 +119,7 @@ def _loading_processes(source: Path, cache: Path, count: int) -> None:
 def test_several_ranks_may_compile_at_once(source, cache, calls, monkeypatch):
     monkeypatch.setenv("SLOW", "1")
     _loading_processes(source, cache, 3)
-    # They overlap, as the compiler takes its time; one whole file is left, and nothing half-made.
+    # The slow compiler makes them overlap; one complete file is left, and no partial one.
     assert calls() > 1
     (made,) = cache.iterdir()
     assert build._is_whole(made)
@@ -158,7 +158,7 @@ def test_why_the_kernel_cannot_serve_is_said(
     with pytest.raises(RuntimeError, match="cannot run: no C compiler is on PATH"):
         kernel.forward([x], [taps], None)
     monkeypatch.setenv("CC", "nowhere-cc -m64")
-    assert reason() == "CC='nowhere-cc -m64' is no program on this machine"
+    assert reason() == "CC='nowhere-cc -m64' is not a program on this machine"
     failing = 'echo note >&2; echo "a.c: error: no" >&2; exit 3'
     _program(tmp_path / "cc", f'case "$*" in *--version) echo 1 ;; *) {failing} ;; esac')
     monkeypatch.delenv("CC")

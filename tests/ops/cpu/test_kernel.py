@@ -20,7 +20,7 @@ SHAPES = [
     (3, 3, 1, 33),
     (300, 1, 2, 64),
 ]
-# One rounding to bf16; fp32's own.
+# Rounding once to bf16; the error of fp32.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 
 
@@ -37,7 +37,7 @@ def threads():
 
 
 def draw(shape, dtype, window, packed=False, count=2, seed=0):
-    """Arguments of `backward`: keys and values as Megatron's views, taps, position, gradients."""
+    """Return the arguments of `backward`; keys and values are views, as in Megatron."""
     generator = torch.Generator().manual_seed(seed)
     tokens, samples, groups, head = shape
 
@@ -47,7 +47,7 @@ def draw(shape, dtype, window, packed=False, count=2, seed=0):
     mixed = normal(tokens, samples, groups, 4 * head).to(dtype)
     inputs = list(mixed.split([2 * head, head, head], dim=-1)[1:])[:count]
     taps = [normal(window, groups) for _ in inputs]
-    # One gradient without gaps, and one with its dimensions in another order.
+    # One contiguous gradient and one permuted.
     grads = [normal(*shape).to(dtype), normal(groups, tokens, samples, head).to(dtype)]
     grads = [grads[0], grads[1].permute(1, 2, 0, 3)][:count]
     position = None
@@ -60,7 +60,7 @@ def draw(shape, dtype, window, packed=False, count=2, seed=0):
 
 
 def check(inputs, taps, position, grads, outputs, gradients):
-    """Outputs to the last bit, gradients within rounding; the taps' against the terms' size."""
+    """Compare outputs to the bit, gradients within rounding, those of the taps with their terms."""
     count, dtype = len(inputs), inputs[0].dtype
     assert len(outputs) == count and len(gradients) == 2 * count
     for n, (x, tap, dy) in enumerate(zip(inputs, taps, grads)):
@@ -75,7 +75,7 @@ def check(inputs, taps, position, grads, outputs, gradients):
         assert relative_error(dx, x.grad) <= ROUNDING[dtype], "input gradient"
         assert dtap.shape == tap.shape, "taps"
         error = (dtap - tap.grad).norm()
-        # Sums may cancel: of their terms' size, not their own.
+        # Relative to the size of the terms, as the sums may cancel.
         terms = (x.detach().abs() * dy.double().abs()).sum((0, 1, 3)).norm()
         assert error <= 2e-7 * terms, "taps"
 
@@ -224,5 +224,5 @@ def test_threads_are_those_of_torchs_own_runtime(threads, monkeypatch):
     running = len(os.listdir("/proc/self/task"))
     assert running >= 3
     check_case(*arguments)
-    # A second OpenMP runtime would have brought two more.
+    # A second OpenMP runtime would have started two more.
     assert len(os.listdir("/proc/self/task")) == running

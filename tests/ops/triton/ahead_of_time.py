@@ -1,8 +1,8 @@
-"""Compiles the shift's Triton kernels for GPUs that are not here, and reads what came out.
+"""Compile the shift's Triton kernels for GPUs that this machine lacks, and analyse the result.
 
 The project's own launch code runs on tensors without data, with a stand-in for Triton's driver that
-names the GPU: so Triton specializes, compiles and assembles exactly what it would there, and
-nothing is launched. `python -m tests.ops.triton.ahead_of_time` prints the table for DESIGN.md.
+names the GPU: Triton specialises, compiles and assembles exactly what it would there, but launches
+nothing. `python -m tests.ops.triton.ahead_of_time` prints the table for DESIGN.md.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ class Kernel:
     """One compiled launch.
 
     Attributes:
-        registers: of a thread.
-        spilled: bytes of registers kept in memory; loads and stores.
-        reads, writes: bytes that 128-bit accesses of the whole grid ask for.
-        narrow: accesses of other widths in the text: taps, positions and sums.
+        registers: per thread.
+        spilled: bytes of registers spilled to memory; loads and stores.
+        reads, writes: bytes that 128-bit accesses of the whole grid request.
+        narrow: narrower accesses in the PTX: taps, positions and sums.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Kernel:
 
 
 class _Driver:
-    """What Triton asks of a driver before it launches."""
+    """What Triton asks of a driver before a launch."""
 
     def __init__(self, capability: int):
         self._target = GPUTarget("cuda", capability, 32)
@@ -61,7 +61,7 @@ class _Driver:
 
 @dataclass(frozen=True)
 class Case:
-    """Keys and values as views of mixed_qkv; rotary: channels that turn, 0 for the plain shift."""
+    """Keys and values as views of mixed_qkv; rotary: rotated channels, 0 for the plain shift."""
 
     dtype: torch.dtype = torch.bfloat16
     head: int = 128
@@ -88,7 +88,7 @@ FUSED = [
     Case(rotary=128), Case(rotary=128, interleaved=True, packed=True), Case(_FP32, rotary=128),
     Case(head=64, rotary=64),
 ]  # fmt: skip
-# Rarer ones, for one GPU.
+# Rarer cases, for one GPU.
 FUSED_RARE = [
     Case(_FP16, rotary=128), Case(head=96, rotary=96), Case(rotary=64, packed=True),
     Case(rotary=64, interleaved=True), Case(_FP32, rotary=128, interleaved=True),
@@ -100,7 +100,7 @@ _TOKENS, _SAMPLES, _GROUPS = 4096, 2, 8
 
 
 def compile_case(case: Case, capability: int, padding: int = 0) -> list[Kernel]:
-    """The forward and the backward launch; padding: elements behind each group of mixed_qkv."""
+    """Compile the forward and the backward launch; padding: elements after each group's values."""
     widths = [4 * case.head, case.head, case.head + padding]
     shape = (_TOKENS, _SAMPLES, _GROUPS)
     mixed = torch.empty(*shape, sum(widths), dtype=case.dtype, device="meta")
@@ -118,12 +118,13 @@ def compile_case(case: Case, capability: int, padding: int = 0) -> list[Kernel]:
 
 
 def expected(case: Case) -> list[tuple[float, float]]:
-    """(reads, writes) of the forward and the backward launch, in bytes of keys and values.
+    """Return (reads, writes) of the forward and the backward launch, per byte of keys and values.
 
-    Each neighbour is asked for anew, from a cache that has its row by then; device memory sees 1
-    and 1 forward, 2 and 1 backward, and the angles once.
+    Each neighbour is requested again, from a cache that holds its row by then; device memory sees
+    1 and 1 forward, 2 and 1 backward, and the angles once.
     """
-    # Angles are for four heads; of halves only one is read. Half of the bytes are values.
+    # Four heads share the angles. Without interleaving, only one half of them is read. Values,
+    # half of the bytes, need none.
     angles = 4 * case.rotary * (1 if case.interleaved else 0.5)
     angles /= 2 * case.head * case.dtype.itemsize
     later = min(case.window, 2) / 4 + max(case.window - 2, 0)
@@ -131,13 +132,13 @@ def expected(case: Case) -> list[tuple[float, float]]:
 
 
 def per_element(kernel: Kernel, case: Case) -> tuple[float, float]:
-    """(reads, writes) in bytes of keys and values, to compare with `expected`."""
+    """Return (reads, writes) per byte of keys and values, to compare with `expected`."""
     size = 2 * _TOKENS * _SAMPLES * _GROUPS * case.head * case.dtype.itemsize
     return kernel.reads / size, kernel.writes / size
 
 
 def compile_launches(call: Callable[[], object], capability: int) -> list[Kernel]:
-    """What the launches of `call`, on meta tensors, become on a GPU such as sm_90."""
+    """Compile the launches of `call`, on meta tensors, for a GPU; capability: 90 for sm_90."""
     found = []
     run = JITFunction.run
 
@@ -149,7 +150,7 @@ def compile_launches(call: Callable[[], object], capability: int) -> list[Kernel
         found.append(_read(kernel, log.getvalue(), grid, kwargs))
 
     with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope():
-        # Compiled anew each time: what the assembler says about registers is not cached.
+        # No compilation cache: it does not hold what the assembler reports about registers.
         triton.knobs.compilation.always_compile = True
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.runtime.driver.set_active(_Driver(capability))
@@ -163,7 +164,7 @@ def compile_launches(call: Callable[[], object], capability: int) -> list[Kernel
 
 
 def _read(kernel, log: str, grid: tuple[int, int, int], constants: dict) -> Kernel:
-    # Channels behind the head are masked off.
+    # Channels beyond the head are masked.
     threads = grid[0] * grid[1] * kernel.metadata.num_warps * 32
     threads = threads * constants["HEAD"] // constants["BLOCK_D"]
     totals, narrow = {"ld": 0, "st": 0}, 0
@@ -173,7 +174,7 @@ def _read(kernel, log: str, grid: tuple[int, int, int], constants: dict) -> Kern
         for kind in totals:
             totals[kind] += counts[kind] * threads
     spills = [int(number) for pair in _SPILLS.findall(log) for number in pair]
-    assert spills, f"the assembler said nothing of registers: {log}"
+    assert spills, f"the assembler did not report registers: {log}"
     return Kernel(
         name=kernel.metadata.name,
         registers=max(int(number) for number in _REGISTERS.findall(log)),
@@ -185,7 +186,7 @@ def _read(kernel, log: str, grid: tuple[int, int, int], constants: dict) -> Kern
 
 
 def main() -> None:
-    """A table for people: one line a kernel, registers by GPU."""
+    """Print a table: one line per kernel, with its registers on each GPU."""
     found = {}
     for capability, case in CASES:
         for direction, kernel in zip(("forward", "backward"), compile_case(case, capability)):

@@ -1,4 +1,4 @@
-"""How much a kernel's PTX asks of global memory."""
+"""How many bytes of global memory a kernel's PTX requests."""
 
 import re
 
@@ -10,9 +10,11 @@ _RETURN = re.compile(r"\s*ret;")
 
 
 def count_accesses(ptx: str, z: int, trips: int) -> tuple[dict[str, int], int]:
-    """Bytes of a thread's 128-bit accesses, and how many narrower ones, where %ctaid.z is z.
+    """Return the bytes of a thread's 128-bit accesses and the number of narrower ones.
 
-    Accesses in a loop count `trips` times; the other loops, of sines, access no tensor.
+    Args:
+        z: the value of %ctaid.z.
+        trips: how often the loop over heads runs. The other loops, of sines, access no tensor.
     """
     blocks, edges = _blocks(ptx, z)
     wide, narrow = {"ld": 0, "st": 0}, 0
@@ -27,7 +29,7 @@ def count_accesses(ptx: str, z: int, trips: int) -> tuple[dict[str, int], int]:
 
 
 def _blocks(ptx: str, z: int) -> tuple[list[list[str]], dict[int, set[int]]]:
-    """Runs of lines without a jump in between, and which may follow which."""
+    """Return the basic blocks, and for each the blocks that may follow it."""
     blocks, labels, jumps, ends = [[]], {}, [], []
     for line in ptx.splitlines():
         if label := _LABEL.match(line):
@@ -55,7 +57,7 @@ def _blocks(ptx: str, z: int) -> tuple[list[list[str]], dict[int, set[int]]]:
 
 
 def _known_predicates(ptx: str, z: int) -> dict[str, bool]:
-    """Comparisons of %ctaid.z with zero: which half, keys or values, a program takes."""
+    """Evaluate the comparisons of %ctaid.z with zero, which select keys or values."""
     known = {}
     for register in re.findall(r"mov\.u32\s+(%r\d+), %ctaid\.z;", ptx):
         found = re.findall(rf"setp\.(eq|ne)\.[bsu]32\s+(%p\d+), {register}, 0;", ptx)
@@ -64,7 +66,7 @@ def _known_predicates(ptx: str, z: int) -> dict[str, bool]:
 
 
 def _reachable(edges: dict[int, set[int]], start: int) -> set[int]:
-    """Blocks that may run after `start`; itself only in a loop."""
+    """Return the blocks that may run after `start`; it is one of them only in a loop."""
     seen, open_ = set(), list(edges[start])
     while open_:
         number = open_.pop()

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for GPUs that are not here: registers, access widths, bytes."""
+"""The Triton kernels compiled for GPUs that this machine lacks: registers, access widths, bytes."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 
 def assert_lean(case: Case, capability: int, **layout) -> None:
-    """No spilled register; tensors only by 128-bit accesses, and no byte more than expected."""
+    """Check that no register spills and that 128-bit accesses request the expected bytes."""
     kernels = compile_case(case, capability, **layout)
     assert len(kernels) == 2
     for kernel, requests in zip(kernels, expected(case)):
@@ -36,7 +36,7 @@ def test_the_check_sees_spilled_registers(monkeypatch):
 
 @pytest.mark.parametrize("case", [Case(), Case(rotary=128)], ids=str)
 def test_the_check_sees_a_tensor_that_is_read_once_more(case):
-    """A window of three where two is expected, forward and backward."""
+    """Compile a window of three and expect one of two, forward and backward."""
     kernels = compile_case(Case(window=3, rotary=case.rotary), 90)
     for kernel, (reads, writes) in zip(kernels, expected(case)):
         found = per_element(kernel, case)

@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter on the CPU, and the choice of an implementation."""
+"""The Triton kernels in Triton's interpreter on the CPU, and what they save and copy."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.support.shift_cases import assert_right
 
 pytestmark = pytest.mark.slow
 
-# The interpreter cuts the last bits off where a GPU rounds: a whole unit in the last place.
+# The interpreter truncates instead of rounding: a whole unit in the last place.
 ROUNDING = {"fp32": 1e-6, "fp16": 2**-10, "bf16": 2**-7}
 
 
@@ -32,19 +32,8 @@ def test_the_comparison_sees_a_kernel_that_forgets_a_tap():
         assert_right(interpreted()["shift"]["planted"], ROUNDING["fp32"])
 
 
-def test_a_cpu_takes_no_triton_and_a_forced_choice_is_honoured_or_refused(monkeypatch):
-    x, taps = torch.randn(5, 1, 2, 8), torch.randn(2, 2)
-    assert implementation(x) in ("cpu", "reference")
-    monkeypatch.setenv("KVSHIFT_IMPLEMENTATION", "triton")
-    with pytest.raises(ValueError, match=r"KVSHIFT_IMPLEMENTATION=triton: .* not on a GPU"):
-        kv_shift(x, x, taps, taps)
-    monkeypatch.setenv("KVSHIFT_IMPLEMENTATION", "fast")
-    with pytest.raises(ValueError, match=r"auto or one of .*triton, not 'fast'"):
-        kv_shift(x, x, taps, taps)
-
-
 def saved_bytes(queries: int) -> int:
-    """Memory kept for the backward pass, beyond the shifted tensors, of one layer on a GPU."""
+    """Return what one layer saves for the backward pass on a GPU, in multiples of the keys."""
     tokens, groups, head = 64, 4, 32
     mixed = torch.empty(
         tokens, 1, groups, (queries + 2) * head, device="meta", dtype=torch.bfloat16
@@ -65,7 +54,7 @@ def saved_bytes(queries: int) -> int:
 
 
 def test_no_more_than_the_raw_keys_and_values_is_kept_for_the_backward_pass():
-    """In keys: mixed_qkv as it is with one query head a group; copies of two with twelve."""
+    """With one query head per group mixed_qkv is kept; with twelve, copies of keys and values."""
     assert implementation(torch.empty(2, 1, 1, 8, device="meta")) == "triton"
     assert saved_bytes(queries=1) == 3
     assert saved_bytes(queries=12) == 2

@@ -1,7 +1,7 @@
-"""Runs the shift's Triton kernels in Triton's interpreter; started by `interpreted`.
+"""Run the shift's Triton kernels in Triton's interpreter; started by `interpreted`.
 
-The interpreter has to be chosen before Triton is first imported, hence a process of its own, one
-for all tests. It prints {case: {quantity: relative error}} as JSON.
+The interpreter has to be selected before Triton is first imported, hence a separate process, shared
+by all tests. It prints {case: {quantity: relative error}} as JSON.
 """
 
 import functools
@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from kvshift_megatron.ops import autograd, rope_shift
+from kvshift_megatron.ops.autograd import ROPE_SHIFT, SHIFT
 from kvshift_megatron.ops.triton import launch, rope_launch, self_check
 from tests.support.launch import PROJECT
 from tests.support.rope_cases import CASES, Case, rope_errors
@@ -23,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @functools.cache
 def interpreted() -> dict:
-    """What `main` prints, by part: "shift", "rope" and "self-check"."""
+    """Return what `main` prints; the parts are "shift", "rope" and "self-check"."""
     environment = {"TRITON_INTERPRET": "1", "KVSHIFT_IMPLEMENTATION": "triton"}
     run = subprocess.run(
         [sys.executable, "-m", "tests.ops.triton.triton_worker"],
@@ -38,7 +38,7 @@ def interpreted() -> dict:
 
 
 def main() -> None:
-    # The trial that comes before the first choice, on its own, and then of faulty kernels.
+    # The trial that precedes the first choice; below, again with faulty kernels.
     checks = {name: self_check.self_check("cpu", dtype) for name, dtype in DTYPES.items()}
     shift = {}
     for name, shape in SHAPES.items():
@@ -73,16 +73,16 @@ def _other_pairs(grid, constants):
 
 
 def check_operators() -> None:
-    """torch's own checks: schema, fake implementation, autograd, ahead-of-time dispatch."""
+    """Run torch's own checks: schema, fake implementation, autograd, ahead-of-time dispatch."""
     generator = torch.Generator().manual_seed(0)
     x = [torch.randn(9, 2, 3, 16, generator=generator, requires_grad=True) for _ in range(2)]
     taps = [torch.randn(2, 3, generator=generator, requires_grad=True) for _ in range(2)]
     position = torch.tensor([0, 1, 2, 0, 1, 0, 1, 2, 3])
     freqs = torch.randn(9, 4, generator=generator).repeat(1, 2)
     for arguments in ((x, taps, None), (x[:1], taps[:1], position)):
-        torch.library.opcheck(autograd._shift_operator, arguments)
+        torch.library.opcheck(SHIFT.forward, arguments)
     arguments = x, taps, position, freqs, position, False, 1.5
-    torch.library.opcheck(rope_shift._rope_shift_operator, arguments)
+    torch.library.opcheck(ROPE_SHIFT.forward, arguments)
 
 
 if __name__ == "__main__":
