@@ -108,7 +108,7 @@ test-oldest:
 		$(TESTS) || failed=1; [ -z "$$failed" ]
 
 test-transformers: $(READY)
-	@PARALLEL="$(PARALLEL)" bash tools/test_transformers.sh $(TRANSFORMERS_VENVS) $(VENV) $(TRANSFORMERS)
+	@bash tools/test_transformers.sh $(TRANSFORMERS_VENVS) $(VENV) "$(PARALLEL)" $(TRANSFORMERS)
 
 $(VENV)/megatron-core-%/ready: tools/lay_megatron_over.sh | $(READY)
 	@bash tools/lay_megatron_over.sh $(VENV) $*

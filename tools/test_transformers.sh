@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Run the tests that use Transformers on other releases of it:
-# test_transformers.sh DIRECTORY VENV RELEASE...
+# test_transformers.sh DIRECTORY VENV OPTIONS RELEASE...
 #
 # DIRECTORY gets one environment per release (`newest`: the newest that pyproject.toml allows, skipped
-# if that is VENV's), and the folders that VENV's release exports once for all of them.
+# if that is VENV's), and the folders that VENV's release exports once for all of them. OPTIONS are
+# those of pytest, in one word.
 set -euo pipefail
 
-directory=$1 venv=$2
-shift 2
+directory=$1 venv=$2 options=$3
+shift 3
 
 version() {
     "$1/bin/python" -c 'import importlib.metadata as m; print(m.version("transformers"))'
@@ -36,7 +37,7 @@ for release; do
     fi
     status=0
     # shellcheck disable=SC2086
-    "$environment/bin/python" -m pytest -p no:cacheprovider ${PARALLEL:-} tests/hf tests/convert 2>&1 |
+    "$environment/bin/python" -m pytest -p no:cacheprovider $options tests/hf tests/convert 2>&1 |
         tee "$directory/$release.log" || status=$?
     [ "$status" -eq 0 ] || failed=1
     results+=("$found: $(tail -n 1 "$directory/$release.log" | tr -d =)")
