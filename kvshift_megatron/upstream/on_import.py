@@ -81,8 +81,7 @@ class AfterImport(importlib.abc.MetaPathFinder):
                 if self in sys.meta_path:  # a module may be reloaded after `undo`
                     self.after_import(module)
 
-            # On this loader alone, not on its class.
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # this loader's only
         return spec
 
 
