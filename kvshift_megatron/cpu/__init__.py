@@ -1,9 +1,9 @@
-"""A CPU device layer: unmodified Megatron-Core and Megatron-LM scripts over gloo, without a GPU.
+"""A CPU device layer: unmodified Megatron-Core and Megatron-LM scripts run over gloo, with no GPU.
 
 `python -m kvshift_megatron.cpu [--nproc-per-node N] SCRIPT ARGS...` runs a script on it.
-In a program: `enable()`, before Megatron is imported if possible. Importing this package changes
-nothing and does not import torch. While the layer is on, glibc keeps the memory that tensors free
-(`allocator`; `KVSHIFT_KEEP_MEMORY=0` leaves it as it is). What is replaced is listed in
+In a program, call `enable()`, if possible before Megatron is imported. Importing this package
+changes nothing and does not import torch. While the layer is on, glibc keeps the memory that
+tensors free (`allocator`; `KVSHIFT_KEEP_MEMORY=0` turns this off). What is replaced is listed in
 `kvshift_megatron.upstream.cpu_table`.
 
 Covered: the training loop with tensor, pipeline and data parallelism, the distributed optimizer,
@@ -32,15 +32,15 @@ __all__ = [
 ]
 
 _layer: "Layer | None" = None  # while it is on
-_environment: dict[str, str | None] = {}  # what the variables we set held before
+_environment: dict[str, str | None] = {}  # earlier values of the variables that we set
 
 
 def enable(reason: str | None = None, *, force: bool = False) -> bool:
     """Turn the layer on in this process. Calling it again changes nothing.
 
     Args:
-        reason: why, for the one line that rank 0 prints; None works it out.
-        force: use the CPU even if a GPU is present, as `KVSHIFT_CPU=1` does.
+        reason: Why, for the one line that rank 0 prints; None works it out.
+        force: Use the CPU even if a GPU is present, as `KVSHIFT_CPU=1` does.
 
     Returns:
         Whether the layer is on. False means that a GPU is present and nothing was changed.
@@ -50,15 +50,15 @@ def enable(reason: str | None = None, *, force: bool = False) -> bool:
         return True
     import torch
 
-    asked = force or os.environ.get("KVSHIFT_CPU") == "1"
-    if asked:
-        # Before anything counts the GPUs: CUDA reads this once.
+    is_requested = force or os.environ.get("KVSHIFT_CPU") == "1"
+    if is_requested:
+        # Before anything counts the GPUs: CUDA reads this only once.
         _set_environment("CUDA_VISIBLE_DEVICES", "")
     elif torch.cuda.is_available():
         return False
     if "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ:
         # With tensor or context parallelism Megatron asserts this below compute capability 10,
-        # and a CPU's is answered as 0.
+        # and the layer reports 0 for a CPU.
         _set_environment("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
     from kvshift_megatron.cpu.allocator import keep_freed_memory
@@ -68,7 +68,7 @@ def enable(reason: str | None = None, *, force: bool = False) -> bool:
     _layer = Layer()
     _layer.apply()
     if os.environ.get("RANK", "0") == "0":
-        why = reason or ("asked for" if asked else "no GPU is present")
+        why = reason or ("requested" if is_requested else "no GPU is present")
         print(
             f"kvshift_megatron: CPU device layer on ({why}): gloo, {len(_layer)} substitutions",
             flush=True,
@@ -77,7 +77,7 @@ def enable(reason: str | None = None, *, force: bool = False) -> bool:
 
 
 def disable() -> None:
-    """Restore every original. Without effect when the layer is off."""
+    """Restore every original; do nothing if the layer is off."""
     global _layer
     if _layer is None:
         return
@@ -106,7 +106,7 @@ def is_enabled() -> bool:
 
 @contextlib.contextmanager
 def cpu_device_layer(*, force: bool = False) -> Iterator[bool]:
-    """Turn the layer on for a block, for tests. Yield what `enable` returned.
+    """Turn the layer on for a block of a test, and yield what `enable` returned.
 
     A layer that was on before the block stays on after it.
     """

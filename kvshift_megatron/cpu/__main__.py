@@ -1,12 +1,12 @@
-"""Runs an unmodified Megatron script on CPUs.
+"""Run an unmodified Megatron script on CPUs.
 
     kvshift-cpu [--nproc-per-node N] SCRIPT ARGS...
     torchrun --nproc-per-node N -m kvshift_megatron.cpu SCRIPT ARGS...
 
 The first form calls torch's own launcher (``torch.distributed.run --standalone``) in this process,
-which nothing is patched in; a signal it gets ends every rank, and its exit code is that of the
-rank that failed first. The second is what each worker runs: the layer goes on, on a machine with
-GPUs too as this command names the CPU, and the script runs as ``__main__``.
+in which nothing is patched. A signal to it ends every rank, and its exit code is that of the rank
+that failed first. The second form is what each worker runs: it turns the layer on, even on a
+machine with GPUs because this command names the CPU, and runs the script as ``__main__``.
 """
 
 import os
@@ -22,16 +22,16 @@ _SECONDS_TO_LEAVE = 10
 
 
 def _fail(sentence: str) -> int:
-    # Every rank would say the same; the exit code is every rank's.
+    # One message is enough; every rank exits with this code.
     if os.environ.get("RANK", "0") == "0":
         print(f"kvshift-cpu: {sentence}", file=sys.stderr, flush=True)
     return 2
 
 
 def _parse(argv: list[str]) -> tuple[int, str | None, list[str]]:
-    """Splits the command line into (processes, script, the script's arguments).
+    """Split the command line into (processes, script, the script's arguments).
 
-    By hand: what follows SCRIPT belongs to it, also where it looks like one of our options.
+    Without argparse: what follows SCRIPT belongs to it, even if it looks like one of our options.
     """
     processes = "1"
     rest = list(argv)
@@ -48,7 +48,7 @@ def _parse(argv: list[str]) -> tuple[int, str | None, list[str]]:
 
 
 def _run_worker(script: str, arguments: list[str]) -> None:
-    """Runs the script in this process as ``python SCRIPT ARGS...`` would."""
+    """Run the script in this process as ``python SCRIPT ARGS...`` would."""
     sys.path[:] = _path_of(script)
     sys.argv = [script, *arguments]
     cpu.enable(force=True)
@@ -60,14 +60,14 @@ def _run_worker(script: str, arguments: list[str]) -> None:
 
 
 def _path_of(script: str) -> list[str]:
-    """`sys.path` as ``python SCRIPT`` would have it."""
+    """Return `sys.path` as ``python SCRIPT`` would set it."""
     directory = os.path.dirname(os.path.abspath(script))
-    # First is the working directory (-m) or the folder of this command, not the script's.
+    # The first entry is the working directory (-m) or this command's folder, not the script's.
     return [directory, *(sys.path if sys.flags.safe_path else sys.path[1:])]
 
 
 def _check_spec(script: str, arguments: list[str]) -> None:
-    """Raises ValueError where `--spec` names a module that the script would not find."""
+    """Raise ValueError if `--spec` names a module that the script would not find."""
     module, before = named_specs.spec_module(arguments), list(sys.path)
     sys.path[:] = _path_of(script)
     try:
@@ -78,11 +78,11 @@ def _check_spec(script: str, arguments: list[str]) -> None:
 
 
 def _leave_process_group() -> None:
-    """Leaves the process group if the script did not.
+    """Leave the process group if the script did not.
 
-    A thread of gloo that is in Python when the interpreter ends aborts the process, and its exit
-    code would no longer be the script's. Where a peer is lost, an operation in flight could take
-    gloo's whole time-out to end: the launcher should hear of it sooner.
+    A gloo thread that is in Python when the interpreter ends aborts the process, which then loses
+    the script's exit code. If a peer is lost, an operation in flight may take gloo's full time-out
+    to end; the wait here is limited so that the launcher learns of it sooner.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
@@ -92,8 +92,8 @@ def _leave_process_group() -> None:
 
 
 def _launch(processes: int, script: str, arguments: list[str]) -> int:
-    """Runs the ranks with torch's launcher and answers the exit code."""
-    # The launcher would set 1 for each of several ranks.
+    """Run the ranks with torch's launcher and return the exit code."""
+    # With several ranks the launcher would set 1 for each.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // processes)))
 
@@ -114,7 +114,7 @@ def _launch(processes: int, script: str, arguments: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, the script's where it ran."""
+    """Run the command line and return the exit status: the script's, if it ran."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         processes, script, arguments = _parse(argv)

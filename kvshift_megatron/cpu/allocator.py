@@ -1,7 +1,7 @@
-"""Keeps memory that tensors have freed, so that the next ones need no fresh pages.
+"""Keep memory that tensors have freed, so that the next tensors need no new pages.
 
-glibc maps new pages for every big tensor and gives them back when it is freed; the kernel then
-clears each page once more, which costs several times what writing the tensor does.
+glibc maps new pages for every large tensor and returns them when it is freed. The kernel then has
+to clear each page again, which takes several times as long as writing the tensor.
 """
 
 import ctypes
@@ -9,27 +9,27 @@ import os
 import platform
 import sys
 
-# 0: glibc's own behaviour.
+# Set to 0 to keep glibc's own behaviour.
 VARIABLE = "KVSHIFT_KEEP_MEMORY"
 
-# malloc.h
+# From malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
-# glibc's limits where nothing is set, in a process that has freed blocks of any size: with the
-# first call of mallopt it stops moving them by itself.
+# What glibc's limits become by default in a process that has freed blocks of any size. They have to
+# be restored by hand: after the first call of mallopt glibc no longer adjusts them.
 _MMAP_MAX_DEFAULT, _MMAP_THRESHOLD_LARGEST = 65536, 32 * 2**20
 
 _keeps = False
 
 
 def keep_freed_memory() -> bool:
-    """Lets glibc take every block from its heap and never shrink it, in the whole process.
+    """Have glibc take every block from its heap and never shrink it, in the whole process.
 
-    Memory stays at the highest that the process has used.
+    The process's memory then stays at its peak.
 
     Returns:
-        Whether that is so now. False, and nothing is changed, on other C libraries, where the
-        user has settled it (KVSHIFT_KEEP_MEMORY=0, MALLOC_* or GLIBC_TUNABLES), or where glibc
-        refuses.
+        Whether this is in force. It is False, and nothing is changed, with other C libraries, if
+        the user has set these limits (KVSHIFT_KEEP_MEMORY=0, MALLOC_* or GLIBC_TUNABLES), or if
+        glibc refuses.
     """
     global _keeps
     if _keeps:
@@ -37,17 +37,17 @@ def keep_freed_memory() -> bool:
     libc = _glibc()
     if libc is None or os.environ.get(VARIABLE) == "0" or _is_settled():
         return False
-    # Not a higher threshold: glibc takes none above 32 MB.
+    # Raising the threshold would not do: glibc accepts none above 32 MB.
     _keeps = libc.mallopt(_MMAP_MAX, 0) == 1 and libc.mallopt(_TRIM_THRESHOLD, -1) == 1
     return _keeps
 
 
 def give_back() -> None:
-    """Ends `keep_freed_memory` and returns what is free to the system."""
+    """Undo `keep_freed_memory` and return free memory to the system."""
     global _keeps
-    if not _keeps:
+    libc = _glibc() if _keeps else None
+    if libc is None:
         return
-    libc = _glibc()
     libc.mallopt(_MMAP_MAX, _MMAP_MAX_DEFAULT)
     libc.mallopt(_MMAP_THRESHOLD, _MMAP_THRESHOLD_LARGEST)
     libc.mallopt(_TRIM_THRESHOLD, 2 * _MMAP_THRESHOLD_LARGEST)
@@ -63,7 +63,7 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def _is_settled() -> bool:
-    """Whether the user has set these limits; glibc has read them at the process's start."""
+    """Return whether the user has set these limits, which glibc reads when the process starts."""
     names = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     return any(name in os.environ for name in names) or any(

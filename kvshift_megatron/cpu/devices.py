@@ -18,7 +18,7 @@ def cpu_device(device: Any) -> Any:
     """Return the CPU for whatever names a CUDA device, and anything else unchanged.
 
     Args:
-        device: `"cuda"`, `"cuda:1"`, `torch.device("cuda", 1)`, a device index (`bool` is not one),
+        device: `"cuda"`, `"cuda:1"`, `torch.device("cuda", 1)`, a device index (a `bool` is none),
             or a device of another kind (`"cpu"`, `"meta"`).
     """
     if isinstance(device, torch.device):
@@ -26,7 +26,7 @@ def cpu_device(device: Any) -> Any:
     if isinstance(device, str):
         return CPU if device == "cuda" or device.startswith("cuda:") else device
     if isinstance(device, int) and not isinstance(device, bool):
-        return CPU  # an index means the accelerator, and there is none
+        return CPU  # an index names an accelerator, and there is none
     return device
 
 
@@ -51,7 +51,7 @@ def tensor_to(original: Callable) -> Callable:
     @functools.wraps(original)
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args:
-            # A tensor ("like that one") or a dtype passes through cpu_device unchanged.
+            # cpu_device returns a tensor (to match) or a dtype unchanged.
             return original(self, cpu_device(args[0]), *args[1:], **kwargs)
         if "device" in kwargs:
             kwargs["device"] = cpu_device(kwargs["device"])
@@ -74,7 +74,7 @@ def tensor_cuda(original: Callable) -> Callable:
 
 
 def load_on_cpu(original: Callable) -> Callable:
-    """Wrap `torch.load` so that storages saved on a GPU come to the CPU."""
+    """Wrap `torch.load` so that storages saved on a GPU are loaded on the CPU."""
 
     @functools.wraps(original)
     def load(f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
 """The command-line flags that a CPU run of Megatron needs, and those it cannot honour.
 
-``fill_flags`` adds what was not given and knows nothing about any GPU: it is for runs that
+``fill_flags`` adds the missing ones whether or not there is a GPU: call it only for runs that
 ``kvshift_megatron.cpu.enable`` has put on the CPU.
 """
 
@@ -31,10 +31,10 @@ class Refusal:
     """A flag that a CPU cannot honour.
 
     Attributes:
-        flag: The flag, or the beginning of a family of flags if it ends in ``*``.
-        why: What it needs, as the end of the sentence "<flag> needs ...".
+        flag: The flag, or a prefix of several flags if it ends in ``*``.
+        why: What it needs, to complete the sentence "<flag> needs ...".
         remedy: What to do, in the imperative.
-        values: The refused values; empty when any use of the flag is refused.
+        values: The refused values; empty if any use of the flag is refused.
         unless: Another flag that makes this one harmless.
     """
 
@@ -45,6 +45,7 @@ class Refusal:
     unless: str | None = None
 
     def matches(self, flag: str, value: str | None) -> bool:
+        """Return whether this use of a flag is refused, `unless` aside."""
         if self.flag.endswith("*"):
             return flag.startswith(self.flag[:-1])
         return flag == self.flag and (not self.values or value in self.values)
@@ -72,7 +73,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("--use-precision-aware-optimizer", _TE, _DROP),
     Refusal("--fused-residual-rmsnorm", _TE, _DROP),
     Refusal("--tp-comm-overlap", _TE, _DROP),
-    Refusal("--moe-grouped-gemm", _TE, "leave it out, the experts then run one by one"),
+    Refusal("--moe-grouped-gemm", _TE, "leave it out; the experts then run one by one"),
     Refusal("--moe-permute-fusion", _TE, _DROP),
     Refusal("--moe-router-fusion", _TE, _DROP),
     Refusal("--moe-token-dispatcher-type", "DeepEP or HybridEP GPU kernels",
@@ -104,13 +105,13 @@ REFUSALS: tuple[Refusal, ...] = (
 
 
 def check_flags(argv: list[str]) -> None:
-    """Refuses flags that only a GPU can honour.
+    """Refuse flags that only a GPU can honour.
 
     Args:
         argv: The script's arguments, without its name.
 
     Raises:
-        GPUOnlyFlagError: One sentence with the setting and the remedy, for the first such flag.
+        GPUOnlyFlagError: A flag is refused; the message names the first one and the remedy.
     """
     given = list(_given(argv))
     flags = {flag for flag, _ in given}
@@ -124,16 +125,16 @@ def check_flags(argv: list[str]) -> None:
 
 
 def fill_flags(argv: list[str]) -> list[str]:
-    """Adds the flags a CPU needs where they were not given.
+    """Add the flags that a CPU needs and that were not given.
 
-    Flags that the installed Megatron does not know are not added. The new ones come first: the
-    last word on the line may belong to a flag that takes any number of values.
+    Flags that the installed Megatron does not know are not added. The new ones come first, because
+    the last given flag may take any number of values.
 
     Args:
         argv: The script's arguments, without its name.
 
     Returns:
-        A new list; ``argv`` is left as it is.
+        A new list; ``argv`` is not changed.
 
     Raises:
         GPUOnlyFlagError: See ``check_flags``.
@@ -149,8 +150,8 @@ def fill_flags(argv: list[str]) -> list[str]:
 
 
 def megatron_flags() -> frozenset[str]:
-    """Every flag that the installed ``megatron.training`` defines."""
-    # Imported late: it takes seconds, and the layer must be on by then.
+    """Return every flag that the installed ``megatron.training`` defines."""
+    # Imported late: it takes seconds, and the layer has to be on first.
     from megatron.training.arguments import add_megatron_arguments
 
     parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -159,7 +160,7 @@ def megatron_flags() -> frozenset[str]:
 
 
 def _given(argv: list[str]) -> Iterator[tuple[str, str | None]]:
-    """Yields each flag with its first value, from ``--flag value`` and ``--flag=value``."""
+    """Yield each flag with its first value, from ``--flag value`` and ``--flag=value``."""
     for position, word in enumerate(argv):
         if not word.startswith("--"):
             continue

@@ -1,7 +1,7 @@
-"""The CPU layer's table in force, with the three things that go with it.
+"""Apply the CPU layer's table, with three additions that are no rows.
 
-A finder for Megatron's compiled helpers, a filter for one warning of Megatron's RNG tracker, and
-Dynamo's list of functions, which is renewed at the end.
+These are a finder for Megatron's compiled helpers, a filter for one warning of Megatron's RNG
+tracker, and Dynamo's list of functions, which is cleared when the layer is turned off.
 """
 
 import logging
@@ -44,5 +44,5 @@ class Layer(AppliedOnImport):
         super().undo()
         trace_rules = sys.modules.get("torch._dynamo.trace_rules")
         if trace_rules is not None:
-            # Dynamo knows functions by identity; torch.distributed drops its cache the same way.
+            # Dynamo knows functions by identity; torch.distributed clears this cache the same way.
             trace_rules.clear_lru_cache()

@@ -13,7 +13,7 @@ _ASYNC_MODULE = "megatron.core.dist_checkpointing.strategies.async_utils"
 
 
 def _caller_is(prefix: str) -> bool:
-    """Whether the function that called our caller lives in a module of that name."""
+    """Return whether our caller was called from the module `prefix` or one below it."""
     name = sys._getframe(2).f_globals.get("__name__", "")
     return name == prefix or name.startswith(prefix + ".")
 
@@ -21,7 +21,7 @@ def _caller_is(prefix: str) -> bool:
 def tensor_type(original: Callable) -> Callable:
     """Wrap `Tensor.type` to answer `torch.cuda.FloatTensor` to Megatron's optimizer.
 
-    The optimizer sorts and checks parameters by these strings. Other callers get the true answer.
+    The optimizer sorts and checks parameters by these strings. Other callers get torch's answer.
     """
 
     @functools.wraps(original)
@@ -35,22 +35,22 @@ def tensor_type(original: Callable) -> Callable:
 
 
 def device_count(original: Callable) -> Callable:
-    """Wrap `torch.cuda.device_count` to answer 1 to two callers.
+    """Wrap `torch.cuda.device_count` to return 1 to two callers.
 
-    In `megatron.training.initialize` it decides whether the parallel groups and the RNG tracker are
-    set up at all; the process that writes checkpoints in the background divides by it.
+    `megatron.training.initialize` sets up the parallel groups and the RNG tracker only if it is not
+    0, and the process that writes checkpoints in the background divides by it.
     """
 
     @functools.wraps(original)
     def count() -> int:
-        asked = _caller_is("megatron.training.initialize") or _caller_is(_ASYNC_MODULE)
-        return 1 if asked else original()
+        needs_one = _caller_is("megatron.training.initialize") or _caller_is(_ASYNC_MODULE)
+        return 1 if needs_one else original()
 
     return count
 
 
 def allow_no_cuda(original: Callable) -> Callable:
-    """Pass Megatron's own `allow_no_cuda=True`."""
+    """Wrap `initialize_megatron` to pass Megatron's own `allow_no_cuda=True`."""
 
     @functools.wraps(original)
     def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
@@ -61,7 +61,7 @@ def allow_no_cuda(original: Callable) -> Callable:
 
 
 def filled_arguments(original: Callable) -> Callable:
-    """Add the flags that a CPU needs to `sys.argv` when Megatron parses it."""
+    """Wrap `parse_args` to add the flags that a CPU needs to `sys.argv` first."""
 
     @functools.wraps(original)
     def parse_args(*args: Any, **kwargs: Any) -> Any:
@@ -72,7 +72,7 @@ def filled_arguments(original: Callable) -> Callable:
 
 
 def async_caller(original: type) -> type:
-    """Derive the caller of `--async-save`'s background process for tensors on the CPU."""
+    """Derive a class that runs `--async-save`'s background process for tensors on the CPU."""
 
     @functools.wraps(original, updated=())
     class PersistentAsyncCaller(original):
@@ -82,8 +82,8 @@ def async_caller(original: type) -> type:
             return super()._get_process(rank, "fork", *args, **kwargs)
 
         def schedule_async_call(self, async_req: Any) -> None:
-            # On a GPU the copy to the CPU is out of training's reach. Here there is no copy, and
-            # the background process would write what the next step makes of the tensors.
+            # On a GPU, training cannot change the copy on the CPU. Here there is no copy, so the
+            # background process would write tensors that the next step has already changed.
             if async_req.preload_fn is not None:
                 rank, _, *rest = async_req.async_fn_args
                 buckets = [_copied(bucket) for bucket in async_req.preload_fn()]
@@ -96,7 +96,7 @@ def async_caller(original: type) -> type:
 
 
 def _copied(bucket: tuple) -> tuple:
-    """Return a write bucket of Megatron's with copies of its tensors."""
+    """Return one of Megatron's write buckets with copies of its tensors."""
     file, key, (objects, tensors) = bucket
     return file, key, (objects, [(item, tensor.clone()) for item, tensor in tensors])
 
@@ -104,9 +104,9 @@ def _copied(bucket: tuple) -> tuple:
 def distributed_optimizer(original: type) -> type:
     """Derive a distributed optimizer that can be loaded with torch's Adam inside it.
 
-    Megatron's asks for the step of every parameter before there is one, looks for a step among the
-    tensors of a checkpoint that has it elsewhere, gives all parameters one step tensor to count on,
-    and writes in place into fp32 parameters that record gradients.
+    Megatron's own fails there: it reads every parameter's step before there is one, looks for the
+    step among the tensors of a checkpoint that stores it elsewhere, lets all parameters share one
+    step tensor, and writes in place to fp32 parameters that require gradients.
     """
 
     @functools.wraps(original, updated=())
@@ -123,14 +123,14 @@ def distributed_optimizer(original: type) -> type:
 
         @torch.no_grad()
         def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict) -> None:
-            # The step came with the parameter groups, but one format returns this rank's own here.
+            # The step came with the parameter groups; one format also passes this rank's own here.
             super()._set_main_param_and_optimizer_states(model_param, {**tensors, "step": None})
 
     return DistributedOptimizer
 
 
 def _allocate_state(optimizer: Any) -> None:
-    """Give torch's Adam the state that it has before its first step."""
+    """Give torch's Adam the state that it would create in its first step."""
     if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and not optimizer.state:
         for param in (param for group in optimizer.param_groups for param in group["params"]):
             moments = {key: torch.zeros_like(param) for key in ("exp_avg", "exp_avg_sq")}
@@ -138,5 +138,5 @@ def _allocate_state(optimizer: Any) -> None:
 
 
 def cpu_rng_may_change(record: Any) -> bool:
-    """Filter a log record: here the "GPU" generator is the CPU's, so it does change."""
+    """Drop Megatron's warning that the CPU's generator changed: here it is also the GPU's."""
     return "CPU RNG state changed within GPU RNG context" not in record.getMessage()

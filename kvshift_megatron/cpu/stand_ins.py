@@ -1,7 +1,7 @@
-"""What stands in for CUDA streams, events, generators and queries on a CPU.
+"""Stand-ins for CUDA streams, events, generators and queries on a CPU.
 
-CPU work is done when the call returns, so ordering is already what a stream would arrange:
-waiting is nothing to do and an event is over when it is recorded.
+CPU work is done when the call returns, so it is already in the order that streams would enforce:
+there is nothing to wait for, and an event has happened as soon as it is recorded.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class Event:
-    """``torch.cuda.Event``: a point in host time."""
+    """``torch.cuda.Event``: a point in time on the host."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._seconds: float | None = None
@@ -27,23 +27,23 @@ class Event:
         self._seconds = time.perf_counter()
 
     def wait(self, stream: Any = None) -> None:
-        """Returns at once: what was recorded is done."""
+        """Return at once: the recorded work is done."""
 
     def synchronize(self) -> None:
-        """Returns at once: what was recorded is done."""
+        """Return at once: the recorded work is done."""
 
     def query(self) -> bool:
         return True
 
     def elapsed_time(self, end_event: "Event") -> float:
-        """Milliseconds from this event to ``end_event``."""
+        """Return the milliseconds from this event to ``end_event``."""
         if self._seconds is None or end_event._seconds is None:
             raise RuntimeError("Both events must be recorded before calculating elapsed time.")
         return (end_event._seconds - self._seconds) * 1e3
 
 
 class Stream:
-    """``torch.cuda.Stream``: the one queue a CPU has, always empty."""
+    """``torch.cuda.Stream``: a CPU's only queue, which is always empty."""
 
     device = CPU
     device_index = 0
@@ -58,10 +58,10 @@ class Stream:
         return (0, 0)
 
     def wait_stream(self, stream: Any) -> None:
-        """Returns at once: the other stream's work is done."""
+        """Return at once: the other stream's work is done."""
 
     def wait_event(self, event: Any) -> None:
-        """Returns at once: the recorded work is done."""
+        """Return at once: the recorded work is done."""
 
     def record_event(self, event: Event | None = None) -> Event:
         event = Event() if event is None else event
@@ -69,7 +69,7 @@ class Stream:
         return event
 
     def synchronize(self) -> None:
-        """Returns at once: nothing is queued."""
+        """Return at once: nothing is queued."""
 
     def query(self) -> bool:
         return True
@@ -96,7 +96,7 @@ class DeviceContext(contextlib.nullcontext):
 class _Generators(tuple):
     """``torch.cuda.default_generators``: every index is the CPU's generator."""
 
-    def __getitem__(self, index: Any) -> torch.Generator:
+    def __getitem__(self, index: Any) -> torch.Generator:  # type: ignore[override]  # no slices
         return torch.default_generator
 
 
@@ -116,7 +116,7 @@ def set_rng_state(new_state: torch.Tensor, device: Any = "cuda") -> None:
 
 
 def manual_seed(seed: int) -> None:
-    # Not torch.manual_seed, which itself seeds CUDA and would come back here.
+    # Not torch.manual_seed, which seeds CUDA too and so would call this function again.
     torch.default_generator.manual_seed(int(seed))
 
 
@@ -125,11 +125,11 @@ def initial_seed() -> int:
 
 
 def own_random_numbers(original: Callable) -> Callable:
-    """Wraps ``DataLoader.__iter__``, which draws a seed from the CPU generator.
+    """Wrap ``DataLoader.__iter__``, which draws a seed from the CPU generator.
 
-    On a GPU that leaves dropout alone. Here both share a generator, and without this a resumed
-    run would drop other elements than the run it continues: its loader is built after the
-    checkpoint has set the random state.
+    On a GPU that does not affect dropout. Here both share a generator, and a resumed run builds its
+    loader after the checkpoint has set the random state, so without this its dropout would differ
+    from that of the run it continues.
     """
     host = torch.Generator()
 
@@ -147,7 +147,7 @@ def own_random_numbers(original: Callable) -> Callable:
 
 
 def keep_random_state(original: Callable) -> Callable:
-    """Wraps a function that draws on the GPU; here that would move what comes after it."""
+    """Wrap a function to restore the random state: on a GPU its draws leave the CPU's alone."""
 
     @functools.wraps(original)
     def keep(*args: Any, **kwargs: Any) -> Any:
@@ -161,7 +161,7 @@ def keep_random_state(original: Callable) -> Callable:
 
 
 def nothing(*args: Any, **kwargs: Any) -> None:
-    """There is nothing to do on a CPU."""
+    """Do nothing: on a CPU there is nothing to do."""
 
 
 def zero(*args: Any, **kwargs: Any) -> int:
@@ -173,7 +173,7 @@ def no(*args: Any, **kwargs: Any) -> bool:
 
 
 def call_now(function: Any, **kwargs: Any) -> None:
-    """``torch.cuda._lazy_call``: CUDA will never start, so the queue would never be run."""
+    """Stand in for ``torch.cuda._lazy_call``: CUDA never starts, so its queue would never run."""
     function()
 
 

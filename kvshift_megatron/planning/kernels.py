@@ -1,7 +1,7 @@
-"""Which kernels a dry run assumes: they differ in what they keep for the backward pass.
+"""Choose the kernels that a dry run assumes: they differ in what they keep for the backward pass.
 
-On the meta device torch takes its decompositions, which keep more than any real kernel does, so the
-choice is made here. `gpu`: Transformer Engine's and this package's kernels, as far as they are
+On the meta device torch uses its decompositions, which keep more than any real kernel does, so this
+module replaces them. `gpu`: Transformer Engine's and this package's kernels, as far as they are
 known; `cpu`: torch's kernels on a CPU, to compare a plan with a run on a CPU.
 
                  gpu keeps                                   cpu keeps
@@ -9,16 +9,16 @@ known; `cpu`: torch's kernels on a CPU, to compare a plan with a run on a CPU.
                  values that are a view are copied first     values are a view (with packing or
                  (with context parallelism: all ranks'       context parallelism: no log-sum-exp)
                  keys and values)
-    RMSNorm      input, one fp32 a token                     fp32 copies (torch's decomposition)
+    RMSNorm      input, one fp32 per token                   fp32 copies (torch's decomposition)
     shift        keys and values, or copies of them if       keys and values
-                 they are little of the QKV output
-    SwiGLU       its input                                   its parts
-    (--no-bias-swiglu-fusion: as on the cpu)
+                 they are a small part of the QKV output
+    SwiGLU       its input                                   its intermediate results
+    (--no-bias-swiglu-fusion: as for cpu)
 
-Under context parallelism (p2p) Transformer Engine's attention keeps its own keys and values and not
-all ranks', and sends them and their gradients on, while this package's gathers and reduce-scatters:
-other messages and, in the backward pass, fewer bytes. With --recompute-modules layernorm, or FP8,
-it differs too.
+With context parallelism (p2p) Transformer Engine's attention keeps only its own keys and values and
+passes them and their gradients on. This package's gathers and reduce-scatters them instead, with
+other messages and, in the backward pass, fewer bytes. Transformer Engine also differs with
+--recompute-modules layernorm and with FP8.
 """
 
 import os
@@ -35,22 +35,22 @@ aten = torch.ops.aten
 
 
 def use(kernels: str) -> None:
-    """Install a kind of kernels in this process, for good.
+    """Install a kind of kernels in this process; this cannot be undone.
 
     Args:
-        kernels: gpu or cpu.
+        kernels: "gpu" or "cpu".
 
     Raises:
-        ValueError: the kernels of a GPU need Triton, which is not installed.
+        ValueError: A GPU's kernels need Triton, which is not installed.
     """
     if kernels == "cpu":
         substitutions.apply(planning_table.kernels_of_a_cpu(_as_on_cpu))
-        # Tensors without data get a GPU's kernels unless told otherwise.
+        # By default tensors without data get a GPU's kernels.
         os.environ[VARIABLE] = "eager"
     else:
         if not HAS_TRITON and requested() != "eager":
             raise ValueError(
-                "a GPU's kernels of the shift are Triton's, which is not installed: pip install "
+                "a GPU's kernels for the shift need Triton, which is not installed: pip install "
                 f"triton, or set {VARIABLE}=eager to plan without them"
             )
         substitutions.apply(
@@ -70,19 +70,19 @@ def flash_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Compute scaled_dot_product_attention with the kernel that torch takes on a CPU.
+    """Compute scaled_dot_product_attention with the kernel that torch uses on a CPU.
 
     Args:
         query: [b, np, sq, hn].
         key, value: [b, ng, sk, hn].
-        attn_mask: bool, broadcastable to [b, np, sq, sk], True where to attend.
-        dropout_p, is_causal, scale, enable_gqa: as torch's.
+        attn_mask: bool, broadcastable to [b, np, sq, sk], True to attend.
+        dropout_p, is_causal, scale, enable_gqa: As torch's.
 
     Returns:
-        [b, np, sq, hn].
+        Attention output [b, np, sq, hn], of the query's dtype.
     """
     if attn_mask is not None:
-        # As torch converts it before it calls the kernel.
+        # Converted as torch does before it calls the kernel.
         zero, infinite = (torch.scalar_tensor(x, dtype=query.dtype) for x in (0.0, -torch.inf))
         attn_mask = torch.where(attn_mask, zero, infinite)
     return aten._scaled_dot_product_flash_attention_for_cpu(
@@ -99,7 +99,7 @@ def _on_gpu(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 def _as_on_cpu(original: Callable) -> Callable:
     def attention(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> Tensor:
         # With dropout torch has no fused kernel on a CPU.
-        kernel = original if dropout_p else flash_attention
+        kernel: Callable = original if dropout_p else flash_attention
         return kernel(*args, dropout_p=dropout_p, **kwargs)
 
     return attention
@@ -119,12 +119,12 @@ def whole_attention(
     Args:
         query: [sq, b, np, hn].
         key, value: [sk, b, ng, hn].
-        places, window: ignored, as no mask is made.
-        scale: of the scores.
-        dropout: probability.
+        places, window: Ignored, because no mask is made.
+        scale: Of the scores.
+        dropout: Probability.
 
     Returns:
-        [sq, b, np, hn].
+        Attention output [sq, b, np, hn], of the query's dtype.
     """
     from kvshift_megatron.specs.te_free.sdpa import sdpa
 
@@ -143,11 +143,11 @@ def _rms_norm(original: Callable) -> Callable:
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """The shapes of the fused kernel, without arithmetic."""
+    """The fused kernel's shapes without its arithmetic."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """Return an output like `x` [..., h], and keep one fp32 a token."""
+        """Return an output like `x` [..., h], and keep one fp32 per token."""
         reciprocal = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
         ctx.save_for_backward(x, weight, reciprocal)
         return torch.empty_like(x)

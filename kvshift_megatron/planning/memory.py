@@ -1,4 +1,4 @@
-"""What is alive: bytes of storages, each counted once however many tensors share it.
+"""Count the bytes of live storages, each once however many tensors share it.
 
 Torch keeps one Python object for a storage as long as the storage itself lives, so `id` tells
 storages apart and a weak reference reports when one is freed.
@@ -16,14 +16,14 @@ from kvshift_megatron.upstream.substitutions import Applied
 
 
 class LiveStorages:
-    """Count the bytes of storages that were allocated since it began and are still alive.
+    """Count the bytes of storages that have been seen and are still alive.
 
     Args:
-        device_type: only storages on such a device count.
-        known: tensors whose storages are not counted, such as parameters.
+        device_type: Only storages on such a device count.
+        known: Tensors whose storages are not counted, such as parameters.
 
     Attributes:
-        now, peak: bytes.
+        now, peak: Bytes.
     """
 
     def __init__(self, device_type: str, known: Iterable[Tensor] = ()):
@@ -66,7 +66,7 @@ class LiveStorages:
 def follow_resizes(storages: LiveStorages) -> Applied:
     """Return a context in which `storages` follows every UntypedStorage.resize_.
 
-    Megatron frees activations that way, to recompute them later.
+    This is how Megatron frees activations that it recomputes later.
     """
 
     def followed(resize: Callable) -> Callable:
@@ -81,13 +81,13 @@ def follow_resizes(storages: LiveStorages) -> Applied:
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
-    """Count what autograd keeps for the backward pass: unique storages that are no parameters.
+    """Count what autograd keeps for the backward pass: unique storages other than parameters.
 
     Args:
-        parameters: their storages are not counted.
+        parameters: Tensors whose storages are not counted.
 
     Attributes:
-        now, peak: bytes.
+        now, peak: Bytes.
     """
 
     def __init__(self, parameters: Iterable[Tensor]):

@@ -1,7 +1,7 @@
 """Put Megatron on the meta device: shapes without storage, ranks without processes.
 
-The CPU device layer (`kvshift_megatron.cpu`) sends everything that Megatron asks of a GPU to one
-device; here that device is meta. That leaves what has no value without storage: numbers that are
+The CPU device layer (`kvshift_megatron.cpu`) sends everything that Megatron puts on a GPU to one
+device; here that device is meta. This module handles the rest, which needs values: numbers that are
 read back, and messages.
 """
 
@@ -24,11 +24,11 @@ aten = torch.ops.aten
 
 
 def enter() -> None:
-    """Send this process's "GPU" tensors to meta, for good: it can do nothing else afterwards.
+    """Send this process's "GPU" tensors to meta; this cannot be undone.
 
     The CPU device layer must be on and Megatron imported.
     """
-    # Point-to-point calls look for the backend of the tensors' device.
+    # Point-to-point calls look up the backend of the tensors' device.
     if "meta" not in (served := dist.Backend.backend_capability["fake"]):
         served.append("meta")
     substitutions.apply(
@@ -39,12 +39,12 @@ def enter() -> None:
 
 
 def _norm(*_: Any) -> tuple[torch.Tensor, None]:
-    """Return a norm [1] without reading the gradients."""
+    """Return a norm, fp32 [1], without reading the gradients."""
     return torch.zeros(1, device=META), None
 
 
 def _type_of_a_gpu(original: Callable) -> Callable:
-    """Wrap `Tensor.type` to call a meta tensor a GPU's."""
+    """Wrap `Tensor.type` to report a meta tensor as a GPU's."""
 
     def type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = original(self, *args, **kwargs)
@@ -54,7 +54,7 @@ def _type_of_a_gpu(original: Callable) -> Callable:
 
 
 def _built_on_meta(original: Callable) -> Callable:
-    """Wrap the builder: some modules are built on the default device and moved afterwards."""
+    """Wrap the builder: some modules are built on the default device and then moved."""
 
     def build_model(*args: Any, **kwargs: Any) -> Any:
         with META:
@@ -64,9 +64,9 @@ def _built_on_meta(original: Callable) -> Callable:
 
 
 class MetaAnswers(TorchDispatchMode):
-    """Answer when a value is needed.
+    """Supply the values that a meta tensor lacks.
 
-    Whatever is read back is zero: no overflow, no NaN, no flag is set. Messages are done at once;
+    Whatever is read back is zero: no overflow, no NaN, no flag is set. Messages complete at once;
     those of host tensors go to the fake process group.
     """
 
@@ -99,7 +99,7 @@ def samples(args: Namespace, names: tuple[str, ...]) -> Iterator[dict[str, torch
 
     Args:
         args: Megatron's, validated.
-        names: of further float32 entries.
+        names: Of further float32 entries.
 
     Yields:
         {name: [micro-batch size, sequence]}: int64 tokens, labels and position_ids, float32
@@ -121,19 +121,19 @@ def samples(args: Namespace, names: tuple[str, ...]) -> Iterator[dict[str, torch
 
 @contextlib.contextmanager
 def loop_without_values(args: Namespace) -> Iterator[None]:
-    """Settle what Megatron's training loop would decide by a value that it reads back.
+    """Fix what Megatron's training loop would decide by a value that it reads back.
 
     Args:
-        args: validated.
+        args: Megatron's, validated.
     """
-    args.do_train = True  # else it is what a broadcast says
+    args.do_train = True  # otherwise a broadcast sets it
     rows = planning_table.loop_without_values(compile_nothing=lambda **_: None, agree=_agrees)
     with Applied(rows):
         yield
 
 
 def _agrees(original: Callable) -> Callable:
-    """Wrap the question of whether all ranks have set a flag: every rank is as this one."""
+    """Wrap the check that all ranks have set a flag: assume that every rank is like this one."""
 
     def every_rank_agrees(flag: Any, group: Any) -> Any:
         original(flag, group=group)

@@ -2,9 +2,9 @@
 
     torchrun ... -m kvshift_megatron.planning.observe FOLDER <flags of kvshift_megatron.pretrain>
 
-is a real run, on GPUs or on a CPU, that leaves FOLDER/rank-N.json: what `plan` says about a rank,
-counted with the same counters in a run, and on a GPU the allocator's own peak. It is there to be
-compared with the plan.
+is a real run, on GPUs or on a CPU. It writes FOLDER/rank-N.json to be compared with the plan: what
+`plan` predicts for a rank, counted with the same counters in a run, and on a GPU the allocator's
+own peak.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ class StepObserver:
     """Count around Megatron's `train_step`.
 
     Args:
-        micro_batches: number in each step, one step after the other; then EnoughSteps is raised.
-            None counts every step as it comes and lets the run end by itself. The first step
-            differs from all others: the optimizer gets its state, and no parameters are gathered.
+        micro_batches: The number in each step in turn; after the last, EnoughSteps is raised. None
+            counts every step as it comes and lets the run end by itself. The first step differs
+            from all others: the optimizer gets its state, and no parameters are gathered.
 
     Attributes:
-        steps: what was counted, an entry per step.
-        static: after the last step; see static_bytes.
+        steps: What was counted, one entry per step.
+        static: Bytes after the last step; see static_bytes.
     """
 
     def __init__(self, micro_batches: list[int] | None = None):
@@ -88,7 +88,7 @@ class StepObserver:
 class _Step:
     """One training step and its counters."""
 
-    def __init__(self, model: list[torch.nn.Module], optimizer: Any, micro_batches: int):
+    def __init__(self, model: list[Any], optimizer: Any, micro_batches: int):
         parameters = [p for chunk in model for p in chunk.module.parameters()]
         self._device = parameters[0].device.type
         self._storages = LiveStorages(self._device, static_tensors(model, optimizer))
@@ -109,7 +109,7 @@ class _Step:
         *rest: Any,
         **keywords: Any,
     ) -> Any:
-        """Run Megatron's train_step with the counters on."""
+        """Run Megatron's `train_step` with the counters on."""
 
         def forward_step(*arguments: Any) -> Any:
             before, alive = self._saved.now, self._storages.now
@@ -144,7 +144,7 @@ class _Step:
     def counted(self) -> dict:
         """Return what was counted: bytes, messages, FLOPs; see StepCounter and Traffic.rows."""
         peak, allocator_peak = self._before_optimizer
-        work = {}
+        work: dict[str, dict[str, int]] = {}
         for (during, what), number in self._counter.work.items():
             work.setdefault(during, {})[what] = number
         return {
@@ -161,7 +161,7 @@ class _Step:
 
 
 def main() -> None:
-    """Run kvshift_megatron.pretrain and leave what was counted."""
+    """Run kvshift_megatron.pretrain and write what was counted."""
     from kvshift_megatron import cpu, pretrain
 
     folder = Path(sys.argv.pop(1))

@@ -15,10 +15,10 @@ from kvshift_megatron.upstream.substitutions import Applied
 
 @dataclass(kw_only=True)
 class KVShiftGPTModelConfig(GPTModelConfig):
-    """Megatron's GPTModelConfig and the taps.
+    """Megatron's GPTModelConfig with the configuration of the taps.
 
     Args:
-        kv_shift: the taps of every attention layer; None builds the baseline model.
+        kv_shift: The taps of every attention layer; None builds the baseline model.
     """
 
     builder: ClassVar[str] = "kvshift_megatron.training.gpt_builder.KVShiftGPTModelBuilder"
@@ -26,20 +26,20 @@ class KVShiftGPTModelConfig(GPTModelConfig):
 
 
 class KVShiftGPTModelBuilder(GPTModelBuilder):
-    """Megatron's builder; only the layer specs that it chooses are converted."""
+    """Megatron's builder, with its layer specs converted."""
 
     def build_model(self, *args: Any, vp_stage: int | None = None, **kwargs: Any) -> GPTModel:
         """Build as GPTModelBuilder does.
 
         Raises:
-            ValueError: a setting that KV shifting cannot honour; the message names it.
+            ValueError: KV shifting cannot honour a setting; the message names it.
         """
         with Applied(builder_table.converted_specs(layers=_converted_layers, mtp=_converted_mtp)):
             return super().build_model(*args, vp_stage=vp_stage, **kwargs)
 
 
 def _converted_layers(original: Callable) -> Callable:
-    """Wrap Megatron's `default_layer_spec`."""
+    """Wrap Megatron's `default_layer_spec` to convert the layers."""
 
     def layers(config: KVShiftGPTModelConfig, vp_stage: int | None = None) -> Any:
         spec = original(config, vp_stage)
@@ -49,7 +49,7 @@ def _converted_layers(original: Callable) -> Callable:
 
 
 def _converted_mtp(original: Callable) -> Callable:
-    """Wrap Megatron's `mtp_block_spec`."""
+    """Wrap Megatron's `mtp_block_spec` to convert the layers."""
 
     def mtp(
         config: KVShiftGPTModelConfig, transformer_layer_spec: Any, vp_stage: int | None = None

@@ -9,7 +9,7 @@ def converted_specs(*, layers: Wrap, mtp: Wrap) -> list[Substitution]:
     """Return the rows for the layer specs and for those of multi-token prediction."""
     reason = (
         "Megatron makes the MTP spec from its own layer specs, whatever the configuration names, "
-        "in a function that nothing else reaches."
+        "and offers no hook."
     )
     return [
         Substitution(f"{_GPT}.default_layer_spec", reason, wrap=layers, releases=">=0.19"),

@@ -1,8 +1,8 @@
 """What the CPU device layer (`kvshift_megatron.cpu`) replaces in torch and Megatron.
 
-`torch.cuda.is_available` answers False, so that the data loader, `torch.compile` and Megatron take
-their own CPU paths; it has a row only if a GPU could not be hidden. Dynamo is left as it is: it
-traces through the wrappers.
+`torch.cuda.is_available` returns False, so that the data loader, `torch.compile` and Megatron take
+their own CPU paths; it has a row only if a GPU could not be hidden. Dynamo needs no row: it traces
+through the wrappers.
 """
 
 import functools
@@ -39,7 +39,7 @@ def rows(
     d, h, s = devices, hooks, stand_ins
     return [
         # Devices
-        *(_value("CUDA had counted its GPUs before the CPU was asked for.", s.no,
+        *(_value("CUDA had counted its GPUs before the CPU was requested.", s.no,
                  "torch.cuda.is_available") if gpu_is_visible else []),
         *_value("Megatron passes it as a device in some 200 places.", s.current_device,
                 "torch.cuda.current_device"),
@@ -80,7 +80,7 @@ def rows(
         *_value("There is no CUDA memory to manage.", s.nothing, "torch.cuda.empty_cache",
                 "torch.cuda.ipc_collect", "torch.cuda.reset_peak_memory_stats",
                 "torch.cuda.reset_max_memory_allocated"),
-        # Random numbers: the CPU's generator is the one that dropout draws from
+        # Random numbers
         *_value("CPU dropout draws from the CPU generator.", s.get_rng_state,
                 "torch.cuda.get_rng_state", "torch.cuda.random.get_rng_state"),
         *_value("CPU dropout draws from the CPU generator.", s.set_rng_state,
@@ -98,7 +98,7 @@ def rows(
         # Megatron's start
         *_wrap("It asserts CUDA unless told otherwise.", h.allow_no_cuda,
                f"{_INITIALIZE}.initialize_megatron"),
-        *_wrap("It warms up with random tensors of a rank's shape, and weights are drawn later.",
+        *_wrap("It draws random tensors of each rank's shape before the weights are drawn.",
                s.keep_random_state, f"{_INITIALIZE}.set_jit_fusion_options"),
         *dataset_helpers.rows(),
         *_wrap("The defaults name Transformer Engine and NCCL.", h.filled_arguments,
@@ -106,7 +106,7 @@ def rows(
         # Checkpoints
         *_wrap("It expects the state of a GPU's fused Adam.", h.distributed_optimizer,
                _DISTRIBUTED_OPTIMIZER),
-        *_wrap("It takes the copy from the GPU for one that training cannot change.",
+        *_wrap("It assumes that training cannot change the tensors it copied from the GPU.",
                h.async_caller, _ASYNC_CALLER),
     ]
 # fmt: on
@@ -120,11 +120,11 @@ def factory_targets() -> Iterator[str]:
 
 
 def listed_factories() -> Iterator[str]:
-    """Yield the dotted names of those that torch itself lists for `with torch.device(...)`."""
-    # Asked before anything is wrapped: torch caches the answer, with the functions in it.
+    """Yield the dotted names of the functions that torch lists for `with torch.device(...)`."""
+    # Call this before anything is wrapped: torch caches the list of function objects.
     from torch.utils._device import _device_constructors
 
-    # `fft_fftfreq` and the like name C functions; their home is `torch.fft`.
+    # `fft_fftfreq` and the like are names of C functions, which live in `torch.fft`.
     for name in sorted(function.__name__ for function in _device_constructors()):
         if name.startswith("fft_"):
             yield f"torch.fft.{name.removeprefix('fft_')}"
@@ -147,7 +147,7 @@ def _value(reason: str, value: Any, *targets: str) -> list[Substitution]:
 
 
 def _stand_in(function: Callable, original: Any) -> Callable:
-    """Give each row a function of its own, so that reverting knows the original by identity."""
+    """Give each row its own function, so that `undo` can tell the originals apart by identity."""
 
     @functools.wraps(original)
     def stand_in(*args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,7 @@
-"""Megatron's compiled dataset helpers, where Megatron is installed from a wheel.
+"""Megatron's compiled dataset helpers, if Megatron is installed from a wheel.
 
-At every start Megatron runs `make` beside them. A wheel holds them compiled, and no Makefile.
+At every start Megatron runs `make` in their folder. A wheel holds the compiled helpers but no
+Makefile.
 """
 
 import functools
@@ -19,7 +20,7 @@ HELPERS = "megatron.core.datasets.helpers_cpp"
 
 
 def rows() -> list[Substitution]:
-    """Return the row for Megatron's start."""
+    """Return the row for compiling the helpers when Megatron starts."""
     return [
         Substitution(
             "megatron.core.datasets.utils.compile_helpers",
@@ -41,14 +42,14 @@ def skip_if_built(original: Callable[[], None]) -> Callable[[], None]:
 
 
 def use_built() -> None:
-    """Keep Megatron from compiling helpers that are there."""
+    """Keep Megatron from compiling helpers that are already built."""
     substitutions.apply(rows())
 
 
 class HelperFinder(importlib.abc.MetaPathFinder):
     """Find the installed wheel's helpers for a source checkout that has not been built.
 
-    The checkout's `megatron` comes first on `sys.path`.
+    It is needed because the checkout's `megatron` comes first on `sys.path`.
     """
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""What `kvshift_megatron.training.faults` replaces in Megatron, for good."""
+"""What `kvshift_megatron.training.faults` replaces in Megatron; none of it is undone."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def saves(
     *, save_checkpoint: Wrap, save: Wrap, clean: Wrap, schedule: Wrap, finalize: Wrap
 ) -> list[Substitution]:
     """Return the rows for a save as a whole, in the foreground and in the background."""
-    unhooked = "A save that fails on one rank has no hook, and leaves the other ranks waiting."
+    unhooked = "A save that fails on one rank leaves the others waiting, and there is no hook."
     return [
         Substitution(f"{_CHECKPOINTING}.save_checkpoint", unhooked, wrap=save_checkpoint),
         Substitution(
@@ -43,12 +43,12 @@ def saves(
 def writes(
     *, tracker: Wrap, plan: Wrap, metadata: Wrap, config: Wrap, manifest: Wrap
 ) -> list[Substitution]:
-    """Return the rows for what one rank writes by itself."""
+    """Return the rows for what a rank writes on its own."""
     alone = "An error there leaves the other ranks in the collective that follows."
     return [
         Substitution(
             f"{_CHECKPOINTING}.maybe_msc",
-            "The tracker file is written in place, and a crash would leave half of it.",
+            "The tracker file is written in place, so a crash could leave half of it.",
             wrap=tracker,
             releases=">=0.19",
         ),
@@ -61,22 +61,22 @@ def writes(
 
 def one_file(described: Wrap) -> list[Substitution]:
     """Return the row for the writer of one file; `described` makes a static method."""
-    reason = "It drops the operating system's words."
+    reason = "It drops the operating system's error message."
     return [Substitution(f"{_WRITER}.write_preloaded_data", reason, wrap=described)]
 
 
 def all_files(write: staticmethod) -> list[Substitution]:
-    """Return the row for the writer of all files of a rank."""
-    reason = "With several files a rank, an error there may have no answer."
+    """Return the row for the writer of all of a rank's files."""
+    reason = "With several files per rank, it may end on an error without reporting a result."
     return [Substitution(f"{_WRITER}.write_preloaded_data_multithread", reason, value=write)]
 
 
 def processes(*, async_loop: staticmethod, results_queue: Any) -> list[Substitution]:
-    """Return the rows for what a save starts.
+    """Return the rows for the processes that a save starts.
 
     Args:
-        async_loop: what the writing process runs.
-        results_queue: the function that starts the queue's process.
+        async_loop: What the writing process runs.
+        results_queue: The function that starts the queue's process.
     """
     return [
         Substitution(
@@ -93,6 +93,6 @@ def processes(*, async_loop: staticmethod, results_queue: Any) -> list[Substitut
 
 
 def results(queue: Any) -> list[Substitution]:
-    """Return the row for the queue itself, which Megatron's own function would leave there."""
-    reason = "Megatron looks for the queue of this process there."
+    """Return the row for the queue itself, which Megatron's own function would set."""
+    reason = "Megatron looks up this process's queue there."
     return [Substitution(f"{_STRATEGIES}.filesystem_async._results_queue", reason, value=queue)]

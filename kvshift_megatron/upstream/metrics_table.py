@@ -9,16 +9,16 @@ _SUMMARY_WRITER = "torch.utils.tensorboard.SummaryWriter"
 
 
 def without_tensorboard(writer: Any, writer_class: type) -> list[Substitution]:
-    """Return the rows that have Megatron write its numbers to `writer`, without TensorBoard."""
+    """Return the rows that make Megatron write its numbers to `writer` without TensorBoard."""
     return [
         Substitution(
             "megatron.training.global_vars._GLOBAL_TENSORBOARD_WRITER",
-            "Without TensorBoard nothing would get the metrics, and there is no setter.",
+            "Without TensorBoard nothing would receive the metrics, and there is no setter.",
             value=writer,
         ),
         Substitution(
             "megatron.core.timers.SummaryWriter",
-            "Timers are written to writers of this class only, which is None without TensorBoard.",
+            "Timers are written only to writers of this class, which is None without TensorBoard.",
             value=writer_class,
         ),
     ]
@@ -39,9 +39,9 @@ def loop(*, log: Wrap, evaluate: Wrap) -> list[Substitution]:
 def tensorboard_writer(
     writer: Any, *, add_scalar: Wrap, add_text: Wrap, flush: Wrap, close: Wrap
 ) -> list[Substitution]:
-    """Return the rows for one SummaryWriter, which stays what Megatron looks for."""
+    """Return the rows for one SummaryWriter, which keeps the class that Megatron looks for."""
     methods = {"add_scalar": add_scalar, "add_text": add_text, "flush": flush, "close": close}
-    reason = "Megatron's writer has no hook, and a full disk under it would end the run."
+    reason = "Megatron's writer has no hook, and a full disk would end the run."
     return [
         Substitution(f"{_SUMMARY_WRITER}.{name}", reason, wrap=wrap, owner=writer)
         for name, wrap in methods.items()

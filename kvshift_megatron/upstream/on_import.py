@@ -1,8 +1,8 @@
-"""The engine for a process that goes on to import Megatron: rows wait for their modules.
+"""The engine for a process that has yet to import Megatron: rows wait for their modules.
 
 A row in torch is applied before Megatron is imported, so a `from torch.cuda import ...` in Megatron
 captures the replacement. A row in Megatron is applied as soon as its module has run and before the
-importer goes on, so a `from` import captures that replacement too. Megatron modules that were
+importer continues, so a `from` import captures that replacement too. Megatron modules that were
 imported earlier are searched for captured names.
 """
 
@@ -19,9 +19,9 @@ _WAITS = "megatron"  # the library whose rows wait
 
 
 class AppliedOnImport(Applied):
-    """As Applied, but rows in Megatron wait for the import, and captured names change too.
+    """Like Applied, but rows in Megatron wait for the import, and captured names change too.
 
-    A target that the installed release does not have is left out.
+    A row is skipped if the installed release lacks its target.
     """
 
     def __init__(self, rows: Iterable[Substitution]) -> None:
@@ -32,7 +32,7 @@ class AppliedOnImport(Applied):
         )
 
     def apply(self) -> None:
-        """Apply what can be applied now; the rest follows with its modules."""
+        """Apply what can be applied now; the other rows follow when their modules are imported."""
         for row in self.rows:
             if row.library != _WAITS:
                 self._replace_if_there(resolve(row.module), row)
@@ -43,7 +43,7 @@ class AppliedOnImport(Applied):
         sys.meta_path.insert(0, self._finder)
 
     def undo(self) -> None:
-        """Restore every original, also where a module has captured its replacement."""
+        """Restore every original, also in modules that have captured its replacement."""
         sys.meta_path.remove(self._finder)
         super().undo()
         _rebind({id(new): old for old, new in self._pairs})
@@ -62,7 +62,7 @@ class AppliedOnImport(Applied):
 
 
 class AfterImport(importlib.abc.MetaPathFinder):
-    """Run `after_import(module)` when a module named in `names` has been executed."""
+    """Call `after_import(module)` once a module named in `names` has been executed."""
 
     def __init__(self, names: frozenset[str], after_import: Callable[[ModuleType], None]) -> None:
         self.names = names
@@ -81,12 +81,12 @@ class AfterImport(importlib.abc.MetaPathFinder):
                 if self in sys.meta_path:  # a module may be reloaded after `undo`
                     self.after_import(module)
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # this loader's only
         return spec
 
 
 def _rebind(new_by_id: dict[int, Any]) -> None:
-    """Exchange the names that Megatron's modules captured with `from ... import`."""
+    """Replace the objects that Megatron's modules captured with `from ... import`."""
     for module in _megatron_modules():
         for name, value in list(vars(module).items()):
             if id(value) in new_by_id:

@@ -1,6 +1,7 @@
-"""What `kvshift_megatron.planning` replaces: to count a step, and to run one without storage.
+"""What `kvshift_megatron.planning` replaces to count a step, and to run one without storage.
 
-Some rows of a dry run are of this package, whose modules have captured functions and devices.
+Some rows of a dry run have targets in this package, whose modules have captured functions and
+devices.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ def steps(train_step: Wrap) -> list[Substitution]:
 
 def micro_batches(count: int) -> list[Substitution]:
     """Return the row that fixes the number of micro-batches of the next step."""
-    reason = "Megatron's loop reads there how many micro-batches a step has."
+    reason = "Megatron's loop reads the number of micro-batches of a step there."
     return [Substitution(f"{_TRAINING}.get_num_microbatches", reason, value=lambda: count)]
 
 
@@ -42,7 +43,7 @@ def kernels_of_a_cpu(attention: Wrap) -> list[Substitution]:
     return [
         Substitution(
             f"{_TE_FREE}.sdpa.scaled_dot_product_attention",
-            "On meta torch takes a decomposition, which keeps more than a CPU's kernel.",
+            "On meta torch uses a decomposition, which keeps more than a CPU's kernel does.",
             wrap=attention,
         )
     ]
@@ -55,17 +56,17 @@ def kernels_of_a_gpu(
     return [
         Substitution(
             f"{_TE_FREE}.sdpa.scaled_dot_product_attention",
-            "On meta torch takes a decomposition, which keeps more than a GPU's kernel.",
+            "On meta torch uses a decomposition, which keeps more than a GPU's kernel does.",
             value=attention,
         ),
         Substitution(
             f"{_TE_FREE}.core_attention.blockwise_attention",
-            "A GPU's kernel needs no blocks, as it holds no mask in memory.",
+            "A GPU's kernel needs no blocks, because it holds no mask in memory.",
             value=whole_attention,
         ),
         Substitution(
             "torch.nn.functional.rms_norm",
-            "On meta torch takes a decomposition, which keeps more than a kernel.",
+            "On meta torch uses a decomposition, which keeps more than a GPU's kernel does.",
             wrap=rms_norm,
         ),
     ]
@@ -77,22 +78,22 @@ def meta_device(
     """Return the rows that send a GPU's tensors to the meta device.
 
     Args:
-        device: the meta device.
-        norm: stands in for the norm of a list of gradients.
-        tensor_type, build_model: wrap the two methods of that name.
+        device: The meta device.
+        norm: Stands in for the norm of a list of gradients.
+        tensor_type, build_model: Wrap `Tensor.type` and the builder's `build_model`.
     """
-    layer = "The CPU layer sends there what Megatron asks of a GPU."
+    layer = "The CPU layer puts there what Megatron puts on a GPU."
     return [
         Substitution("kvshift_megatron.cpu.devices.CPU", layer, value=device),
         Substitution("kvshift_megatron.cpu.stand_ins.CPU", layer, value=device),
         Substitution(
             "megatron.core.optimizer.clip_grads.l2_norm_impl",
-            "It reads every gradient's norm back, and a GPU's kernel does not.",
+            "It reads every gradient's norm back to the host, and a GPU's kernel does not.",
             value=norm,
         ),
         Substitution(
             "torch.Tensor.type",
-            "The optimizer sorts parameters by the names of a GPU's tensors.",
+            "The optimizer sorts parameters by the type names of a GPU's tensors.",
             wrap=tensor_type,
         ),
         Substitution(
@@ -114,7 +115,7 @@ def loop_without_values(*, compile_nothing: Callable, agree: Wrap) -> list[Subst
         ),
         Substitution(
             f"{_TRAINING}.logical_and_across_model_parallel_group",
-            "It reads a value back, and on meta there is none.",
+            "It reads a value back, and a meta tensor has none.",
             wrap=agree,
         ),
     ]

@@ -1,7 +1,7 @@
-"""The engine: applies the rows of a table and restores the originals.
+"""The engine: apply the rows of a table and restore the originals.
 
-A row names an attribute of another library, what takes its place and why. Rows are applied in the
-order of their table and restored in the reverse order. `on_import` has the engine for modules that
+A row names an attribute of another library, its replacement and the reason. Rows are applied in the
+order of their table and restored in reverse order. `on_import` extends the engine to modules that
 are not imported yet.
 """
 
@@ -22,14 +22,14 @@ class Substitution:
     """One row: `value` replaces the target, or `wrap(original)` does.
 
     Args:
-        target: dotted name of an attribute of a module or class.
-        reason: why it is replaced, in one sentence.
-        value: the replacement.
-        wrap: makes the replacement from the original. Exactly one of the two is given.
-        owner: the object whose attribute is replaced, for one instance of the target's class;
-            None finds the module or class by the target's name.
-        releases: of torch for its own names, else of megatron-core, in which the row applies, such
-            as ">=0.19"; None for every supported one.
+        target: Dotted name of an attribute of a module or class.
+        reason: Why it is replaced, in one sentence.
+        value: The replacement.
+        wrap: Makes the replacement from the original. Give either `value` or `wrap`.
+        owner: The instance of the target's class to change instead of the class; None changes the
+            module or class that the target names.
+        releases: In which the row applies, such as ">=0.19": of torch for torch's names, else of
+            megatron-core. None for every supported one.
     """
 
     target: str
@@ -60,14 +60,14 @@ class Substitution:
         return self.target.partition(".")[0]
 
     def applies(self) -> bool:
-        """Whether the installed release is one of `releases`."""
+        """Return whether the installed release is one of `releases`."""
         if self.releases is None:
             return True
-        # megatron-core requires it.
+        # megatron-core depends on it.
         from packaging.specifiers import SpecifierSet
         from packaging.version import Version
 
-        # A release candidate has what its release will have.
+        # A release candidate counts as its release.
         base = Version(_installed(self.library)).base_version
         return SpecifierSet(self.releases).contains(base)
 
@@ -79,10 +79,10 @@ class Substitution:
 class Applied:
     """Rows that are in force from `apply` to `undo`, or in a `with` block.
 
-    A row whose `releases` leave out the installed one is skipped.
+    A row is skipped if its `releases` do not include the installed one.
 
     Args:
-        rows: applied in this order.
+        rows: Applied in this order.
     """
 
     def __init__(self, rows: Iterable[Substitution]) -> None:
@@ -100,7 +100,7 @@ class Applied:
         """Put every row in force, or none.
 
         Raises:
-            AttributeError: a target is not there.
+            AttributeError: The installed release lacks a target.
         """
         try:
             for row in self.rows:
@@ -111,7 +111,7 @@ class Applied:
             raise
 
     def undo(self) -> None:
-        """Restore every original, the last replaced first."""
+        """Restore every original, in reverse order."""
         self._restore()
 
     def __enter__(self) -> Self:
@@ -146,14 +146,14 @@ class Applied:
 
 
 def apply(rows: Iterable[Substitution]) -> Applied:
-    """Put rows in force until `undo` of the result; without a call of it, for the whole process."""
+    """Put rows in force until `undo` is called on the result, or until the process ends."""
     applied = Applied(rows)
     applied.apply()
     return applied
 
 
 def resolve(dotted: str) -> Any:
-    """Return the module or class of a dotted name, as `from a.b import c` finds it."""
+    """Return the module or class with a dotted name, as `from a.b import c` finds it."""
     head, *rest = dotted.split(".")
     found, path = importlib.import_module(head), head
     for name in rest:
@@ -165,6 +165,6 @@ def resolve(dotted: str) -> Any:
 
 
 def _installed(library: str) -> str:
-    """Return the installed release: torch's, and for every other name Megatron-Core's."""
+    """Return the installed release of torch, or for every other name that of Megatron-Core."""
     module = "torch" if library == "torch" else "megatron.core.package_info"
     return importlib.import_module(module).__version__

@@ -1,4 +1,4 @@
-"""Freed memory that is kept: tensors without page faults, and glibc's own ways restored."""
+"""Freed memory is kept: new tensors cause no page faults, and `give_back` restores glibc's ways."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ SETTINGS = (
 
 
 @pytest.fixture(autouse=True)
-def nothing_settled(monkeypatch):
+def no_user_settings(monkeypatch):
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
     assert allocator._glibc() is not None and not cpu.is_enabled()
@@ -31,7 +31,7 @@ def nothing_settled(monkeypatch):
     allocator.give_back()
 
 
-# In a process of its own: the heap of a long one may have room left where nothing can be trimmed.
+# In its own process: the heap of a long-running one may have free space that cannot be trimmed.
 _FAULTS = """
 import resource
 import torch
@@ -39,7 +39,7 @@ from kvshift_megatron import cpu
 from kvshift_megatron.cpu import allocator
 
 def faults(x, rounds):
-    # Pages that three copies of x need, once glibc has settled how it cuts its blocks.
+    # Page faults of three copies of x, once glibc's limits have settled.
     for _ in range(rounds):
         x.clone()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -47,13 +47,13 @@ def faults(x, rounds):
         x.clone()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-# Above 32 MB, where glibc maps every block however often one was freed.
+# Above 32 MB glibc maps every block, however often one was freed.
 x = torch.zeros(40 * 2**18)
 found = [faults(x, 16)]
 with cpu.cpu_device_layer(force=True):
     assert allocator.keep_freed_memory()
     found.append(faults(x, 16))
-# Larger than any room that may be left in the heap, below something that cannot be moved.
+# Larger than any free space that may be left in the heap below a block in use.
 found.append(faults(torch.zeros(200 * 2**18), 1))
 print(*found)
 """
@@ -70,7 +70,7 @@ def test_tensors_need_no_fresh_pages_while_the_layer_is_on():
     )
     assert run.returncode == 0, run.stderr[-3000:]
     before, kept, after = map(int, run.stdout.splitlines()[-1].split())
-    # Even where pages are huge: 3 * 40 MB in pages of 2 MB.
+    # Even with huge pages: 3 * 40 MB in pages of 2 MB.
     assert before >= 50 and kept <= 10 and after >= 50, (before, kept, after)
 
 
@@ -84,7 +84,7 @@ def test_tensors_need_no_fresh_pages_while_the_layer_is_on():
         ("GLIBC_TUNABLES", "glibc.malloc.check=0:glibc.malloc.mmap_threshold=1000000"),
     ],
 )
-def test_what_the_user_has_settled_is_left_alone(name, value, monkeypatch):
+def test_the_users_settings_are_left_alone(name, value, monkeypatch):
     monkeypatch.setenv(name, value)
     assert allocator.keep_freed_memory() is False
     assert os.environ[name] == value

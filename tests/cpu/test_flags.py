@@ -1,4 +1,4 @@
-"""The flags a CPU run gets, and the ones it refuses."""
+"""The flags that a CPU run gets, and those that it refuses."""
 
 import pytest
 
@@ -9,7 +9,7 @@ ALL_KNOWN = frozenset(flag for flag, _ in flags.DEFAULTS)
 
 @pytest.fixture
 def known(monkeypatch):
-    """Stands for the flags of the installed Megatron, whose parser takes seconds to import."""
+    """Stand in for the flags of the installed Megatron, whose parser takes seconds to import."""
     monkeypatch.setattr(flags, "megatron_flags", lambda: ALL_KNOWN)
 
 

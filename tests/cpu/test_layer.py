@@ -1,4 +1,4 @@
-"""The CPU device layer: what it changes, and that it changes it back."""
+"""The CPU device layer: what it changes, and that turning it off restores everything."""
 
 import os
 import subprocess
@@ -266,7 +266,7 @@ def test_recomputed_dropout_gives_the_same_gradients(tracker, monkeypatch):
     plain, plain_after = gradient(recompute=False)
     again, again_after = gradient(recompute=True)
     assert plain.count_nonzero() > 0 and torch.equal(plain, again)
-    # The recompute left the generator where it found it.
+    # The recomputation left the generator unchanged.
     assert torch.equal(plain_after, again_after)
 
 
@@ -280,7 +280,7 @@ def test_a_data_loader_leaves_the_random_state_of_dropout_alone(layer):
 def test_megatrons_start_does_not_ask_for_a_gpu(layer, monkeypatch):
     from megatron.training import global_vars, initialize
 
-    # It goes on to the arguments, which are missing.
+    # It gets as far as the arguments, which are missing.
     monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", None)
     monkeypatch.setattr(sys, "argv", ["script", "--no-such-flag"])
     with pytest.raises((AssertionError, SystemExit)) as stop:
@@ -361,7 +361,7 @@ print(twice(torch.ones(3)).tolist())
 
 
 def test_dynamo_that_starts_in_the_layer_forgets_it():
-    """It lists torch's functions when it is first imported, and again when it is told to."""
+    """Dynamo lists torch's functions when it is first imported, and again when told to."""
     output, errors = _start("-c", DYNAMO, KVSHIFT_CPU="1").communicate(timeout=180)
     assert output.splitlines()[-1] == "[3.0, 3.0, 3.0]", errors
 
@@ -380,7 +380,7 @@ assert cpu.is_enabled() and torch.ones(1, device="cuda").device.type == "cpu"
 torch.distributed.init_process_group("gloo")
 total = torch.tensor([float(torch.distributed.get_rank() + 1)], device="cuda")
 torch.distributed.all_reduce(total)
-# The launcher's workers write unbuffered: one string, or the lines of two ranks mix.
+# The launcher's workers write unbuffered: in two writes the lines of two ranks could mix.
 print(f"total {total.item()} threads {os.environ['OMP_NUM_THREADS']}\\n", end="")
 if os.environ["WHAT"] == "sleep":
     time.sleep(120)

@@ -11,12 +11,12 @@ from kvshift_megatron.upstream.substitutions import Substitution
 from tests.support.launch import PROJECT
 
 FOLDER = PROJECT / "kvshift_megatron" / "upstream"
-# Arguments of the tables' functions that a placeholder cannot be.
+# Arguments of the tables' functions that cannot be placeholders.
 _MODULES = {"devices": devices, "hooks": megatron_hooks, "stand_ins": stand_ins}
 
 
 def functions(module: str) -> dict[str, Callable[..., list[Substitution]]]:
-    """Return the public functions of a module of the folder that are a table."""
+    """Return the public functions of one of the folder's modules that return rows."""
     loaded = importlib.import_module(f"kvshift_megatron.upstream.{module}")
     return {
         name: function
@@ -28,7 +28,7 @@ def functions(module: str) -> dict[str, Callable[..., list[Substitution]]]:
 
 
 def rows() -> Iterator[tuple[str, Substitution]]:
-    """Yield (file below the package, row) of every table, with placeholders for replacements."""
+    """Yield (file, relative to the package, row) for every table, with placeholder replacements."""
     for path in sorted(FOLDER.glob("*.py")):
         for function in functions(path.stem).values():
             for row in function(**placeholders(function)):
@@ -36,6 +36,6 @@ def rows() -> Iterator[tuple[str, Substitution]]:
 
 
 def placeholders(function: Callable) -> dict[str, Any]:
-    """Return arguments for a function of a table."""
+    """Return arguments for one of a table's functions."""
     names = inspect.signature(function).parameters
     return {name: _MODULES.get(name, mock.MagicMock(name=name)) for name in names}

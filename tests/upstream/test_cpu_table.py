@@ -1,4 +1,4 @@
-"""The rows of the CPU layer's table in torch: each call with its row, and without."""
+"""The CPU layer's rows in torch: each call with its row, and without."""
 
 import zipfile
 from pathlib import Path
@@ -88,7 +88,7 @@ def _recorded(event: torch.cuda.Event) -> bool:
     return event.query()
 
 
-# Target -> a call as Megatron makes it, and whether it is answered as on the CPU layer.
+# Target -> a call as Megatron makes it, which returns whether the result is the CPU layer's.
 CALLS = {
     "torch.cuda.current_device": lambda _: torch.cuda.current_device() == CPU,
     "torch.Tensor.to": lambda _: _is_on_cpu(X.to("cuda")),
@@ -157,8 +157,8 @@ CALLS = {
     "torch.Tensor.new_tensor": lambda _: _is_on_cpu(X.new_tensor([1.0], device="cuda")),
     "torch.Tensor.new_zeros": lambda _: _is_on_cpu(X.new_zeros(2, device="cuda")),
 }
-# Answered without their rows, too: the first two by a torch with CUDA only; for the others torch
-# asks get_device_properties, which has a row.
+# These work without their rows too: the first two only in a torch built with CUDA, the others
+# because they call get_device_properties, which has a row.
 ANSWERED_WITHOUT = {
     "torch.cuda.nvtx.mark",
     "torch.cuda.empty_cache",
@@ -171,7 +171,7 @@ def _is_answered(target: str, folder: Path) -> bool:
     with cpu.cpu_device_layer():
         try:
             return CALLS[target](folder) is True
-        except Exception:  # each in its own way, from RuntimeError to NVML's
+        except Exception:  # the kind differs, from RuntimeError to NVML's
             return False
 
 
@@ -185,7 +185,7 @@ def test_a_call_is_answered_because_of_its_row(target, tmp_path, monkeypatch):
 
 
 def test_every_row_in_torch_has_a_call():
-    """Functions that make tensors are in tests/cpu/test_layer.py."""
+    """The functions that make tensors are tested in tests/cpu/test_layer.py."""
     rows = {row.target for row in layer.table() if row.library == "torch"}
     assert set(CALLS) <= rows
     assert rows - set(CALLS) <= set(cpu_table.factory_targets())

@@ -1,4 +1,4 @@
-"""The engine: rows are applied in order, and every original comes back."""
+"""The engine applies rows in order and restores every original."""
 
 import importlib
 import sys
@@ -144,7 +144,7 @@ TEXT = "setting = None\n\n\ndef answer():\n    return 1\n\n\ndef other():\n    r
 
 @pytest.fixture
 def planted(tmp_path, monkeypatch):
-    """A module of Megatron's that is not imported yet, and one that captures a name of it."""
+    """Plant a Megatron module that is not imported yet, and one that captures its names."""
     package = importlib.import_module("megatron")
     (tmp_path / "kvshift_planted.py").write_text(TEXT)
     (tmp_path / "kvshift_capturing.py").write_text(f"from {MODULE} import answer, setting\n")
@@ -187,7 +187,7 @@ def test_names_that_were_captured_earlier_change_too(planted):
     layer = on_import()
     layer.apply()
     assert module.answer() == capturing.answer() == 11
-    # None would stand for many things: only what can be called is searched for.
+    # Only callables are searched for: a value such as None occurs in many places.
     assert (module.setting, capturing.setting) == (5, None)
     layer.undo()
     assert module.answer is capturing.answer is captured and module.setting is None

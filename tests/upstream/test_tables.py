@@ -11,7 +11,7 @@ from tests.upstream import tables
 
 ROWS = list(tables.rows())
 _FOLDER = "upstream/"
-# What is set elsewhere and is no replacement; see kvshift_megatron/upstream/__init__.py.
+# Set elsewhere, but not replacements; see kvshift_megatron/upstream/__init__.py.
 _NOT_REPLACED = {("bridge.py", "._normalize_expert_param_name")}
 _FIELDS_OF_A_COPY = "specs/rewrite.py"
 

@@ -1,4 +1,4 @@
-"""One decision for all ranks, before and after the process groups exist."""
+"""Decisions that all ranks share, before and after the process groups exist."""
 
 import json
 import os
@@ -12,35 +12,35 @@ _store: torch.distributed.Store | None = None
 
 
 def store(timeout: timedelta) -> torch.distributed.Store:
-    """This package's part of the store that the ranks of the launch meet in.
+    """Return this package's part of the launch's rendezvous store.
 
-    Usable before `init_process_group`, and a connection of its own, so that no call of the main
-    thread keeps another thread waiting. One rank alone needs no launcher.
+    It works before `init_process_group`. It has its own connection, so that no call of the main
+    thread makes another thread wait. A single rank needs no launcher.
 
     Args:
-        timeout: of every call; only the first call of this function decides it.
+        timeout: Of every call on the store; later calls of this function do not change it.
     """
     global _store
     if _store is None:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             found = torch.distributed.HashStore()
         else:
-            # Where rank 0 serves the store, this server stays and Megatron's joins it.
+            # If rank 0 serves the store, Megatron later connects to this server.
             found, _, _ = next(torch.distributed.rendezvous("env://", timeout=timeout))
         _store = torch.distributed.PrefixStore("kvshift_megatron", found)
     return _store
 
 
 def decided_by_rank_0(name: str, decide: Callable[[], Any], timeout: timedelta) -> Any:
-    """What `decide` returns on rank 0, on every rank; before there is a process group.
+    """Return on every rank what `decide` returns on rank 0; needs no process group.
 
     Args:
-        name: of the decision, once a launch.
-        decide: called on rank 0 only; its result has to survive JSON.
-        timeout: how long the others wait for rank 0.
+        name: Of the decision, unique within a launch.
+        decide: Called on rank 0 only; its result has to survive JSON.
+        timeout: How long the other ranks wait for rank 0.
 
     Raises:
-        ValueError: on every rank alike, with the words of rank 0's ValueError or OSError.
+        ValueError: On every rank, with the message of rank 0's ValueError or OSError.
     """
     shared = store(timeout)
     if int(os.environ.get("RANK", "0")) == 0:
@@ -56,15 +56,15 @@ def decided_by_rank_0(name: str, decide: Callable[[], Any], timeout: timedelta) 
 
 
 def any_failed(failure: str | None) -> list[str]:
-    """Every rank's failure, on every rank; empty where none failed. Collective over all ranks.
+    """Return the failures of all ranks; empty if none failed. Collective over all ranks.
 
     Args:
-        failure: of this rank, in words.
+        failure: A sentence about this rank's failure; None if it has none.
     """
     failed = torch.tensor([int(failure is not None)], device=torch.cuda.current_device())
     torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
     if not failed.item():
         return []
-    failures = [None] * torch.distributed.get_world_size()
+    failures: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(failures, failure)
     return [text for text in failures if text is not None]

@@ -1,8 +1,8 @@
 """Note a failure to write part of a checkpoint instead of raising it.
 
-An error that one rank raises by itself (.metadata, metadata.json and the tracker file are rank 0's)
-leaves the others in the collective that follows, for ever or until it times out. A noted error
-waits until the ranks compare notes (`saving`). Other errors are raised as before.
+If one rank alone raises (rank 0 writes .metadata, metadata.json and the tracker file), the others
+wait in the next collective until it times out. A noted error is raised when the ranks compare
+their failures (`saving`). Other errors are raised as before.
 """
 
 import contextlib
@@ -23,33 +23,33 @@ from kvshift_megatron.training.faults.fallback import write_tracker
 from kvshift_megatron.training.faults.processes import die_with_parent
 from kvshift_megatron.upstream import faults_table, substitutions
 
-_noting: list[str] | None = None  # this rank's failures, while a save is under way
+_failures: list[str] | None = None  # this rank's, during a save
 
 
 class TrackerError(Exception):
-    """The tracker file could not be written; the old one is as it was."""
+    """The tracker file could not be written; the old one is unchanged."""
 
 
 @contextlib.contextmanager
 def noting(failures: list[str]) -> Iterator[None]:
     """Note what cannot be written in this block, one sentence per failure."""
-    global _noting
-    before, _noting = _noting, failures
+    global _failures
+    before, _failures = _failures, failures
     try:
         yield
     finally:
-        _noting = before
+        _failures = before
 
 
 def sentence(path: object, error: BaseException, wanted: int | None = None) -> str:
-    """Return a sentence about what could not be written, and where.
+    """Return a sentence that says which rank could not write what, and why.
 
     Args:
-        path: of the file.
-        error: what was raised.
-        wanted: bytes that were being written, if known.
+        path: Of the file or folder.
+        error: What was raised.
+        wanted: Bytes that were being written, if known.
     """
-    # torch.save hides the operating system's words under its own.
+    # torch.save hides the operating system's error behind its own.
     found: BaseException | None = error
     while found is not None and not isinstance(found, OSError):
         found = found.__cause__ or found.__context__
@@ -68,7 +68,7 @@ def _free(path: Path) -> str:
 
 
 def install() -> None:
-    """Replace what writes, in this process, once."""
+    """Replace the functions that write, once per process."""
     from megatron.training import checkpointing
 
     if isinstance(checkpointing.maybe_msc, _AtomicTracker):
@@ -87,7 +87,7 @@ def install() -> None:
 
 
 def _noted(where: Callable[..., object]) -> Callable[[Callable], Callable]:
-    """Return a decorator that notes an error; `where` makes the path from the call's arguments."""
+    """Return a decorator that notes an error; `where` returns the path for the call's arguments."""
 
     def noted(original: Callable) -> Callable:
         @functools.wraps(original)
@@ -95,10 +95,10 @@ def _noted(where: Callable[..., object]) -> Callable[[Callable], Callable]:
             try:
                 return original(*args)
             except Exception as error:
-                if _noting is None:
+                if _failures is None:
                     raise
-                _noting.append(sentence(where(*args), error))
-                # prepare_local_plan returns the plan that it was given; the others return nothing.
+                _failures.append(sentence(where(*args), error))
+                # prepare_local_plan returns the plan it was given; the others return nothing.
                 return args[1] if original.__name__ == "prepare_local_plan" else None
 
         return write
@@ -107,24 +107,24 @@ def _noted(where: Callable[..., object]) -> Callable[[Callable], Callable]:
 
 
 _write_files: Callable | None = None  # Megatron's
-# Of the last call below: it fails in one function and is asked about it in another.
+# Of the last `write_files`: noted in `write_preloaded_data`, read in `write_files`.
 _last_failure: list[str] = []
 
 
 def write_files(transforms: list, use_msc: bool, rank: int, buckets: list, results: Any) -> None:
-    """Call Megatron's `write_preloaded_data_multithread` and always put an answer into `results`.
+    """Call Megatron's `write_preloaded_data_multithread` and always put a result into `results`.
 
-    Runs in the rank or in a background process. Megatron's own drops the operating system's words,
-    and with several files per rank it ends the background process on an error without an answer,
-    so that the ranks wait for one for ever.
+    Runs in the rank or in a background process. Megatron's own drops the operating system's error
+    message, and with several files per rank it ends the background process on an error without a
+    result, for which the ranks then wait for ever.
     """
     if multiprocessing.parent_process() is not None:
         die_with_parent()
-    answers: queue.Queue = queue.Queue()
+    own_results: queue.Queue = queue.Queue()
     _last_failure.clear()
     try:
-        _writer_of_files()(transforms, use_msc, rank, buckets, answers)
-        answer = answers.get_nowait()
+        _writer_of_files()(transforms, use_msc, rank, buckets, own_results)
+        answer = own_results.get_nowait()
     except Exception as error:
         answer = error
     if isinstance(answer, Exception):
@@ -133,7 +133,10 @@ def write_files(transforms: list, use_msc: bool, rank: int, buckets: list, resul
 
 
 def _writer_of_files() -> Callable:
-    """Return Megatron's, with each file's failure kept in words, also in a spawned process."""
+    """Return Megatron's function, after making it note each file's failure.
+
+    A spawned process has not called `install`.
+    """
     global _write_files
     if _write_files is None:
         from megatron.core.dist_checkpointing.strategies.filesystem_async import (
@@ -160,7 +163,7 @@ def _described(original: Callable) -> staticmethod:
 
 
 def _forget_frames(error: BaseException) -> None:
-    """Cut an exception's references to frames, which refer to the exception again.
+    """Remove an exception's references to frames, which in turn refer to the exception.
 
     The frames hold views of io.BytesIO, and CPython crashes if the garbage collector has to break
     such a cycle (seen with 3.12.1).
@@ -173,7 +176,7 @@ def _forget_frames(error: BaseException) -> None:
 
 
 class _AtomicTracker:
-    """Megatron's file access, with a tracker file that is replaced at once."""
+    """Megatron's file access, except that the tracker file is replaced atomically."""
 
     def __init__(self, access: Any):
         self._access = access

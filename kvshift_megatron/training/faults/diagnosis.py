@@ -1,23 +1,23 @@
-"""Which rank keeps the others waiting? From what each rank last said of itself."""
+"""Find the rank that keeps the others waiting, from the last report of each rank."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 
 class Report(NamedTuple):
-    """What a rank says of itself.
+    """What a rank reports about itself.
 
     Args:
-        beat: how often it has, so far.
-        host: name of its machine.
-        pid: of its process.
-        iteration: the one under way, from 1; None before the first.
-        phase: what it is doing, in words.
-        still: seconds since its last sign of progress.
-        is_communicating: whether its main thread is in a call of torch.distributed.
-        calls: process group -> collective operations begun in it. Groups in which ranks also send
-            to single others are left out, as their members count differently.
-        stack: of its main thread.
+        beat: Number of reports so far.
+        host: Name of its machine.
+        pid: Of its process.
+        iteration: The current one, counted from 1; None before the first.
+        phase: What it is doing, in words.
+        still: Seconds since its last sign of progress.
+        is_communicating: Whether its main thread is in a call of torch.distributed.
+        calls: Process group -> number of collective operations started in it. Groups with
+            point-to-point messages are left out, because their members' numbers differ.
+        stack: Of its main thread.
     """
 
     beat: int
@@ -31,34 +31,35 @@ class Report(NamedTuple):
     stack: str = ""
 
     def at(self) -> str:
+        """Return the iteration and the phase in words."""
         where = "before the first iteration" if self.iteration is None else ""
         return f"{where or f'in iteration {self.iteration}'}, {self.phase}"
 
 
 class Diagnosis(NamedTuple):
-    """The ranks that hang, by rank number, each with the evidence; and what to say if none does."""
+    """The ranks that hang, each with the evidence, and what to say if none can be named."""
 
     hanging: dict[int, str]
     otherwise: str = (
-        "no rank is behind the others: all wait for an operation that does not end (a GPU or the "
-        "network; with --hang-timeout-seconds 0 NCCL's own time-out leaves its records of them)"
+        "no rank is behind the others: all wait for an operation that does not end, so suspect a "
+        "GPU or the network (with --hang-timeout-seconds 0, NCCL's own time-out dumps its records)"
     )
 
 
 def diagnose(reports: dict[int, Report], silent: Iterable[int]) -> Diagnosis:
     """Find the ranks that the others wait for.
 
-    A rank that reports no more comes first; then those that others wait for and that wait for
-    nobody themselves, by the operations that each group's members have begun; then those that are
-    in no communication at all while others are.
+    Ranks that have stopped reporting come first. Next are those that others wait for and that wait
+    for nobody themselves, judged by the operations that the members of each group have started.
+    Last are those that are not communicating while others are.
 
     Args:
-        reports: by rank.
-        silent: ranks whose reports have stopped.
+        reports: By rank.
+        silent: Ranks that have stopped reporting.
     """
     silent = sorted(silent)
     if silent:
-        frozen = "it reports no more: its process is stopped or frozen, or its machine is lost"
+        frozen = "it has stopped reporting: its process is stopped or frozen, or its node is lost"
         return Diagnosis(
             {
                 rank: "it has ended"
@@ -68,22 +69,22 @@ def diagnose(reports: dict[int, Report], silent: Iterable[int]) -> Diagnosis:
             }
         )
     if len(reports) == 1:
-        return Diagnosis(dict.fromkeys(reports, "it is the only one"))
+        return Diagnosis(dict.fromkeys(reports, "it is the only rank"))
     behind = _behind(reports)
     outside = {
-        rank: "it is in no communication, and others are"
+        rank: "it is not communicating, and others are"
         for rank, report in reports.items()
         if not report.is_communicating
     }
     if len(outside) == len(reports):
         outside = {}
-    # A rank may be behind because it waits for one that sends to it.
+    # A rank may be behind only because it waits for a point-to-point message.
     both = {rank: reason for rank, reason in behind.items() if rank in outside}
     return Diagnosis(both or behind or outside)
 
 
 def _behind(reports: dict[int, Report]) -> dict[int, str]:
-    """Ranks that are behind in a group and ahead in none where others are behind."""
+    """Return the ranks that are behind in a group and ahead of the others in none."""
     found: dict[int, str] = {}
     waiting = set()
     groups: dict[str, dict[int, int]] = {}
@@ -95,7 +96,7 @@ def _behind(reports: dict[int, Report]) -> dict[int, str]:
         for rank, count in counts.items():
             if count < most:
                 found[rank] = (
-                    f"it has begun {count} operations of process group {group}, others {most}"
+                    f"it has started {count} operations of process group {group}, others {most}"
                 )
             elif min(counts.values()) < most:
                 waiting.add(rank)

@@ -1,8 +1,9 @@
-"""Which checkpoint a resuming run loads, where the newest one is damaged.
+"""Choose the checkpoint that a resuming run loads if the latest one is damaged.
 
-Megatron reads latest_checkpointed_iteration.txt and loads what it names, or ends. Here the newest
-whole checkpoint before it is loaded instead, loudly. A checkpoint that is whole but of another
-model is no damage: `checkpoint_check` refuses it later, as it looks at the one that is loaded.
+Megatron loads the checkpoint that latest_checkpointed_iteration.txt names, or ends. If that
+checkpoint is damaged, the run loads the last complete one before it and logs a warning. A complete
+checkpoint of another model is not damaged: `checkpoint_check` looks at what is loaded, and refuses
+it later.
 """
 
 import os
@@ -26,23 +27,23 @@ from kvshift_megatron.checks.checkpoint_paths import (
 from kvshift_megatron.checks.stored_files import DamagedCheckpointError, read_checkpoint
 from kvshift_megatron.training.faults import agreement
 
-# Before the name of a whole checkpoint while one of the same iteration is being saved.
+# Prefix of a complete checkpoint's folder while the same iteration is being saved again.
 REPLACED = "replaced."
 
 
 def settle_checkpoint(args: Namespace) -> None:
-    """Have Megatron load the newest whole checkpoint, as if `--ckpt-step` had named it.
+    """Have Megatron load the last complete checkpoint, as if `--ckpt-step` had named it.
 
-    Collective over all ranks of the launch, before Megatron reads its arguments for good and before
-    the process groups exist: rank 0 looks at the files and decides for all. Nothing happens where
-    the user has named a checkpoint (`--ckpt-step`, `--finetune`, `--pretrained-checkpoint` alone)
-    or saves non-persistent ones too; a damaged one is refused then.
+    Collective over all ranks of the launch, before Megatron finally parses its arguments and before
+    the process groups exist: rank 0 looks at the files and decides for all. Nothing happens if the
+    user names a checkpoint (`--ckpt-step`, `--finetune`, `--pretrained-checkpoint` alone) or also
+    saves non-persistent ones; a damaged one is then refused.
 
     Args:
-        args: Megatron's arguments, as parsed from sys.argv, which this may add to.
+        args: Megatron's arguments, as parsed from sys.argv, to which this function may append.
 
     Raises:
-        ValueError: nothing that is there can be loaded; on every rank alike.
+        ValueError: No checkpoint can be loaded; on every rank.
     """
     if args.load is None or args.ckpt_step or args.finetune or args.non_persistent_ckpt_type:
         return
@@ -59,53 +60,58 @@ def settle_checkpoint(args: Namespace) -> None:
 
 
 def choose(root: Path, verify_integrity: bool = False) -> tuple[int | None, list[str]]:
-    """What to load from a `--load` folder instead of what its tracker file names.
+    """Return what to load from a `--load` folder instead of what its tracker file names.
 
-    Writes the tracker file where there is none that can be read, as Megatron would start from
-    random weights there, or end with exit code 0.
+    Rewrite a tracker file that is missing or unreadable: Megatron would start from random weights,
+    or end with exit code 0.
 
     Args:
-        root: with iter_* folders and the tracker file.
-        verify_integrity: whether to compare the files with their recorded hashes, too.
+        root: Folder with the iter_* folders and the tracker file.
+        verify_integrity: Whether to compare the files with their recorded hashes too.
 
     Returns:
-        (the iteration; None for what the tracker names, or for a start from scratch, warnings).
+        (iteration, warnings); the iteration is None to load what the tracker file names, or to
+        start from scratch if there is none.
 
     Raises:
-        ValueError: no checkpoint is whole.
+        ValueError: No checkpoint is complete.
     """
     named = read_tracker(root)
     if named == RELEASE:
         return None, []
-    # int() would also take "1_0" or " 10".
+    # int() would also accept "1_0" or " 10".
     if named is None or re.fullmatch(r"[0-9]+", named) is None:
         return None, _without_tracker(root, named, verify_integrity)
-    newest = iteration_folder(root, named)
-    fault = fault_of(newest, verify_integrity)
+    latest = iteration_folder(root, named)
+    fault = fault_of(latest, verify_integrity)
     if fault is None:
         return None, []
-    replaced = newest.with_name(REPLACED + newest.name)
+    replaced = latest.with_name(REPLACED + latest.name)
     if replaced.is_dir() and fault_of(replaced, verify_integrity) is None:
-        shutil.rmtree(newest, ignore_errors=True)
-        replaced.rename(newest)
-        return None, [f"{fault}; it was being saved anew, and is put back as it was before"]
-    found, others = _newest_whole(root, int(named), verify_integrity)
+        shutil.rmtree(latest, ignore_errors=True)
+        replaced.rename(latest)
+        return None, [
+            f"{fault}; a new save of this iteration was interrupted: the run restores and loads "
+            "the checkpoint from before that save, and no steps are lost"
+        ]
+    found, others = _last_complete(root, int(named), verify_integrity)
     if found is None:
         raise ValueError(
-            f"load: {fault}; no checkpoint before it in {root} is whole"
-            f"{''.join(f'; {other}' for other in others)}: copy one again, or start anew with "
-            "another --load"
+            f"load: {fault}; no checkpoint before it in {root} is complete"
+            f"{''.join(f'; {other}' for other in others)}: copy a complete one there, or start "
+            "from scratch with another --load folder"
         )
     return found, [
-        f"{'; '.join([fault, *others])}; the run goes on from the newest whole checkpoint before "
-        f"it, {iteration_folder(root, found)}: {int(named) - found} steps are lost and done again"
+        f"{'; '.join([fault, *others])}; the run loads the last complete checkpoint, "
+        f"{iteration_folder(root, found)}: {int(named) - found} steps are lost and repeated"
     ]
 
 
 def fault_of(directory: Path, verify_integrity: bool = False) -> str | None:
-    """What is wrong with a checkpoint, in words; None where it is whole.
+    """Return what is wrong with a checkpoint, in words; None if it is complete.
 
-    One of a format with one file a rank always passes: it has no description to compare with.
+    A checkpoint in a format with one file per rank always passes, because it has no description of
+    its files.
     """
     try:
         if read_checkpoint(directory) is not None and verify_integrity:
@@ -117,9 +123,11 @@ def fault_of(directory: Path, verify_integrity: bool = False) -> str | None:
     return None
 
 
-def _newest_whole(root: Path, before: float, verify_integrity: bool) -> tuple[int | None, list]:
-    """(the newest whole iteration below `before`, the faults of those that were passed over)."""
-    faults = []
+def _last_complete(
+    root: Path, before: float, verify_integrity: bool
+) -> tuple[int | None, list[str]]:
+    """Return (the last complete iteration below `before`, the faults of the later ones)."""
+    faults: list[str] = []
     for iteration in reversed(stored_iterations(root)):
         if iteration < before:
             fault = fault_of(iteration_folder(root, iteration), verify_integrity)
@@ -130,39 +138,39 @@ def _newest_whole(root: Path, before: float, verify_integrity: bool) -> tuple[in
 
 
 def _without_tracker(root: Path, content: str | None, verify_integrity: bool) -> list[str]:
-    """Write the tracker file anew where there is a whole checkpoint; what to say about it."""
+    """Rewrite the tracker file if a checkpoint is complete, and return the warnings."""
     tracker = root / TRACKER
     is_missing = content is None
     what = f"{tracker} {'is missing' if is_missing else f'cannot be read (it holds {content!r})'}"
-    found, faults = _newest_whole(root, float("inf"), verify_integrity)
+    found, faults = _last_complete(root, float("inf"), verify_integrity)
     passed_over = "".join(f"; {fault}" for fault in faults)
     if found is None:
         if is_missing:
-            # Megatron starts from scratch: the first save may have been interrupted.
-            start = "no checkpoint has been completed, so that the run starts from scratch"
+            # The first save may have been interrupted; Megatron starts from scratch.
+            start = "no checkpoint is complete, so the run starts from scratch"
             return [f"{what}{passed_over}; {start}"] if faults else []
         raise ValueError(
-            f"load: {what}{passed_over}; no checkpoint in {root} is whole: delete the tracker file "
-            "to start from scratch, or copy a checkpoint there again"
+            f"load: {what}{passed_over}; no checkpoint in {root} is complete: delete the tracker "
+            "file to start from scratch, or copy a complete checkpoint there"
         )
     try:
         write_tracker(tracker, str(found))
     except OSError as error:
         raise ValueError(
-            f"load: {what}, and cannot be written anew ({error}): write {found}, the newest whole "
-            "checkpoint, into it, or set --ckpt-step"
+            f"load: {what} and cannot be written ({error}): write {found}, the iteration of the "
+            "last complete checkpoint, into it, or set --ckpt-step"
         ) from error
     return [
-        f"{what}{passed_over}; it now names {found}, the newest whole checkpoint, which the run "
-        "goes on from: steps that were saved after it are lost and done again"
+        f"{what}{passed_over}; the tracker file now names {found}, the last complete checkpoint, "
+        "which the run loads: any later steps are lost and repeated"
     ]
 
 
 def write_tracker(tracker: Path, content: str) -> None:
-    """Replace the tracker file at once, so that it always names one checkpoint or the other.
+    """Replace the tracker file atomically, so that it always names the old or the new checkpoint.
 
     Raises:
-        OSError: it could not be written; the old one is as it was.
+        OSError: It could not be written; the old one is unchanged.
     """
     new = tracker.with_name(tracker.name + ".new")
     try:

@@ -1,46 +1,46 @@
-"""The flags of this package, and what cannot be honoured."""
+"""The flags for faults, and the settings that cannot be honoured."""
 
 import argparse
 from argparse import Namespace
 
-DIAGNOSIS = 5  # beats that it takes at most
+DIAGNOSIS = 5  # beats that a diagnosis takes at most
 ON_SAVE_FAILURE = ("stop", "continue")
 
 
 def add_faults_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the group of flags to Megatron's parser."""
+    """Add the flags for faults to Megatron's parser."""
     group = parser.add_argument_group("faults")
     group.add_argument(
         "--on-save-failure",
         choices=ON_SAVE_FAILURE,
         default="stop",
-        help="What becomes of the run where a checkpoint cannot be written. Default: stop.",
+        help="What the run does if a checkpoint cannot be written. Default: stop.",
     )
     group.add_argument(
         "--hang-timeout-seconds",
         type=float,
         default=None,
         metavar="SECONDS",
-        help="A run that makes no progress for so long ends and names the rank that hangs; 0: "
+        help="End a run that makes no progress for this long, and name the rank that hangs; 0: "
         "never. Default: half of Megatron's time-out of a collective operation, which would end "
-        "it without a name.",
+        "the run without naming a rank.",
     )
     return parser
 
 
 def beat(timeout: float) -> float:
-    """Seconds between two reports of a rank: six within a time-out, one in ten seconds at least."""
+    """Return the seconds between two reports of a rank: a sixth of `timeout`, at most ten."""
     return min(timeout / 6, 10.0)
 
 
 def hang_timeout(args: Namespace) -> float:
-    """Seconds; 0 where no hang is to be noticed.
+    """Return the seconds without progress that count as a hang; 0 if hangs are not watched for.
 
     Args:
         args: Megatron's.
 
     Raises:
-        ValueError: out of range, or too long to come before Megatron's own time-out.
+        ValueError: The flag is out of range, or would not come before Megatron's own time-out.
     """
     asked = args.hang_timeout_seconds
     collective = 60.0 * args.distributed_timeout_minutes
@@ -50,8 +50,8 @@ def hang_timeout(args: Namespace) -> float:
     if args.inprocess_restart:
         if asked:
             raise ValueError(
-                f"hang_timeout_seconds={asked:g} with inprocess_restart, which has time-outs of "
-                "its own and needs the process alive: drop --hang-timeout-seconds"
+                f"hang_timeout_seconds={asked:g} with inprocess_restart, which has its own "
+                "time-outs and needs the process alive: drop --hang-timeout-seconds"
             )
         return 0.0
     if args.fake_process_group:
@@ -62,9 +62,9 @@ def hang_timeout(args: Namespace) -> float:
         raise ValueError(f"hang_timeout_seconds={asked:g}: expected seconds above 0, or 0 for none")
     if asked and asked + DIAGNOSIS * beat(asked) >= collective:
         raise ValueError(
-            f"hang_timeout_seconds={asked:g} and up to {DIAGNOSIS * beat(asked):g} s to find out "
-            f"who hangs are not below Megatron's time-out of a collective operation, "
-            f"{collective:g} s, which would end the run without a name: lower it, or raise "
+            f"hang_timeout_seconds={asked:g} and up to {DIAGNOSIS * beat(asked):g} s to find the "
+            f"rank that hangs are not below Megatron's time-out of a collective operation, "
+            f"{collective:g} s, which would end the run without naming a rank: lower it, or raise "
             "--distributed-timeout-minutes"
         )
     return asked
@@ -88,8 +88,8 @@ def check_faults_args(args: Namespace) -> None:
     for name, is_set in obstacles.items():
         if is_set:
             raise ValueError(
-                f"on_save_failure=continue with {name}: the ranks cannot agree there that a save "
-                "has failed: use --on-save-failure stop, or --ckpt-format torch_dist into a "
-                "folder, and with --async-save also --async-strategy mcore "
+                f"on_save_failure=continue with {name}: the ranks cannot agree that a save has "
+                "failed: use --on-save-failure stop, or save to a folder with --ckpt-format "
+                "torch_dist, and with --async-save also set --async-strategy mcore "
                 "--use-persistent-ckpt-worker"
             )

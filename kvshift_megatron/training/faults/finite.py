@@ -1,7 +1,7 @@
-"""Losses and gradients that are not finite: Megatron's checks, and the step that they leave out.
+"""Check the one step in which Megatron does not look for losses and gradients that are not finite.
 
-Megatron 0.19 checks every step but the first of a process, after which it may save a checkpoint of
-weights that are all NaN. That step is checked here, under the same flag
+Megatron 0.19 checks every step of a process except the first, and may save a checkpoint of weights
+that are all NaN after it. That step is checked here, under the same flag
 (`--no-check-for-nan-in-loss-and-grad`).
 """
 
@@ -16,18 +16,19 @@ from typing import Any
 from kvshift_megatron.training.faults.progress import iteration
 from kvshift_megatron.upstream import faults_table, substitutions
 
-# Places in what Megatron's train_step returns.
+# Indices into the tuple that Megatron's train_step returns.
 _SKIPPED, _GRAD_NORM = 1, 5
 _ENDED_BY_MEGATRON = {
-    16: "the same again when it was repeated, so that the data or the weights are at fault rather "
-    "than the device; a checkpoint of the step before was saved, and a restart repeats the step "
-    "(--iterations-to-skip leaves it out)",
-    17: "something else when it was repeated, or the same on another device",
+    16: "repeating the step gave the same result, so suspect the data or the weights and not the "
+    "device; the state before the step was saved, and a restart repeats the step "
+    "(--iterations-to-skip skips it)",
+    17: "repeating the step gave another result, or the same one on another device; no checkpoint "
+    "was saved",
 }
 
 
 def install() -> None:
-    """Have the first step of this process end the run if its gradient is not finite."""
+    """End the run if the gradient of this process's first step is not finite."""
     substitutions.apply(faults_table.step(_checked_step))
 
 
@@ -45,7 +46,7 @@ def _checked_step(original: Callable) -> Callable:
 
 
 def of(forward_step: Callable) -> Callable:
-    """Return a forward step of Megatron's loop that checks the loss while Megatron does not yet.
+    """Return a forward step that checks the loss as long as Megatron does not.
 
     Its loss function raises RuntimeError on the rank whose loss is not finite.
     """
@@ -77,8 +78,8 @@ def _raise_unless_finite(what: str, value: float) -> None:
     if not math.isfinite(value):
         raise RuntimeError(
             f"{what} {_this_rank()} is {value} in iteration {iteration()}, the first of this "
-            "process: the run ends before the next checkpoint; look at the data and the checkpoint "
-            "that it began from"
+            "process: the run ends before it saves a checkpoint; check the data and the checkpoint "
+            "that it started from"
         )
 
 
@@ -87,7 +88,7 @@ def _this_rank() -> str:
 
 
 def explain(exit_code: object) -> None:
-    """Print in which iteration Megatron's checks ended the run, on the rank that failed them."""
+    """Print, on the rank that failed Megatron's checks, in which iteration they ended the run."""
     from megatron.core.rerun_state_machine import get_rerun_state_machine
 
     failed = getattr(get_rerun_state_machine(), "failed_validation_call", None)

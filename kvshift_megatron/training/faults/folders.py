@@ -1,4 +1,4 @@
-"""The folder of one checkpoint, from an empty one to one that counts. For rank 0."""
+"""The folder of one checkpoint, from empty to complete. Only rank 0 changes it."""
 
 import shutil
 from argparse import Namespace
@@ -9,7 +9,7 @@ from kvshift_megatron.training.faults.fallback import REPLACED, fault_of
 
 
 def save_dir(args: Namespace, non_persistent: bool) -> Path | None:
-    """Where Megatron saves, in the format whose saves can be agreed on; None for the others."""
+    """Return where Megatron saves; None for formats in which the ranks cannot agree on a save."""
     if args.ckpt_format != "torch_dist" or not args.use_dist_ckpt or "://" in args.save:
         return None
     if args.async_save and args.async_strategy == "nvrx":
@@ -26,8 +26,8 @@ class Folder:
 
     Args:
         root: Megatron's --save.
-        iteration: as Megatron counts.
-        release: whether it is the release, which has no number.
+        iteration: As Megatron counts.
+        release: Whether it is the release checkpoint, which has no iteration.
     """
 
     def __init__(self, root: Path, iteration: int, release: bool = False):
@@ -36,12 +36,12 @@ class Folder:
         self._begun = False
 
     def begin(self) -> None:
-        """Make it, empty: the files of two saves together would pass for one.
+        """Create the folder, empty: files of two saves together could pass for one checkpoint.
 
-        A whole checkpoint of the same iteration is put aside until this one counts.
+        A complete checkpoint of the same iteration is moved aside until this one is complete.
 
         Raises:
-            OSError: it could not be made or emptied.
+            OSError: The folder could not be created or emptied.
         """
         if self.path.is_dir() and any(self.path.iterdir()):
             if fault_of(self.path) is None:
@@ -53,23 +53,23 @@ class Folder:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def complete(self) -> None:
-        """The checkpoint counts: drop what it replaced."""
+        """Delete what the now complete checkpoint replaces."""
         shutil.rmtree(self._replaced, ignore_errors=True)
 
     def give_up(self) -> str:
-        """Remove what has been written, and put back what it would have replaced; in words."""
+        """Remove what has been written, restore what it would have replaced, and say so."""
         if not self._begun:
-            return f"{self.path} is as it was."
+            return f"{self.path} is unchanged."
         shutil.rmtree(self.path, ignore_errors=True)
         if self.path.exists():
-            return f"What was written could not be removed from {self.path}; it has no .metadata."
+            return f"The incomplete {self.path} could not be removed; it has no .metadata."
         if self._replaced.exists():
             self._replaced.rename(self.path)
-            return f"{self.path} was put back as it was."
+            return f"{self.path} was restored from before the save."
         return f"{self.path} was removed."
 
-    def newest(self) -> int | None:
-        """The iteration that the tracker file names; None where there is none."""
+    def latest(self) -> int | None:
+        """Return the iteration that the tracker file names; None if there is none."""
         try:
             return int((self.path.parent / TRACKER).read_text())
         except (OSError, ValueError):

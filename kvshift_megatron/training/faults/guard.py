@@ -1,4 +1,4 @@
-"""What stands around Megatron's training while it runs."""
+"""The protections around Megatron's training while it runs."""
 
 import os
 import sys
@@ -17,12 +17,11 @@ from kvshift_megatron.training.faults.watch import Watch
 class Guard:
     """Context manager around `megatron.training.pretrain`.
 
-    On leaving, a run that would end well without its newest checkpoint ends with a sentence and
-    exit code 1 instead.
+    A run that would end successfully although its last save failed ends with an error and exit
+    code 1 instead.
 
     Args:
         args: Megatron's, validated.
-
     """
 
     def __init__(self, args: Namespace):
@@ -38,7 +37,7 @@ class Guard:
             self._watch = Watch(store, rank, args.world_size, timeout, self._progress)
 
     def of(self, forward_step: Callable) -> Callable:
-        """Megatron's `forward_step_func`, watched and checked."""
+        """Wrap Megatron's `forward_step_func` to report progress and check the loss."""
         return self._progress.of(finite.of(forward_step))
 
     def __enter__(self) -> "Guard":
@@ -57,10 +56,10 @@ class Guard:
         if isinstance(error, SystemExit):
             finite.explain(error.code)
         # Megatron's loop ends with sys.exit(0) at an exit interval or signal.
-        is_well = error is None or (isinstance(error, SystemExit) and not error.code)
-        if not is_well:
+        is_success = error is None or (isinstance(error, SystemExit) and not error.code)
+        if not is_success:
             processes.abandon()
-        if is_well and self._saves.unsaved is not None:
+        if is_success and self._saves.unsaved is not None:
             if os.environ.get("RANK", "0") == "0":
                 message = f"kvshift_megatron: ERROR: {self._saves.unsaved}"
                 print(message, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""End background processes with the rank that started them, however it ends.
+"""End background processes together with the rank that started them, however it ends.
 
 Saving a checkpoint starts processes (a queue's manager, a writer) that wait for their rank for
 ever. torchrun ends those of the ranks that it ends, but not those of a rank that was killed.
@@ -10,27 +10,28 @@ import multiprocessing.managers
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from kvshift_megatron.upstream import faults_table, substitutions
 
 _PR_SET_PDEATHSIG = 1
 
-_async_loop = None  # Megatron's
+_async_loop: Callable | None = None  # Megatron's
 
 
 def die_with_parent() -> None:
-    """Have Linux kill this process as soon as the thread that started it has ended."""
+    """Have Linux kill this process as soon as the thread that started it ends."""
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
     if parent is not None and os.getppid() != parent.pid:
-        os._exit(1)  # it has ended already
+        os._exit(1)  # the parent has already ended
 
 
 def install() -> None:
-    """Replace what starts processes, in this process, once."""
+    """Replace the functions that start processes, once per process."""
     global _async_loop
     from megatron.core.dist_checkpointing.strategies import async_utils
 
@@ -45,7 +46,7 @@ def install() -> None:
 
 
 def async_loop(*args: Any) -> None:
-    """Run Megatron's loop of the process that writes in the background.
+    """Run Megatron's loop of the background writer's process, which ends with its rank.
 
     A spawned process has not called `install`.
     """
@@ -59,7 +60,7 @@ def async_loop(*args: Any) -> None:
 
 
 def get_write_results_queue(mp_mode: str = "spawn") -> Any:
-    """Return the one queue that reports what has been written, as Megatron's function does."""
+    """Return the queue for results of writes, like Megatron's; its process ends with the rank."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:
@@ -72,17 +73,17 @@ def get_write_results_queue(mp_mode: str = "spawn") -> Any:
 
 
 def abandon() -> None:
-    """End what this rank has started without waiting for it; the run has failed.
+    """End the processes of this rank without waiting for them, after the run has failed.
 
-    Python would ask the processes with SIGTERM, which examples/slurm has them ignore, and wait for
-    them. It would also wait until what is queued for a save has been read, and no reader is left.
+    Python would send them SIGTERM, which they ignore under examples/slurm, and wait for them. It
+    would also wait until a reader has emptied the queues of a save, and no reader is left.
     """
     from megatron.core.dist_checkpointing.strategies.async_utils import (
         AsyncCallsQueue,
         PersistentAsyncCaller,
     )
 
-    # torch's handler would take the end of its data loader's workers for an error.
+    # torch's handler would treat the end of its data loader's workers as an error.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for queue in (
         PersistentAsyncCaller._persistent_queue,

@@ -1,4 +1,4 @@
-"""What this rank is doing, for the thread that watches it: a few assignments a step."""
+"""What this rank is doing, for the thread that watches it; costs a few assignments per step."""
 
 import contextlib
 import time
@@ -9,19 +9,19 @@ from typing import Any
 
 from kvshift_megatron.arguments import megatron_args
 
-# Where a stretch without a sign of progress ends the run; elsewhere it may be as long as it takes.
+# The phases in which too long a time without progress ends the run; others have no limit.
 TIMED = ("training", "evaluating")
 FIRST_STEP = "in the first step"
-_FRAMES = 12  # innermost, of a stack that is shown
+_FRAMES = 12  # innermost frames of a stack that are shown
 
 
 class Progress:
     """Signs of progress of the main thread.
 
     Attributes:
-        phase: in words.
-        since: when the last sign was left, by time.monotonic().
-        saved: iteration of the newest complete checkpoint of this process; None before the first.
+        phase: In words.
+        since: Time of the last sign of progress, by time.monotonic().
+        saved: Iteration of the last checkpoint that this process completed; None before the first.
     """
 
     def __init__(self) -> None:
@@ -31,11 +31,13 @@ class Progress:
         self._first: int | None = None
 
     def mark(self, phase: str) -> None:
+        """Leave a sign of progress."""
         self.phase = phase
         self.since = time.monotonic()
 
     @contextlib.contextmanager
     def entering(self, phase: str) -> Iterator[None]:
+        """Be in a phase for the length of a block."""
         before = self.phase
         self.mark(phase)
         try:
@@ -44,13 +46,13 @@ class Progress:
             self.mark(before)
 
     def of(self, forward_step: Callable) -> Callable:
-        """A forward step of Megatron's loop that leaves a sign of progress."""
+        """Wrap Megatron's forward step to leave a sign of progress."""
 
         def marked_forward_step(data_iterator: Any, model: Any) -> Any:
             now = iteration()
             if self._first is None:
                 self._first = now
-            # The first step compiles and connects: it has no usual length.
+            # The first step compiles and connects, so its length is hard to predict.
             is_first = now == self._first
             self.mark(
                 "evaluating" if not model.training else FIRST_STEP if is_first else "training"
@@ -59,23 +61,23 @@ class Progress:
 
         return marked_forward_step
 
-    def newest_saved(self) -> int:
-        """Iteration of the checkpoint that a restart goes on from; 0 where there is none."""
+    def latest_saved(self) -> int:
+        """Return the iteration from which a restart continues; 0 if nothing was saved."""
         loaded = getattr(megatron_args(), "iteration", None) or 0
         return loaded if self.saved is None else self.saved
 
 
 def iteration() -> int | None:
-    """The one under way, counted from 1; None before the first."""
+    """Return the current iteration, counted from 1; None before the first."""
     current = getattr(megatron_args(), "curr_iteration", None)
     return None if current is None else current + 1
 
 
 def is_communicating(frame: FrameType | None) -> bool:
-    """Whether a thread is in a call of torch.distributed, and so waits for others."""
+    """Return whether a thread is in a call of torch.distributed, and so waits for other ranks."""
     while frame is not None:
         filename = frame.f_code.co_filename.replace("\\", "/")
-        # Over NCCL a pipeline's stages wait for the GPU, not in torch.distributed.
+        # With NCCL, pipeline stages wait for the GPU and not in torch.distributed.
         if "/torch/distributed/" in filename or filename.endswith("/p2p_communication.py"):
             return True
         frame = frame.f_back
@@ -83,5 +85,5 @@ def is_communicating(frame: FrameType | None) -> bool:
 
 
 def stack(frame: FrameType | None) -> str:
-    """The innermost frames, the last call last."""
+    """Return the innermost frames, most recent call last."""
     return "".join(traceback.format_stack(frame)[-_FRAMES:])

@@ -1,8 +1,8 @@
-"""End the run, or go on, on all ranks alike when a checkpoint cannot be written.
+"""Stop or continue on all ranks together if a checkpoint cannot be written.
 
-`Saves` stands between Megatron's loop and its `save_checkpoint`. Each save begins with an empty
-folder and counts once every rank has written its part and rank 0 the tracker file; until then the
-previous checkpoint is the newest.
+`Saves` wraps Megatron's `save_checkpoint`. Each save starts with an empty folder, and is complete
+once every rank has written its part and rank 0 the tracker file; until then the previous checkpoint
+is the latest.
 """
 
 import functools
@@ -20,7 +20,7 @@ from kvshift_megatron.upstream import faults_table, substitutions
 
 
 class SaveFailedError(RuntimeError):
-    """A save has failed; raised on every rank alike."""
+    """A save has failed; raised on every rank."""
 
     def __init__(self, save: "Save", failures: list[str]):
         super().__init__("; ".join(failures))
@@ -28,18 +28,18 @@ class SaveFailedError(RuntimeError):
 
 
 class Save:
-    """One checkpoint on its way.
+    """A checkpoint that is being saved.
 
     Args:
-        iteration: as Megatron counts.
-        folder: where it goes; only rank 0 changes it.
+        iteration: As Megatron counts.
+        folder: Of the checkpoint; only rank 0 changes it.
     """
 
     def __init__(self, iteration: int, folder: folders.Folder):
         self.iteration = iteration
         self.folder = folder
         self.failures: list[str] = []  # of this rank
-        self.shared = 0  # number of a background save's last steps that every rank takes
+        self.shared = 0  # how many final steps of a background save every rank takes
 
     def compare(self) -> None:
         """Raise SaveFailedError if any rank has failed. Collective over all ranks."""
@@ -48,26 +48,26 @@ class Save:
             raise SaveFailedError(self, failures)
 
     def note(self, error: CheckpointException) -> None:
-        """Note what Megatron's coordinator gathered and raised on every rank alike."""
+        """Note the failures that Megatron gathered and raised on every rank."""
         words = [str(failure) for failure, _ in error.failures.values()]
         self.failures += [text.removeprefix("Worker failure: ") for text in words]
 
 
 class Saves:
-    """Every save of this process.
+    """All saves of this process.
 
     Args:
-        goes_on: whether training goes on after one has failed.
-        progress: told of every save.
+        goes_on: Whether training continues after a save has failed.
+        progress: Gets the phase and the result of every save.
     """
 
     def __init__(self, goes_on: bool, progress: Progress):
         self.goes_on, self.progress = goes_on, progress
-        self.unsaved: str | None = None  # a sentence about the newest one, if it has failed
+        self.unsaved: str | None = None  # a sentence about the last save, if it has failed
         self._current: Save | None = None
 
     def install(self) -> None:
-        """Replace Megatron's functions in this process, once."""
+        """Replace Megatron's functions, once per process."""
         checkpoint_writes.install()
         processes.install()
         substitutions.apply(
@@ -95,7 +95,7 @@ class Saves:
             self._current = save = Save(iteration, folder)
             try:
                 with self.progress.entering(phase):
-                    self._through(save, functools.partial(original, iteration, *args, **kwargs))
+                    self._run(save, functools.partial(original, iteration, *args, **kwargs))
             except SaveFailedError as error:
                 self._failed(error)
             finally:
@@ -103,7 +103,8 @@ class Saves:
 
         return save_checkpoint
 
-    def _through(self, save: Save, megatrons: Callable[[], None]) -> None:
+    def _run(self, save: Save, original: Callable[[], None]) -> None:
+        """Run Megatron's save, and complete it unless the rest happens in the background."""
         from megatron.training import get_args
 
         if torch.distributed.get_rank() == 0:
@@ -114,16 +115,16 @@ class Saves:
         save.compare()
         try:
             with checkpoint_writes.noting(save.failures):
-                megatrons()
+                original()
         except checkpoint_writes.TrackerError as error:
             save.failures.append(str(error))
-            # The other ranks are in it.
+            # The other ranks wait in this barrier of Megatron's.
             torch.distributed.barrier()
         if not get_args().async_save:
             self._complete(save)
 
     def _save(self, original: Callable) -> Callable:
-        """Wrap `dist_checkpointing.save`: no tracker file before all ranks have written."""
+        """Wrap `dist_checkpointing.save`: compare failures before the tracker file is written."""
 
         @functools.wraps(original)
         def save(*args: Any, **kwargs: Any) -> Any:
@@ -144,7 +145,7 @@ class Saves:
         return save
 
     def _clean(self, original: Callable) -> Callable:
-        """Wrap the clean-up: keep as many as asked besides the folder that a save has begun."""
+        """Wrap the clean-up so that it does not count the folder of a save that has begun."""
 
         @functools.wraps(original)
         def clean(save_dir: Any, leave_ckpt_num: int = 1, do_async: bool = False) -> Any:
@@ -154,6 +155,8 @@ class Saves:
         return clean
 
     def _schedule(self, original: Callable) -> Callable:
+        """Wrap the scheduling of a background save: `_finish` takes its final steps."""
+
         @functools.wraps(original)
         def schedule_async_save(request: Any) -> None:
             steps = list(request.finalize_fns)
@@ -165,7 +168,7 @@ class Saves:
         return schedule_async_save
 
     def _finish(self, save: Save, steps: list[Callable[[], None]]) -> None:
-        """Do what is left when a background save has written its files, on all ranks."""
+        """Complete a background save after it has written its files, on all ranks."""
         with checkpoint_writes.noting(save.failures):
             try:
                 for step in steps[: save.shared]:
@@ -188,7 +191,7 @@ class Saves:
                     with self.progress.entering("waiting for a save in the background"):
                         return original(*args, **kwargs)
                 except SaveFailedError as error:
-                    # Megatron has taken it off its queue; there may be others.
+                    # Megatron has removed this save from its queue; there may be others.
                     self._failed(error)
 
         return maybe_finalize_async_save
@@ -201,31 +204,31 @@ class Saves:
             save.folder.complete()
 
     def _failed(self, error: SaveFailedError) -> None:
-        """Tidy up and print an error; end this rank, unless training goes on. Collective."""
+        """Clean up and print an error; end this rank unless training continues. Collective."""
         save = error.save
         before = None
         if torch.distributed.get_rank() == 0:
-            what_is_left = save.folder.give_up()
-            before = save.folder.newest()
+            folder_state = save.folder.give_up()
+            before = save.folder.latest()
             print(
                 f"kvshift_megatron: ERROR: the checkpoint of iteration {save.iteration} was not "
-                f"saved: {error}. {what_is_left} {self._consequence(save.iteration, before)}",
+                f"saved: {error}. {folder_state} {self._consequence(save.iteration, before)}",
                 file=sys.stderr,
                 flush=True,
             )
-        # No rank ends, and has the launcher end the others, before rank 0 is done.
+        # Otherwise a rank that ends first would have the launcher end rank 0 before it is done.
         found = [before]
         torch.distributed.broadcast_object_list(found, src=0)
         if not self.goes_on:
             sys.exit(1)
-        newest = "none" if found[0] is None else f"that of iteration {found[0]}"
+        latest = "none" if found[0] is None else f"that of iteration {found[0]}"
         self.unsaved = (
-            f"the newest checkpoint, of iteration {save.iteration}, was not saved; the newest that "
-            f"is there: {newest}"
+            f"the last checkpoint, of iteration {save.iteration}, was not saved; the latest that "
+            f"was: {latest}"
         )
 
     def _consequence(self, iteration: int, before: int | None) -> str:
         lost = f"{iteration - (before or 0)} steps"
         if self.goes_on:
-            return f"Training goes on; {lost} would be lost if it ended now."
-        return f"The run ends, and {lost} are lost (--on-save-failure stop)."
+            return f"Training continues; {lost} would be lost if it ended now."
+        return f"The run ends and {lost} are lost (--on-save-failure stop)."

@@ -1,8 +1,8 @@
 """A thread of every rank that notices a hang and names the rank that hangs.
 
-The ranks report through the launch's store, not by collective operations, so that it works while
-their main threads are stuck in one. The collective's own time-out would end the run too, later, and
-without a name.
+The ranks report through the rendezvous store and not by collective operations, so it works while
+their main threads are stuck in one. The collective's own time-out would end the run later, and
+without naming a rank.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch.distributed import distributed_c10d as c10d
@@ -25,23 +25,23 @@ from kvshift_megatron.training.faults.diagnosis import Diagnosis, Report, diagno
 from kvshift_megatron.training.faults.fault_flags import DIAGNOSIS, beat
 from kvshift_megatron.training.faults.progress import TIMED, Progress
 
-_PATIENCE = 15.0  # seconds, with the store
+_PATIENCE = 15.0  # seconds to wait for the store
 _VERDICT = "verdict"
 
 
 class StoreLostError(Exception):
-    """The launch's store does not answer."""
+    """The rendezvous store does not answer."""
 
 
 class Watch(threading.Thread):
-    """Reports for this rank; started by the main thread, which it watches.
+    """Report for this rank; started by the main thread, which it watches.
 
     Args:
-        store: of the launch, for this thread alone.
-        rank: of this process.
-        world_size: of the launch.
-        timeout: seconds without a sign of progress.
-        progress: of the main thread.
+        store: The rendezvous store, for this thread alone.
+        rank: Of this process.
+        world_size: Of the launch.
+        timeout: Seconds without a sign of progress that count as a hang.
+        progress: Of the main thread.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class Watch(threading.Thread):
         self._main = threading.get_ident()
         self._ended = threading.Event()
         self._beats = 0
-        self._reported = 0.0  # the stretch that has been reported and did not end the run
+        self._reported = 0.0  # `progress.since` of the last hang that was only a warning
 
     def stop(self) -> None:
-        """This rank's part of the run is over."""
+        """Stop watching and report that this rank has ended."""
         self._ended.set()
         faulthandler.cancel_dump_traceback_later()
         self.progress.mark("ended")
@@ -70,15 +70,16 @@ class Watch(threading.Thread):
             self._publish()
 
     def run(self) -> None:
+        """Report and look for a verdict or a hang in every beat, until `stop`."""
         before = time.monotonic()
         while not self._ended.wait(self.beat):
             now = time.monotonic()
             if now - before > 3 * self.beat:
-                # This process was stopped and goes on; so were the others, as a scheduler does it.
+                # This process was stopped and continued, as a scheduler does with all of them.
                 self.progress.since = now
             before = now
-            # From a thread of C: this one cannot run while another holds Python's lock.
-            faulthandler.dump_traceback_later(self.timeout + self.beat, file=sys.__stderr__)
+            # From a thread in C: this one cannot run while another thread holds the GIL.
+            faulthandler.dump_traceback_later(self.timeout + self.beat, file=_stderr())
             try:
                 self._look()
             except StoreLostError as error:
@@ -97,7 +98,7 @@ class Watch(threading.Thread):
         return time.monotonic() - self.progress.since
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        """An answer of the store, which may be lost: its calls do not time out."""
+        """Return an answer of the store, from a thread: a call on a lost store never ends."""
         answer: list[Any] = []
 
         def ask() -> None:
@@ -137,7 +138,7 @@ class Watch(threading.Thread):
     def _reports(self) -> dict[int, Report]:
         def read() -> dict[int, Report]:
             keys = {rank: f"rank {rank}" for rank in range(self.world_size)}
-            # One request for all, where all have reported: thousands of them take too long.
+            # One request if all have reported: thousands of single ones take too long.
             if self.store.check(list(keys.values())):
                 texts = self.store.multi_get(list(keys.values()))
                 return {rank: Report(*json.loads(text)) for rank, text in zip(keys, texts)}
@@ -147,21 +148,21 @@ class Watch(threading.Thread):
         return self._ask(read)
 
     def _report(self) -> None:
-        """Find out who hangs; the first rank that gets here does it for all."""
-        stretch, phase = self.progress.since, self.progress.phase
+        """Find out which rank hangs; the first rank to get here does so for all."""
+        hang_since, phase = self.progress.since, self.progress.phase
         ends = phase in TIMED
         occasion = f"{progress_module.iteration()} {phase}"
         said = _VERDICT if ends else f"warned {occasion}"
         number = self._ask(lambda: self.store.add(f"reporters {occasion}", 1))
-        # Two will do; the others only wait for what these find.
+        # Two reporters are enough; the others only wait for the result.
         first = self._reports() if number <= 2 else {}
-        # Long enough for every rank to report again; the next takes over from a silent reporter.
+        # Long enough for every rank to report again; the next reporter replaces a silent one.
         for _ in range(3 if number == 1 else DIAGNOSIS):
-            if self._ended.wait(self.beat) or self.progress.since != stretch:
+            if self._ended.wait(self.beat) or self.progress.since != hang_since:
                 return
             self._publish()
             if self._ask(lambda: self.store.check([said])):
-                self._reported = stretch
+                self._reported = hang_since
                 return
         reports = self._reports()
         ranks = set(range(self.world_size)) - {self.rank}
@@ -174,7 +175,7 @@ class Watch(threading.Thread):
         print(self._describe(diagnosis, reports, silent, ends), file=sys.stderr, flush=True)
         verdict = {"hanging": list(diagnosis.hanging)}
         self._ask(lambda: self.store.set(said, json.dumps(verdict)))
-        self._reported = stretch
+        self._reported = hang_since
         if ends:
             self._obey(verdict)
 
@@ -195,22 +196,26 @@ class Watch(threading.Thread):
             process = f"rank {rank} (process {report.pid} on {report.host})"
             lines.append(f"{process} {what}, last seen {report.at()}: {reason}")
             if report.stack and rank not in silent:
-                lines += [f"rank {rank} was at", report.stack.rstrip()]
+                lines += [f"stack of rank {rank}:", report.stack.rstrip()]
         if not diagnosis.hanging:
             lines.append(diagnosis.otherwise)
         if ends:
-            done, saved = (progress_module.iteration() or 1) - 1, self.progress.newest_saved()
+            done, saved = (progress_module.iteration() or 1) - 1, self.progress.latest_saved()
             lines.append(
-                f"the run ends; complete steps that are lost, since iteration {saved}: "
-                f"{done - saved}"
+                f"the run ends; complete steps lost since iteration {saved}: {done - saved}"
+            )
+        else:
+            lines.append(
+                "the run continues: in this phase only Megatron's time-out of a collective "
+                "operation ends it"
             )
         return "\n".join(lines)
 
     def _obey(self, verdict: dict) -> None:
         if self.rank in verdict["hanging"] or not verdict["hanging"]:
             print(f"kvshift_megatron: stacks of rank {self.rank}:", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
-        # The launcher ends all ranks as soon as one has ended: every one has to see this first.
+            faulthandler.dump_traceback(file=_stderr(), all_threads=True)
+        # The launcher ends all ranks as soon as one ends: let every rank see the verdict first.
         time.sleep(2 * self.beat)
         _end()
 
@@ -218,21 +223,28 @@ class Watch(threading.Thread):
         server = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         print(
             f"kvshift_megatron: ERROR: rank {self.rank} has made no progress for "
-            f"{self._still():.0f} s, and the launch's store at {server} does not answer ({error}): "
-            "the machine of the first node, or its launcher, is lost or stopped",
+            f"{self._still():.0f} s, and the rendezvous store at {server} does not answer "
+            f"({error}): the first node or its launcher is lost or stopped",
             file=sys.stderr,
             flush=True,
         )
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(file=_stderr(), all_threads=True)
         if self.progress.phase in TIMED:
             _end()
         self._reported = self.progress.since
 
 
+def _stderr() -> TextIO:
+    """Return the process's own standard error: faulthandler needs one with a file descriptor."""
+    return sys.__stderr__ or sys.stderr
+
+
 def _calls() -> dict[str, int]:
-    """Collective operations begun, by process group."""
+    """Return the number of collective operations started, by process group."""
     world = c10d._world
-    calls, left_out = {}, _groups_that_send()
+    calls: dict[str, int] = {}
+    left_out = _point_to_point_groups()
+    group: Any  # torch's types lack the counter
     for group, name in list(world.pg_names.items()):
         if group not in left_out:
             try:
@@ -242,8 +254,8 @@ def _calls() -> dict[str, int]:
     return calls
 
 
-def _groups_that_send() -> list[Any]:
-    """Groups in which ranks send to single others: the pipeline's, and those of context chunks."""
+def _point_to_point_groups() -> list[Any]:
+    """Return the groups with point-to-point messages: pipeline and context parallelism."""
     from megatron.core import parallel_state as mpu
 
     if not mpu.is_initialized():

@@ -1,7 +1,7 @@
 """Metrics of a run: taps, loss, throughput, MFU and GPUs, to Megatron's writers and to JSON lines.
 
-The entry point calls `watch` alone. Without a place to write to (--metrics-file, --tensorboard-dir,
---save or --wandb-project) nothing is done.
+The entry point calls only `watch`, which does nothing if there is nowhere to write to
+(--metrics-file, --tensorboard-dir, --save or --wandb-project).
 """
 
 import argparse
@@ -26,15 +26,15 @@ def add_watching_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         "--metrics-file",
         default=None,
         metavar="PATH",
-        help="JSON lines with everything that is logged, one an iteration; a resumed run appends. "
-        "Default: metrics.jsonl in --tensorboard-dir, else in --save, else none.",
+        help="File for JSON lines with everything that is logged, one per iteration; a resumed run "
+        "appends. Default: metrics.jsonl in --tensorboard-dir, else in --save, else none.",
     )
     group.add_argument(
         "--gpu-peak-tflops",
         type=float,
         default=None,
-        help="Peak dense TFLOP/s of one GPU, which MFU is a part of. Default: of the GPU's name "
-        "where it is known, in bf16.",
+        help="Peak dense TFLOP/s of one GPU, for MFU. Default: the bf16 peak of the GPU, if its "
+        "name is known.",
     )
     group.add_argument(
         "--no-gpu-telemetry", action="store_true", help="Do not sample the GPUs through NVML."
@@ -44,7 +44,7 @@ def add_watching_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         type=float,
         default=10.0,
         metavar="SECONDS",
-        help="Between two samples of a node's GPUs. Default: 10.",
+        help="Seconds between two samples of a node's GPUs. Default: 10.",
     )
     return parser
 
@@ -67,7 +67,7 @@ def check_watching_args(args: Namespace) -> None:
 
 
 def metrics_file(args: Namespace) -> Path | None:
-    """Return where the JSON lines of a run go; None for nowhere."""
+    """Return the file for the JSON lines of a run; None for none."""
     if args.metrics_file:
         return Path(args.metrics_file)
     folder = args.tensorboard_dir or args.save
@@ -79,18 +79,18 @@ def watch(args: Namespace, model_config: Any) -> Iterator[None]:
     """Watch the training that happens inside the block, on every rank.
 
     Args:
-        args: Megatron's, parsed and validated, after Megatron has set its writers up.
+        args: Megatron's, parsed and validated, after Megatron has set up its writers.
         model_config: Megatron's model configuration, which gets a post-wrap hook.
     """
     path = metrics_file(args)
     if path is None and not args.tensorboard_dir and not getattr(args, "wandb_project", ""):
         yield
         return
-    # Megatron's own numbers, on by default: seconds per step, and TFLOP/s per GPU.
+    # Turn on two of Megatron's own numbers: seconds per step, and TFLOP/s per GPU.
     args.log_timers_to_tensorboard = True
     args.log_throughput = True
 
-    # Imported late: this imports Megatron, which has to wait for the device layer.
+    # Imported late: the device layer has to be on before Megatron is imported.
     from megatron.training import global_vars
 
     from kvshift_megatron.training.metrics.recorders import LinesOnly, Recorder, record_scalars
@@ -111,11 +111,11 @@ def watch(args: Namespace, model_config: Any) -> Iterator[None]:
         rows = metrics_table.loop(log=watcher.logging, evaluate=watcher.evaluating)
         stack.enter_context(Applied(rows))
         if model_config.kv_shift is not None:
-            refusal = _no_taps_because(args)
-            if refusal is None:
+            reason = _why_no_taps(args)
+            if reason is None:
                 model_config.post_wrap_hooks.append(watcher.watch_taps)
             elif args.rank == 0:
-                print(f"kvshift_megatron: no statistics of taps: {refusal}", flush=True)
+                print(f"kvshift_megatron: no tap statistics: {reason}", flush=True)
         if recorder is not None:
             print(watcher.describe(), flush=True)
         stack.callback(watcher.stop)
@@ -123,10 +123,10 @@ def watch(args: Namespace, model_config: Any) -> Iterator[None]:
         yield
 
 
-def _no_taps_because(args: Namespace) -> str | None:
+def _why_no_taps(args: Namespace) -> str | None:
     """Return why the taps cannot be read between backward pass and step; None if they can."""
     if args.use_torch_fsdp2 or args.use_megatron_fsdp:
-        return "FSDP holds a part of each parameter only, between one pass and the next"
+        return "between passes, FSDP holds only a shard of each parameter"
     if args.cuda_graph_impl == "full_iteration":
-        return "a CUDA graph of the whole iteration lets nothing in between its passes"
+        return "a CUDA graph of the whole iteration allows no code between its passes"
     return None

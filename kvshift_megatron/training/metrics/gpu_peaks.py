@@ -1,11 +1,11 @@
-"""Peak dense bf16 FLOP/s by GPU, for MFU. A GPU that is not here has none: give --gpu-peak-tflops.
+"""Peak dense bf16 FLOP/s by GPU, for MFU; for a GPU that is not listed, give --gpu-peak-tflops.
 
-From NVIDIA's data sheets, dense: half of what they state with sparsity, at the full power limit.
+From NVIDIA's data sheets at the full power limit: dense, half of what they state with sparsity.
 """
 
 import re
 
-# As torch.cuda.get_device_name says -> (TFLOP/s, data sheet). The first match counts.
+# (pattern for torch.cuda.get_device_name, TFLOP/s, data sheet). The first match counts.
 _PEAKS = (
     (r"\bGB200\b", 2500.0, "NVIDIA GB200 NVL72: 5 PFLOPS a GPU with sparsity"),
     (r"\bB200\b", 2250.0, "NVIDIA HGX B200: 4.5 PFLOPS a GPU with sparsity"),
@@ -20,9 +20,9 @@ _PEAKS = (
 
 
 def peak_tflops(name: str) -> float | None:
-    """Dense bf16 TFLOP/s of a GPU by the name that CUDA gives it; None where it is not known.
+    """Return the peak dense bf16 TFLOP/s of a GPU by its name in CUDA; None if unknown.
 
-    A part of a GPU (MIG) is not.
+    That of a part of a GPU (MIG) is unknown.
     """
     if " MIG " in name:
         return None

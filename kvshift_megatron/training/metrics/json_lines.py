@@ -1,7 +1,7 @@
-"""JSON lines that outlive kills, resumes and full disks: appending them, and reading them back.
+"""Append JSON lines so that they survive kills, resumes and full disks, and read them back.
 
-One object a line. Numbers that JSON has no word for are the strings "NaN", "Infinity" and
-"-Infinity"; `read_metrics` turns them back.
+Each line is one object. Numbers that JSON lacks are written as the strings "NaN", "Infinity" and
+"-Infinity", which `read_metrics` converts back.
 """
 
 import json
@@ -16,15 +16,15 @@ _NOT_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class JsonLines:
-    """Appends to a file; what cannot be written is lost after one warning, and never raises.
+    """Append to a file; lines that cannot be written are lost after one warning, never an error.
 
-    Each line is one write to a file opened for appending, so that several processes can share it
-    on one machine and a reader sees whole lines. A line that a killed process left unfinished is
-    ended first and so stays the only one that cannot be read.
+    Each line is one write to a file opened for appending, so that several processes on one machine
+    can share it and a reader sees whole lines. If a killed process left an unfinished line, that
+    line is ended first, so that it is the only one that cannot be read.
 
     Args:
-        path: made with its folders when the first line is written.
-        warn: takes a sentence; default: standard error.
+        path: Created, with its folders, when the first line is written.
+        warn: Takes a sentence; None prints it on standard error.
     """
 
     def __init__(self, path: str | os.PathLike, warn: Callable[[str], None] | None = None):
@@ -37,38 +37,40 @@ class JsonLines:
         """Write one object; its values are numbers, strings, or lists and dicts of these."""
         text = json.dumps(_plain(line), allow_nan=False) + "\n"
         try:
-            if self._descriptor is None:
-                self._open()
+            descriptor = self._open() if self._descriptor is None else self._descriptor
             data = text.encode()
-            written = os.write(self._descriptor, data)
+            written = os.write(descriptor, data)
             if written < len(data):
                 raise OSError(f"only {written} of {len(data)} bytes of a line were written")
         except OSError as error:
-            # Opened anew for the next line, which then ends this one if part of it is there.
+            # The next line reopens the file, and first ends this line if part of it was written.
             self.close()
             self.lost += 1
             if self.lost == 1:
                 self._warn(
-                    f"kvshift_megatron: {self.path} cannot be written ({error}): its lines are "
-                    "lost until it can be again; training goes on"
+                    f"kvshift_megatron: {self.path} cannot be written ({error}); training "
+                    "continues, and lines are lost until the file can be written again"
                 )
 
     def close(self) -> None:
-        """Let the file go; a later `append` opens it again."""
+        """Close the file; a later `append` opens it again."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _open(self) -> None:
+    def _open(self) -> int:
+        """Open the file, end an unfinished line, and return the file's descriptor."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Set before anything can fail, so that `close` closes it.
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         size = os.fstat(self._descriptor).st_size
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
             os.write(self._descriptor, b"\n")
+        return self._descriptor
 
 
 def read_lines(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """The objects of a file, in order; lines that a kill or a full disk cut off are left out."""
+    """Yield the objects of a file, in order; skip lines that a kill or a full disk truncated."""
     with open(path, "rb") as file:
         for line in file:
             try:
@@ -80,14 +82,14 @@ def read_lines(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics(path: str | os.PathLike) -> dict[int, dict[str, Any]]:
-    """What a run logged, by iteration.
+    """Return what a run logged, by iteration.
 
     A resumed run writes the iterations after its checkpoint again: the last value of a name counts.
 
     Returns:
-        iteration -> {name: value}, ascending.
+        {iteration: {name: value}}, ascending.
     """
-    metrics = {}
+    metrics: dict[int, dict[str, Any]] = {}
     for line in read_lines(path):
         if isinstance(line.get("iteration"), int):
             values = {name: _number(value) for name, value in line.items()}

@@ -1,12 +1,12 @@
-"""What NVML says about one GPU, metric by metric; a metric that fails is left out from then on."""
+"""Read one GPU's metrics through NVML; a metric that fails is left out from then on."""
 
 import ctypes
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-# NVML's "clocks event reasons", which were "throttle reasons" before driver 535; the bits are the
-# same. NVML's header (nvml.h, nvmlClocksEventReasons) is the source of bits and meanings.
+# NVML's "clocks event reasons", called "throttle reasons" before driver 535; the bits are the same.
+# Bits and meanings are from NVML's header (nvml.h, nvmlClocksEventReasons).
 CLOCK_REASONS = {
     0x001: "gpu_idle",
     0x002: "applications_clocks_setting",
@@ -20,7 +20,7 @@ CLOCK_REASONS = {
     0x200: "board_limit",
     0x400: "reliability",
 }
-# Those that nobody asked for. A power cap is one: at full load it is what limits many GPUs.
+# Those that nobody chose. A power cap is one: at full load it limits many GPUs.
 THROTTLING = frozenset(
     {
         "sw_power_cap",
@@ -35,13 +35,13 @@ THROTTLING = frozenset(
 
 
 class GPU:
-    """One GPU's readings.
+    """Reads the metrics of one GPU.
 
     Args:
-        nvml: the module pynvml (nvidia-ml-py), initialized.
+        nvml: The module pynvml (nvidia-ml-py), initialized.
         handle: NVML's, of this GPU.
-        index: the number that the readings carry: the job's own, as CUDA counts.
-        warn: called once for every metric that fails, with a sentence.
+        index: The GPU's number in the readings: the job's own, as CUDA counts.
+        warn: Called with a sentence, once for every metric that fails.
     """
 
     def __init__(self, nvml: ModuleType, handle: Any, index: int, warn: Callable[[str], None]):
@@ -59,11 +59,11 @@ class GPU:
         }
 
     def read(self) -> dict[str, Any]:
-        """All metrics that work.
+        """Return all metrics that work.
 
         Returns:
-            gpu (index), uuid, and of those that this GPU has: utilization_percent and
-            memory_utilization_percent (of NVML's own sampling period, under a second),
+            gpu (index), uuid, and, as far as this GPU has them: utilization_percent and
+            memory_utilization_percent (over NVML's sampling period, under a second),
             memory_used_bytes, memory_total_bytes, power_watts, temperature_celsius, throttle (names
             of CLOCK_REASONS), ecc_corrected and ecc_uncorrected (errors since the driver was
             loaded).
@@ -72,24 +72,24 @@ class GPU:
         for name, metric in list(self._metrics.items()):
             try:
                 values |= metric()
-            # AttributeError: a pynvml without the call.
+            # AttributeError: this pynvml lacks the function.
             except (self.nvml.NVMLError, AttributeError) as error:
                 del self._metrics[name]
                 self._warn(
-                    f"GPU {self.index}: NVML does not give {name} ({error}), which is left out "
-                    "from here on"
+                    f"GPU {self.index}: NVML does not report {name} ({error}); it is left out from "
+                    "now on"
                 )
         return values
 
     def is_device(self, handle: Any) -> bool:
-        """Whether an event's handle is this GPU's, also when the GPU no longer answers."""
+        """Return whether a handle is this GPU's; it works even if the GPU no longer answers."""
         return _address(handle) == _address(self.handle)
 
     def _once(self, what: str, call: Callable[[Any], Any]) -> str | None:
         try:
             text = call(self.handle)
         except self.nvml.NVMLError as error:
-            self._warn(f"GPU {self.index}: NVML does not give its {what} ({error})")
+            self._warn(f"GPU {self.index}: NVML does not report its {what} ({error})")
             return None
         return text.decode() if isinstance(text, bytes) else text
 
@@ -106,7 +106,7 @@ class GPU:
 
     def _temperature(self) -> dict[str, Any]:
         sensor = self.nvml.NVML_TEMPERATURE_GPU
-        # The older call is announced to go with CUDA 14; the newer one came with driver 570.
+        # The newer function came with driver 570; the older one is to be removed in CUDA 14.
         newer = getattr(self.nvml, "nvmlDeviceGetTemperatureV", None)
         if newer is not None:
             try:
@@ -139,13 +139,14 @@ class GPU:
 
 
 def open_gpus(nvml: ModuleType, uuids: list[str] | None, warn: Callable[[str], None]) -> list[GPU]:
-    """The GPUs to watch.
+    """Open the GPUs to watch.
 
     Args:
-        nvml: the module pynvml, initialized.
-        uuids: "GPU-...", in the order that CUDA counts; None for all that NVML sees.
-        warn: as GPU's; a GPU that cannot be opened is left out with a sentence.
+        nvml: The module pynvml, initialized.
+        uuids: "GPU-...", in CUDA's order; None for all that NVML sees.
+        warn: As GPU's; also called for a GPU that cannot be opened, which is left out.
     """
+    openers: list[tuple[Callable[[Any], Any], Any]]
     if uuids is None:
         openers = [(nvml.nvmlDeviceGetHandleByIndex, i) for i in range(nvml.nvmlDeviceGetCount())]
     else:
@@ -155,10 +156,10 @@ def open_gpus(nvml: ModuleType, uuids: list[str] | None, warn: Callable[[str], N
         try:
             gpus.append(GPU(nvml, opener(key), index, warn))
         except nvml.NVMLError as error:
-            warn(f"GPU {index} ({key}) cannot be opened by NVML and is not watched ({error})")
+            warn(f"NVML cannot open GPU {index} ({key}), which is not sampled ({error})")
     return gpus
 
 
 def _address(handle: Any) -> int | None:
-    """NVML's handles are pointers, which ctypes compares by Python object."""
+    """Return the address in a handle: ctypes compares pointers by Python object."""
     return ctypes.cast(handle, ctypes.c_void_p).value

@@ -1,9 +1,9 @@
-"""Megatron's TensorBoard writer, and beside it one JSON line per iteration with the same tags.
+"""Record what Megatron writes to TensorBoard as one JSON line per iteration with the same tags.
 
-Megatron writes each number with `add_scalar` on the object that `get_tensorboard_writer` returns,
-on the last rank. That object stays Megatron's SummaryWriter; what it writes is recorded too. If no
-TensorBoard was asked for, or it is not installed, LinesOnly stands in for it, so that Megatron's
-numbers reach the JSON lines all the same.
+On the last rank Megatron writes each number with `add_scalar` on the object that
+`get_tensorboard_writer` returns. That object stays Megatron's SummaryWriter; what it writes is also
+recorded. If TensorBoard is not requested or not installed, LinesOnly stands in for it, so that
+Megatron's numbers still reach the JSON lines.
 """
 
 import sys
@@ -14,7 +14,7 @@ from typing import Any
 from kvshift_megatron.training.metrics.json_lines import JsonLines
 from kvshift_megatron.upstream import metrics_table, substitutions
 
-# Megatron writes these tags a second time over the samples; a line has "samples" once instead.
+# Megatron also writes each tag over the samples; a line has the number of samples once instead.
 _OVER_SAMPLES = " vs samples"
 
 
@@ -22,7 +22,7 @@ class Recorder:
     """Collect the tags of an iteration and write them as one line.
 
     Args:
-        lines: where they are written; None writes nothing.
+        lines: The file to write to; None writes nothing.
     """
 
     def __init__(self, lines: JsonLines | None):
@@ -31,14 +31,14 @@ class Recorder:
         self._last: int | None = None
 
     def record(self, tag: str, value: Any, iteration: int) -> None:
-        """Record one value: a number, or what else a line can hold."""
+        """Record one value: a number, or anything else that a line can hold."""
         if tag.endswith(_OVER_SAMPLES):
-            # Comes after the same value over iterations.
+            # It follows the same value over iterations.
             if self._last in self._pending:
                 self._pending[self._last]["samples"] = iteration
             return
         if tag in self._pending.get(iteration, {}):
-            # Nothing is overwritten: Megatron's last evaluations share a tag and an iteration.
+            # Keep both values: Megatron's last evaluations share a tag and an iteration.
             self.flush()
         self._pending.setdefault(iteration, {})[tag] = value
         self._last = iteration
@@ -56,7 +56,7 @@ class Recorder:
 
 
 class LinesOnly:
-    """What Megatron calls on a SummaryWriter, for a recorder alone."""
+    """The methods that Megatron calls on a SummaryWriter; they only record."""
 
     def __init__(self, recorder: Recorder):
         self._recorder = recorder
@@ -66,10 +66,10 @@ class LinesOnly:
         self._recorder.record(tag, float(value), int(global_step))
 
     def add_text(self, *_: Any, **__: Any) -> None:
-        """Ignore the run's arguments, which are no metrics."""
+        """Ignore the run's arguments, which are not metrics."""
 
     def add_many(self, values: dict[str, Any], iteration: int) -> None:
-        """Record {tag: value}, as the method that `record_scalars` adds."""
+        """Record {tag: value}, like the method that `record_scalars` adds."""
         for tag, value in values.items():
             self._recorder.record(tag, value, iteration)
 
@@ -85,15 +85,15 @@ class LinesOnly:
 def record_scalars(
     writer: Any, recorder: Recorder, warn: Callable[[str], None] | None = None
 ) -> Callable[[], None]:
-    """Record a SummaryWriter's scalars too; a full disk under it is one warning.
+    """Record a SummaryWriter's scalars; if its disk is full, warn once instead of raising.
 
     Args:
-        writer: Megatron's SummaryWriter; its methods are replaced on the object, and it gets
-            `add_many(values, iteration)` for {tag: number}, which makes one event of them all:
-            `add_scalar` makes and queues one each, and there are hundreds of taps. Strings and
+        writer: Megatron's SummaryWriter. Its methods are replaced on the object, which also gets a
+            new method `add_many(values, iteration)` for {tag: value}. It writes one event for all
+            of them; `add_scalar` would queue one each, and there are hundreds of taps. Strings and
             lists among the values go to the recorder only.
-        recorder: gets every scalar, whatever becomes of it in TensorBoard.
-        warn: takes a sentence; None prints it on standard error.
+        recorder: Gets every scalar, even if TensorBoard's file cannot be written.
+        warn: Takes a sentence; None prints it on standard error.
 
     Returns:
         A function that restores the writer's own methods.
@@ -109,8 +109,8 @@ def record_scalars(
             except OSError as error:
                 state["failed"] = True
                 (warn or _to_stderr)(
-                    f"kvshift_megatron: TensorBoard's files cannot be written ({error}); they "
-                    "end here, training goes on"
+                    f"kvshift_megatron: TensorBoard's files cannot be written ({error}); training "
+                    "continues, and nothing more is written to them"
                 )
 
         return call
@@ -119,9 +119,9 @@ def record_scalars(
         add_scalar = guarded(method)
 
         def add_scalar_and_record(
-            tag: str, scalar_value: Any, global_step: int | None = None, *args: Any, **kwargs: Any
+            tag: str, scalar_value: Any, global_step: int, *args: Any, **kwargs: Any
         ) -> None:
-            # Once to the CPU, for both.
+            # Copy it to the CPU once for both.
             value = float(scalar_value)
             recorder.record(tag, value, int(global_step))
             add_scalar(tag, value, global_step, *args, **kwargs)
@@ -158,6 +158,7 @@ def record_scalars(
             writer, add_scalar=recorded, add_text=guarded, flush=flushed, close=guarded
         )
     )
+    # Not a row of the table: SummaryWriter has no such method, so nothing is replaced.
     writer.add_many = add_many
 
     def restore() -> None:

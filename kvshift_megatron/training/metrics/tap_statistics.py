@@ -1,11 +1,11 @@
-"""What the taps look like, layer by layer: mean, min, max, and the counts of the paper's Table 4.
+"""Statistics of the taps of each layer: mean, min, max, and the counts of the paper's Table 4.
 
-Read between the backward pass and the optimizer's step, so that an iteration's statistics are of
-the taps that its loss was computed with: right after the step the distributed optimizer may not
-have gathered the new parameters yet (--overlap-param-gather).
+The taps are read between the backward pass and the optimizer's step, so that an iteration's
+statistics are of the taps that its loss was computed with. Right after the step the distributed
+optimizer may not have gathered the new parameters yet (--overlap-param-gather).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.utils import get_attr_wrapped_model
@@ -19,13 +19,13 @@ _ALL = "taps/all_layers"
 
 
 class LayerPart(NamedTuple):
-    """What one rank holds of one layer's taps.
+    """One rank's part of one layer's taps.
 
     Args:
-        name: of the layer in the tags: "layer_7", or "mtp_layer_1" of multi-token prediction.
-        kv_shift: its taps.
-        num_query_groups: of the whole layer.
-        first, last: the rank's query groups, last exclusive.
+        name: Of the layer in the tags: "layer_7", or "mtp_layer_1" in multi-token prediction.
+        kv_shift: The layer's configuration.
+        num_query_groups: Of the whole layer.
+        first, last: The rank's query groups, last exclusive.
     """
 
     name: str
@@ -36,10 +36,10 @@ class LayerPart(NamedTuple):
 
 
 class TapStatistics:
-    """Gathers the taps of all layers and describes them, on the ranks of one model replica.
+    """Gathers the taps of all layers on the ranks of one model replica and describes them.
 
     Args:
-        model: this rank's chunks.
+        model: This rank's model chunks.
     """
 
     def __init__(self, model: list[torch.nn.Module]):
@@ -52,7 +52,7 @@ class TapStatistics:
 
     @torch.no_grad()
     def take(self) -> None:
-        """Copy this rank's parameters of taps as they are now; two kernels, nothing waits."""
+        """Copy the current values of this rank's tap parameters: two kernels, no waiting."""
         values = [
             getattr(module, name).reshape(-1)
             for _, module in self._modules
@@ -63,22 +63,21 @@ class TapStatistics:
         self._flat = torch.cat(values).float() if values else torch.zeros(0, device=device)
 
     def describe(self) -> dict[str, float]:
-        """What `take` copied, of all layers and query groups.
+        """Return statistics of what `take` copied, over all layers and query groups.
 
-        Collective over the tensor- and pipeline-parallel ranks of the last rank's model replica,
-        and nothing on others: one all-gather, whatever the number of layers (at the first call a
-        second one, of what each rank holds).
+        Collective over the tensor- and pipeline-parallel ranks of the last rank's model replica;
+        other ranks do nothing. It takes one all-gather for any number of layers; the first call
+        takes a second one to learn which part each rank holds.
 
         Returns:
-            On the last rank tag -> value, see `statistics`; elsewhere, and where `take` was not
-            called since the last time, nothing.
+            On the last rank {tag: value}, see `statistics`. Empty on other ranks, and if `take` was
+            not called since the last call.
         """
         flat, self._flat = self._flat, None
         writer = torch.distributed.get_world_size() - 1
         if flat is None or writer not in self._ranks:
             return {}
-        if self._layout is None:
-            self._exchange_layout()
+        layout = self._exchange_layout() if self._layout is None else self._layout
         if not self._longest:
             return {}
         padded = flat.new_zeros(self._longest)
@@ -87,9 +86,10 @@ class TapStatistics:
         torch.distributed.all_gather_into_tensor(gathered, padded, group=self._group)
         if torch.distributed.get_rank() != writer:
             return {}
-        return statistics(assemble(self._layout, gathered.view(len(self._ranks), -1).cpu()))
+        return statistics(assemble(layout, gathered.view(len(self._ranks), -1).cpu()))
 
-    def _exchange_layout(self) -> None:
+    def _exchange_layout(self) -> list[list[LayerPart]]:
+        """Gather, once, which parts each rank holds. Collective over the replica's ranks."""
         own = [
             LayerPart(
                 name,
@@ -100,25 +100,27 @@ class TapStatistics:
             )
             for name, module in self._modules
         ]
-        self._layout = [None] * len(self._ranks)
-        torch.distributed.all_gather_object(self._layout, own, group=self._group)
-        self._longest = max(sum(map(_numel, parts)) for parts in self._layout)
+        layout: list[list[LayerPart]] = [[] for _ in self._ranks]
+        torch.distributed.all_gather_object(layout, own, group=self._group)
+        self._longest = max(sum(map(_numel, parts)) for parts in layout)
+        self._layout = layout
+        return layout
 
 
 def assemble(
     layout: list[list[LayerPart]], rows: Tensor
 ) -> dict[str, tuple[KVShiftConfig, Tensor]]:
-    """Whole layers from what the ranks hold.
+    """Assemble whole layers from the parts of all ranks.
 
     Args:
-        layout: the parts of each rank, in the order of its row.
-        rows: fp32 [ranks, longest], the parameters of each rank's parts, one after the other.
+        layout: The parts of each rank, in the order of its row.
+        rows: The parameters of each rank's parts in turn, fp32 [ranks, longest].
 
     Returns:
-        layer -> its configuration and parameters, fp32 [parameters per group, num_query_groups].
-        Decoder layers ascending, then those of multi-token prediction.
+        {layer: (configuration, parameters)}, parameters fp32 [parameters per group,
+        num_query_groups]. Decoder layers ascending, then those of multi-token prediction.
     """
-    layers = {}
+    layers: dict[str, tuple[KVShiftConfig, Tensor]] = {}
     for parts, row in zip(layout, rows):
         start = 0
         for part in parts:
@@ -126,31 +128,34 @@ def assemble(
             values = row[start : start + _numel(part)].view(parameters, -1)
             start += _numel(part)
             shape = (parameters, part.num_query_groups)
-            # A part that no rank has would show as NaN.
+            # A part that no rank holds stays NaN.
             whole = layers.setdefault(part.name, (part.kv_shift, torch.full(shape, torch.nan)))[1]
             whole[:, part.first : part.last] = values
     return {name: layers[name] for name in sorted(layers, key=_position)}
 
 
 def statistics(layers: dict[str, tuple[KVShiftConfig, Tensor]]) -> dict[str, float]:
-    """The tags of all layers.
+    """Return the tags of all layers.
+
+    Args:
+        layers: {layer: (configuration, parameters)}, as `assemble` returns them.
 
     Returns:
-        taps/layer_7/alpha_1_mean, _min, _max: over the query groups; likewise each other tap, as
-            the shift applies it (gate and clamp are done).
-        taps/layer_7/pairs_a1_gt_a2_b1_le_b2: query groups with alpha_1 > alpha_2 and not
-            beta_1 > beta_2; likewise the other three cells of the paper's Table 4. Where only keys
-            or values shift, two cells.
-        taps/all_layers/...: the same over the query groups of all decoder layers.
+        taps/layer_7/alpha_1_mean, _min, _max: Over the query groups; likewise every other tap, as
+            the shift applies it (after gate or clamp).
+        taps/layer_7/pairs_a1_gt_a2_b1_le_b2: Number of query groups with alpha_1 > alpha_2 and not
+            beta_1 > beta_2; likewise the other three cells of the paper's Table 4. There are two
+            cells if only keys or only values shift.
+        taps/all_layers/...: The same over the query groups of all decoder layers.
     """
-    tags = {}
-    for part in _alike(layers):
+    tags: dict[str, float] = {}
+    for part in _grouped(layers):
         kv_shift = part[0][1]
         taps = _effective(kv_shift, torch.stack([parameters for _, _, parameters in part]))
         described = _describe(taps)
         for position, (name, *_) in enumerate(part):
             tags |= {f"taps/{name}/{key}": row[position] for key, row in described.items()}
-    # Only where all decoder layers have the same taps is there a whole to speak of.
+    # Taps are comparable only if all decoder layers have the same configuration.
     decoder = [value for name, value in layers.items() if not name.startswith("mtp_")]
     if len({kv_shift for kv_shift, _ in decoder}) == 1:
         kv_shift = decoder[0][0]
@@ -160,23 +165,25 @@ def statistics(layers: dict[str, tuple[KVShiftConfig, Tensor]]) -> dict[str, flo
     return tags
 
 
-def _alike(layers) -> list[list[tuple[str, KVShiftConfig, Tensor]]]:
-    """The layers in parts of one configuration and shape, which are described together."""
-    parts = {}
+def _grouped(
+    layers: dict[str, tuple[KVShiftConfig, Tensor]],
+) -> list[list[tuple[str, KVShiftConfig, Tensor]]]:
+    """Return the layers grouped by configuration and shape; a group is described at once."""
+    parts: dict[Any, list[tuple[str, KVShiftConfig, Tensor]]] = {}
     for name, (kv_shift, parameters) in layers.items():
         parts.setdefault((kv_shift, parameters.shape), []).append((name, kv_shift, parameters))
     return list(parts.values())
 
 
 def _effective(kv_shift: KVShiftConfig, parameters: Tensor) -> dict[str, Tensor]:
-    """{"alpha": fp32 [window, layers, ng], "beta": ...} of parameters [layers, parameters, ng]."""
+    """Return {"alpha": fp32 [window, layers, ng], ...} from parameters [layers, parameters, ng]."""
     shape = (kv_shift.window, parameters.shape[0], parameters.shape[2])
     taps = taps_by_kind(kv_shift, parameters.transpose(0, 1).flatten(1))
     return {kind: values.reshape(shape) for kind, values in taps.items()}
 
 
 def _describe(taps: dict[str, Tensor]) -> dict[str, list[float]]:
-    """{"alpha_1_mean": a number a layer, ...} of taps [window, layers, ng]."""
+    """Return {"alpha_1_mean": one number per layer, ...} of taps [window, layers, ng]."""
     tags = {}
     for kind, values in taps.items():
         for number, tap in enumerate(values, start=1):

@@ -1,8 +1,8 @@
-"""GPU telemetry: one background thread a node that samples its GPUs through NVML.
+"""GPU telemetry: one background thread per node samples its GPUs through NVML.
 
-Each node appends to a file of its own, one JSON object a line, and needs nobody for it. Collectives
-would be silent exactly when telemetry is wanted: while a rank hangs, or after a GPU is lost. What
-the writers of the run get from these files is in telemetry_summary.py.
+Each node appends to its own file, one JSON object per line, and depends on no other node.
+Collectives would fail exactly when telemetry is needed: while a rank hangs, or after a GPU is lost.
+telemetry_summary.py summarises these files for the run's writers.
 
     {"time": ..., "iteration": ..., "node": "node-3", "gpus": [{"gpu": 0, "power_watts": ...}, ...],
      "xid_events": 0}
@@ -20,21 +20,21 @@ from typing import Any
 
 from kvshift_megatron.training.metrics.nvml import GPU, open_gpus
 
-_SLICE_S = 0.5  # how long the thread waits before it looks whether it should end
-_MOST_EVENT_LINES = 1000  # a broken GPU can repeat one event for days
+_SLICE_S = 0.5  # how long the thread waits before it checks whether to stop
+_MOST_EVENT_LINES = 1000  # a broken GPU can repeat an event for days
 
 
 class Sampler:
     """Samples this node's GPUs until `stop`.
 
     Args:
-        write: takes one line's object; called from the sampling thread, must not raise.
-        node: the name that the lines carry.
-        uuids: "GPU-..." of the job's GPUs as CUDA counts them; None for all that NVML sees.
-        interval_s: seconds between two samples.
-        iteration: the training iteration that the lines carry.
-        nvml: the module pynvml; None imports it.
-        warn: takes a sentence; default: standard error.
+        write: Takes one line's object; called from the sampling thread, must not raise.
+        node: Name of the node in the lines.
+        uuids: "GPU-..." of the job's GPUs in CUDA's order; None for all that NVML sees.
+        interval_s: Seconds between two samples.
+        iteration: Returns the training iteration for the lines.
+        nvml: The module pynvml; None imports it.
+        warn: Takes a sentence; None prints it on standard error.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class Sampler:
     ):
         self._write, self._node, self._uuids = write, node, uuids
         self._interval_s, self._iteration = interval_s, iteration
-        self._nvml = nvml
+        self._nvml: Any = nvml
         self._warn_line = warn or _to_stderr
         self._warned: set[str] = set()
         self._gpus: list[GPU] = []
-        self._event_set = None
+        self._event_set: Any = None
         self._xids: dict[int | None, int] = {}
         self._reported: set[tuple] = set()
         self._event_lines = 0
@@ -61,25 +61,25 @@ class Sampler:
         self._thread: threading.Thread | None = None
 
     def start(self) -> bool:
-        """Begin. False, after one warning, where NVML or its GPUs are not there."""
+        """Start sampling; return False, after one warning, if NVML or its GPUs are missing."""
         try:
             if self._nvml is None:
                 import pynvml
 
                 self._nvml = pynvml
         except ImportError as error:
-            self._warn(f"there is no GPU telemetry: {error} (pip install nvidia-ml-py)")
+            self._warn(f"no GPU telemetry: {error} (pip install nvidia-ml-py)")
             return False
         try:
             self._nvml.nvmlInit()
             self._gpus = open_gpus(self._nvml, self._uuids, self._warn)
         except (self._nvml.NVMLError, AttributeError) as error:
-            self._warn(f"there is no GPU telemetry: NVML does not work on this node ({error})")
+            self._warn(f"no GPU telemetry: NVML does not work on this node ({error})")
             return False
         if not self._gpus:
-            # NVML may also say nothing: no GPU is no error to it.
+            # NVML does not treat it as an error if there is no GPU.
             if not self._warned:
-                self._warn("there is no GPU telemetry: NVML sees no GPU on this node")
+                self._warn("no GPU telemetry: NVML sees no GPU on this node")
             return False
         self._open_events()
         self._thread = threading.Thread(target=self._run, name="gpu-telemetry", daemon=True)
@@ -87,7 +87,7 @@ class Sampler:
         return True
 
     def stop(self) -> None:
-        """End the thread and let NVML go; a thread that a lost GPU holds is left behind."""
+        """End the thread and shut NVML down; leave a thread that is stuck on a lost GPU."""
         self._stopping.set()
         if self._thread is None:
             return
@@ -100,7 +100,7 @@ class Sampler:
                 self._nvml.nvmlEventSetFree(self._event_set)
             self._nvml.nvmlShutdown()
         except self._nvml.NVMLError as error:
-            self._warn(f"NVML did not end in order ({error})")
+            self._warn(f"NVML did not shut down cleanly ({error})")
 
     def _run(self) -> None:
         try:
@@ -111,9 +111,9 @@ class Sampler:
                     self._sample()
                     due = now + self._interval_s
                 self._wait(min(max(due - time.monotonic(), 0.0), _SLICE_S))
-        # A thread of its own: whatever it is, training goes on without telemetry.
+        # Whatever fails in this thread, training continues without telemetry.
         except Exception as error:
-            self._warn(f"GPU telemetry ends here: {type(error).__name__}: {error}")
+            self._warn(f"GPU telemetry has stopped: {type(error).__name__}: {error}")
 
     def _sample(self) -> None:
         gpus = [gpu.read() for gpu in self._gpus]
@@ -124,22 +124,22 @@ class Sampler:
 
     def _open_events(self) -> None:
         nvml = self._nvml
-        # Not single-bit errors: those are corrected, counted by ecc_corrected, and come in storms.
+        # Not single-bit errors: they can be many, and ecc_corrected counts them.
         kinds = nvml.nvmlEventTypeXidCriticalError | nvml.nvmlEventTypeDoubleBitEccError
         try:
             self._event_set = nvml.nvmlEventSetCreate()
         except nvml.NVMLError as error:
-            self._warn(f"NVML reports no events, so that XID errors go unseen ({error})")
+            self._warn(f"NVML reports no events, so XID errors are not seen ({error})")
             return
         for gpu in self._gpus:
             try:
                 supported = nvml.nvmlDeviceGetSupportedEventTypes(gpu.handle)
                 nvml.nvmlDeviceRegisterEvents(gpu.handle, kinds & supported, self._event_set)
             except nvml.NVMLError as error:
-                self._warn(f"GPU {gpu.index}: its XID errors go unseen ({error})", "register")
+                self._warn(f"GPU {gpu.index}: its XID errors are not seen ({error})", "register")
 
     def _wait(self, seconds: float) -> None:
-        """Wait for an event or until the time is over."""
+        """Wait until an event arrives or the time is up."""
         nvml = self._nvml
         if self._event_set is None:
             self._stopping.wait(seconds)
@@ -148,7 +148,7 @@ class Sampler:
             event = nvml.nvmlEventSetWait_v2(self._event_set, max(int(seconds * 1000), 1))
         except nvml.NVMLError as error:
             if error.value != nvml.NVML_ERROR_TIMEOUT:
-                self._warn(f"NVML reports no more events; XID errors go unseen ({error})")
+                self._warn(f"NVML reports no more events; XID errors are not seen ({error})")
                 self._event_set = None
             return
         self._report(event)
@@ -170,7 +170,7 @@ class Sampler:
             self._warn_line(f"kvshift_megatron: {self._node}: {where} reports {what}")
 
     def _warn(self, sentence: str, key: str | None = None) -> None:
-        """Say it once; `key` makes sentences of several GPUs one."""
+        """Warn once per sentence, or once per `key` if several GPUs share one."""
         if (key or sentence) not in self._warned:
             self._warned.add(key or sentence)
             self._warn_line(f"kvshift_megatron: {self._node}: {sentence}")

@@ -1,8 +1,9 @@
-"""The nodes' telemetry in a few numbers, for the writers of the run.
+"""Summarise the nodes' telemetry in a few numbers, for the writers of the run.
 
-A thread of the writing rank reads what the nodes have appended to their files since its last look,
-so that the training loop only picks up a finished dictionary. For that the files have to lie where
-the writing rank sees them, as checkpoints do; gpu/nodes_silent counts those that it does not see.
+A thread of the writing rank reads what the nodes have appended to their files since it last looked,
+so that the training loop only picks up a finished dictionary. The files have to be on a file system
+that the writing rank sees, as checkpoints are; gpu/nodes_silent counts nodes whose file it does not
+see.
 """
 
 import glob
@@ -18,23 +19,23 @@ _SPREAD = ("utilization_percent", "memory_used_bytes", "power_watts", "temperatu
 _SUMS = ("ecc_corrected", "ecc_uncorrected")
 _MOST_ERRORS = 8  # named in one line
 _HEAD_START_S = 30.0
-_TAIL_BYTES = 1 << 18  # of a file that is there already; more than 30 s of a node
+_TAIL_BYTES = 1 << 18  # to read of a file that already exists; more than a node writes in 30 s
 
 
 class TelemetrySummary:
     """Follows the telemetry files of a run.
 
     Args:
-        metrics: the metrics file whose telemetry files these are.
-        nodes: how many there should be.
-        interval_s: the samplers'. A node silent for three of them, and a minute, counts as silent.
+        metrics: The metrics file to which the telemetry files belong.
+        nodes: How many nodes there should be.
+        interval_s: Of the samplers. A node counts as silent after three of them and after a minute.
     """
 
     def __init__(self, metrics: Path, nodes: int, interval_s: float):
         self._pattern = str(telemetry_file(Path(glob.escape(str(metrics))), "*"))
         self._nodes, self._interval_s = nodes, interval_s
-        # What earlier attempts of the run left is theirs. The nodes' samplers may have begun before
-        # this rank got here, and clocks differ.
+        # Ignore what earlier attempts of the run left. Samplers may have started before this rank
+        # got here, and clocks differ, hence the head start.
         self._since = time.time() - _HEAD_START_S
         self._read = {
             path: max(Path(path).stat().st_size - _TAIL_BYTES, 0)
@@ -47,24 +48,26 @@ class TelemetrySummary:
         self._thread = threading.Thread(target=self._run, name="telemetry-summary", daemon=True)
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
+        """End the thread."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(timeout=2.0)
 
     def values(self) -> dict[str, Any]:
-        """The newest summary; empty before the first sample. See `summarize`."""
+        """Return the latest summary, see `summarize`; empty before the first sample."""
         return self._values
 
     def update(self) -> None:
-        """Read what is new, and summarize."""
+        """Read what is new and summarise it."""
         for path in glob.glob(self._pattern):
             try:
                 self._follow(path)
             except OSError:
-                continue  # seen again at the next look, or the node counts as silent
+                continue  # read next time, or the node counts as silent
         now, limit = time.monotonic(), max(3 * self._interval_s, 60.0)
         fresh = [line for seen, line in self._latest.values() if now - seen < limit]
         if self._latest:
@@ -81,7 +84,7 @@ class TelemetrySummary:
         with open(path, "rb") as file:
             file.seek(self._read.get(path, 0))
             data = file.read()
-        # The rest of an unfinished line comes with the next look.
+        # The rest of an unfinished line is read next time.
         whole = data.rpartition(b"\n")[0]
         if not whole:
             return
@@ -100,21 +103,24 @@ class TelemetrySummary:
 
 
 def telemetry_file(metrics: Path, node: str) -> Path:
-    """Where a node writes: beside the metrics file, under its own name."""
+    """Return a node's file: next to the metrics file, with the node in its name."""
     return metrics.with_name(f"{metrics.name}.telemetry.{node}.jsonl")
 
 
 def summarize(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """One dictionary of one sample a node.
+    """Return one dictionary from one sample per node.
+
+    Args:
+        lines: The latest sample of each node.
 
     Returns:
-        gpu/nodes, gpu/gpus: how many are in the summary.
-        gpu/power_watts_min, _mean, _max: over all GPUs that have it; likewise utilization_percent,
-            memory_used_bytes and temperature_celsius.
-        gpu/throttled: GPUs whose clocks are held down by power, heat or hardware.
-        gpu/ecc_corrected, gpu/ecc_uncorrected, gpu/xid_events: sums.
-        gpu/hottest, gpu/least_utilized, gpu/throttled_most: "node:gpu", strings; the last one a
-            throttled GPU with its reasons.
+        gpu/nodes, gpu/gpus: How many are in the summary.
+        gpu/power_watts_min, _mean, _max: Over all GPUs that report it; likewise
+            utilization_percent, memory_used_bytes and temperature_celsius.
+        gpu/throttled: Number of GPUs whose clocks are limited by power, heat or hardware.
+        gpu/ecc_corrected, gpu/ecc_uncorrected, gpu/xid_events: Sums.
+        gpu/hottest, gpu/least_utilized, gpu/throttled_most: Strings, "node:gpu"; the last one also
+            has the reasons.
     """
     gpus = [(f"{line['node']}:{gpu['gpu']}", gpu) for line in lines for gpu in line["gpus"]]
     values: dict[str, Any] = {"gpu/nodes": len(lines), "gpu/gpus": len(gpus)}
@@ -143,5 +149,5 @@ def summarize(lines: list[dict[str, Any]]) -> dict[str, Any]:
     ):
         of = {who: gpu[name] for who, gpu in gpus if name in gpu}
         if of:
-            values[tag] = pick(of, key=of.get)
+            values[tag] = pick(of, key=of.__getitem__)
     return values

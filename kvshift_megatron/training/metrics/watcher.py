@@ -1,4 +1,4 @@
-"""Where the watching meets Megatron's loop: after each `training_log`, and before each step."""
+"""Hooks into Megatron's loop: after each `training_log`, and before each optimizer step."""
 
 import os
 import socket
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
 from megatron.core.utils import get_model_config
 
@@ -25,10 +26,10 @@ class Watcher:
 
     Args:
         args: Megatron's arguments, with this package's.
-        path: of the metrics file; None for none.
-        recorder: of the writing rank, which is the last one; None elsewhere.
-        writer: of the writing rank: what `get_tensorboard_writer` gives.
-        wandb: of the writing rank: Megatron's Weights & Biases writer, where it has one.
+        path: Of the metrics file; None for none.
+        recorder: On the writing rank, which is the last one; None on other ranks.
+        writer: On the writing rank, what `get_tensorboard_writer` returns.
+        wandb: On the writing rank, Megatron's Weights & Biases writer if there is one.
     """
 
     def __init__(
@@ -49,30 +50,35 @@ class Watcher:
         self._summary: TelemetrySummary | None = None
 
     def watch_taps(self, model: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """A post-wrap hook of Megatron's model builder: the model that the taps are read from."""
-        self._taps = TapStatistics(model)
+        """Read the taps of this model; a post-wrap hook of Megatron's model builder."""
+        taps = self._taps = TapStatistics(model)
         config = get_model_config(model[0])
-        finalize = config.finalize_model_grads_func
-        if finalize is None:
-            # What Megatron's loop takes where nobody has chosen.
-            from megatron.core.distributed import finalize_model_grads as finalize
+        # Megatron's loop uses this function if none is configured.
+        finalize = config.finalize_model_grads_func or finalize_model_grads
 
         @wraps(finalize)
-        def finalize_and_take(*args, **kwargs):
+        def finalize_and_take(*args: Any, **kwargs: Any) -> Any:
             result = finalize(*args, **kwargs)
-            # Counted from 0 by Megatron while the step runs.
+            # Megatron counts from 0 while the step runs.
             if (self._args.curr_iteration + 1) % self._args.log_interval == 0:
-                self._taps.take()
+                taps.take()
             return result
 
         config.finalize_model_grads_func = finalize_and_take
         return model
 
     def logging(self, training_log: Callable) -> Callable:
-        """Megatron's `training_log`, followed by ours."""
+        """Wrap Megatron's `training_log` to be followed by `after_log`."""
 
         @wraps(training_log)
-        def log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs):
+        def log(
+            loss_dict: Any,
+            total_loss_dict: Any,
+            learning_rate: Any,
+            iteration: int,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
             result = training_log(
                 loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs
             )
@@ -82,13 +88,13 @@ class Watcher:
         return log
 
     def evaluating(self, evaluate: Callable) -> Callable:
-        """Megatron's `evaluate_and_print_results`, whose values get a line of their own at once."""
+        """Wrap Megatron's `evaluate_and_print_results` to write its values as their own line."""
 
         @wraps(evaluate)
-        def evaluate_and_flush(prefix, *args, **kwargs):
+        def evaluate_and_flush(prefix: str, *args: Any, **kwargs: Any) -> None:
             evaluate(prefix, *args, **kwargs)
             if self._recorder is not None:
-                # The tag does not say which set it was; Megatron's words here do.
+                # The tags do not say which data set it was, but this text of Megatron's does.
                 self._recorder.flush(evaluated=prefix)
 
         return evaluate_and_flush
@@ -97,15 +103,15 @@ class Watcher:
         """Add what Megatron does not log, at its log interval; end the iteration's line.
 
         Args:
-            iteration: as Megatron counts.
-            tokens: in the global batch, padding aside; None where samples are whole.
+            iteration: As Megatron counts.
+            tokens: In the global batch without padding; None if there is no padding.
         """
         is_due = iteration % self._args.log_interval == 0
-        values = self._taps.describe() if self._taps is not None and is_due else {}
+        values: dict[str, Any] = self._taps.describe() if self._taps is not None and is_due else {}
         if self._recorder is None:
             return
         if is_due:
-            values |= self._throughput(iteration, tokens)
+            values |= self._throughput(self._recorder, iteration, tokens)
             if self._summary is not None:
                 values |= self._summary.values()
         if values:
@@ -114,9 +120,11 @@ class Watcher:
                 self._wandb.log(values, iteration)
         self._recorder.flush()
 
-    def _throughput(self, iteration: int, tokens: float | None) -> dict[str, float]:
-        """From what Megatron has just written: seconds a step, and TFLOP/s a GPU."""
-        seconds = self._recorder.get("iteration-time", iteration)
+    def _throughput(
+        self, recorder: Recorder, iteration: int, tokens: float | None
+    ) -> dict[str, float]:
+        """Return tokens per second and MFU, from what Megatron has just recorded."""
+        seconds = recorder.get("iteration-time", iteration)
         if not seconds:
             return {}
         if tokens is None:
@@ -126,13 +134,13 @@ class Watcher:
             "tokens-per-second": rate,
             "tokens-per-second/gpu": rate / self._args.world_size,
         }
-        achieved = self._recorder.get("throughput", iteration)
+        achieved = recorder.get("throughput", iteration)
         if self._peak and achieved is not None:
             values["mfu"] = achieved / self._peak
         return values
 
     def start_telemetry(self) -> None:
-        """Start this node's sampler on its first rank, and the summary on the writing rank."""
+        """Start the sampler on each node's first rank, and the summary on the writing rank."""
         if self._args.no_gpu_telemetry:
             return
         try:
@@ -144,11 +152,11 @@ class Watcher:
             return
         if self._path is None:
             if self._recorder is not None:
-                print("kvshift_megatron: no GPU telemetry: give --metrics-file a file", flush=True)
+                print("kvshift_megatron: no GPU telemetry: set --metrics-file", flush=True)
             return
         interval_s = self._args.gpu_telemetry_interval
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            # Two nodes of Slurm can be on one host.
+            # Two Slurm nodes can be on one host.
             node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
             lines = JsonLines(telemetry_file(self._path, node))
             self._sampler = Sampler(
@@ -167,7 +175,7 @@ class Watcher:
             self._summary.start()
 
     def stop(self) -> None:
-        """End the threads and write what is pending."""
+        """End the threads and write pending lines."""
         for part in (self._sampler, self._summary):
             if part is not None:
                 part.stop()
@@ -175,22 +183,22 @@ class Watcher:
             self._recorder.flush()
 
     def describe(self) -> str:
-        """One line for the log of the writing rank."""
+        """Return a line for the log that says what is written where."""
         args = self._args
         parts = [
-            f"metrics every {args.tensorboard_log_interval} and taps and throughput every "
+            f"metrics every {args.tensorboard_log_interval}, taps and throughput every "
             f"{args.log_interval} iterations, to "
-            + (f"{self._path}" if self._path else "Megatron's writers alone")
+            + (f"{self._path}" if self._path else "Megatron's writers only")
         ]
         if self._peak:
-            parts.append(f"MFU against {self._peak:g} TFLOP/s a GPU")
+            parts.append(f"MFU against {self._peak:g} TFLOP/s per GPU")
         else:
             parts.append("no MFU (give --gpu-peak-tflops)")
         return f"kvshift_megatron: {'; '.join(parts)}"
 
 
 def job_gpus() -> list[str]:
-    """NVML's names of the GPUs that CUDA lets this process see; none on a CPU."""
+    """Return NVML's names of the GPUs that this process sees through CUDA; none on a CPU."""
     if not torch.cuda.is_available():
         return []
     count = torch.cuda.device_count()

@@ -1,9 +1,9 @@
-"""A `--task-module` that breaks one rank of a run at one step: the fault that a test is about.
+"""A `--task-module` that breaks one rank of a run at one step: the fault under test.
 
     --plant KIND --plant-rank RANK --plant-iteration N (counted from 1)
     --losses FILE: rank 0 adds a line for every step, its iteration and its loss to the bit
 
-Data and loop are the package's and Megatron's own.
+The data are the package's own, and the loop is Megatron's.
 """
 
 import functools
@@ -46,7 +46,7 @@ def add_args(parser):
 
 
 def _once(function):
-    """Megatron parses its command line more than once."""
+    """Run a function once, although Megatron parses its command line several times."""
     return functools.cache(function)
 
 
@@ -73,14 +73,14 @@ def _plant(kind: str, rank: int, iteration: int) -> None:
     if int(os.environ["RANK"]) != rank:
         return
     if kind == "ignores SIGTERM":
-        # With all that it starts, as below examples/slurm.
+        # For all processes that it starts, as under examples/slurm.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        # Also what collects a save's results, which a forked run has started already.
+        # Also for the process that collects a save's results, which a forked run already has.
         from megatron.core.dist_checkpointing.strategies import filesystem_async
 
         filesystem_async._results_queue = None
     if kind in _IN_A_STEP:
-        # A real step is longer than the time between two reports: this rank reports once more.
+        # A real step is longer than the time between two reports: let this rank report once more.
         pause = 0 if kind == "killed" else 2.5
         _before_step(iteration, _IN_A_STEP[kind], pause)
     elif kind in _IN_A_SAVE:
@@ -92,7 +92,7 @@ def _signal(number: int) -> None:
 
 
 def _hold_the_lock() -> None:
-    """A call into C that never gives Python's lock back."""
+    """Call a C function that never releases the GIL."""
     import ctypes
 
     ctypes.PyDLL(None).sleep(10_000)
@@ -103,22 +103,22 @@ def _refuse(_: Path) -> None:
 
 
 def _no_metadata(folder: Path) -> None:
-    """Something is in the way of the file that is written last."""
+    """Put a folder in place of the file that is written last."""
     (folder / ".metadata.tmp").mkdir(exist_ok=True)
 
 
 def _no_tracker(folder: Path) -> None:
-    """The tracker file's new content cannot be written."""
+    """Put a folder in place of the new tracker file."""
     (folder.parent / "latest_checkpointed_iteration.txt.new").mkdir(exist_ok=True)
 
 
 def _small_files(_: Path) -> None:
-    """A full disk's stand-in for who may not mount one."""
+    """Stand in for a full disk without the permission to mount one."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (310_000, resource.RLIM_INFINITY))
 
 
 def _go_on() -> None:
-    """After a pause, in which a save in the background ends."""
+    """Continue after a pause in which a background save ends."""
 
 
 _IN_A_STEP = {
@@ -155,7 +155,7 @@ def _before_step(iteration: int, fault, pause: float) -> None:
 
 
 def _while_writing(folder: str, fault) -> None:
-    """When the first half of a file has been written."""
+    """Plant a fault for when the first half of a file has been written."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     original = filesystem_async._write_item
@@ -168,12 +168,12 @@ def _while_writing(folder: str, fault) -> None:
             fault(file.parent)
         return answer
 
-    # Megatron asks for its parameters.
+    # Megatron inspects its parameters.
     filesystem_async._write_item = functools.wraps(original)(write_item)
 
 
 class _WithNaN(torch.utils.data.Dataset):
-    """A data set whose sample number `position` has a mask that is not a number."""
+    """A data set in which the loss mask of sample `position` is NaN."""
 
     def __init__(self, samples, position: int):
         self.samples, self.position = samples, position
@@ -194,7 +194,7 @@ def train_valid_test_datasets_provider(train_val_test_num_samples, vp_stage=None
     args = get_args()
     train, *others = gpt_datasets_provider(train_val_test_num_samples, vp_stage)
     if args.plant == "nan" and train is not None:
-        # Each rank of data parallelism reads its micro-batch of every global batch in turn.
+        # In a global batch the data-parallel ranks' micro-batches follow each other.
         first = (args.plant_iteration - 1) * args.global_batch_size
         train = _WithNaN(train, first + args.plant_rank * args.micro_batch_size)
     return (train, *others)

@@ -1,4 +1,4 @@
-"""Runs of the real loop on two ranks: many on the ranks of one launch, or one that may break it."""
+"""Run the real loop on two ranks: many runs in one launch, or one that may break its launch."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ _LONGEST = 150.0  # seconds a launch may take on a busy machine; most take 15
 
 
 def command(plant: str | None = None, rank: int = 1, iteration: int = 0, **overrides) -> list[str]:
-    """Flags of a run on two data-parallel ranks that saves every second of eight steps."""
+    """Return the flags of a run on two data-parallel ranks: eight steps, four saves."""
     values = {"train_iters": STEPS, "save_interval": SAVE_INTERVAL, **overrides}
     words = ["--task-module", "tests.training.faults.planted", *flags(**values)]
     if plant is not None:
@@ -28,7 +28,7 @@ def command(plant: str | None = None, rank: int = 1, iteration: int = 0, **overr
 
 
 def losses(file: Path) -> dict[int, float]:
-    """Iteration -> loss, as `--losses` wrote them."""
+    """Return {iteration: loss} as `--losses` wrote them."""
     words = [line.split() for line in file.read_text().splitlines()]
     found = {int(step): float.fromhex(loss) for step, loss in words}
     assert len(found) == len(words), f"{file} holds a step twice"
@@ -36,16 +36,16 @@ def losses(file: Path) -> dict[int, float]:
 
 
 def planned(directory: Path, plan: dict[str, list[str]]) -> dict[str, Run]:
-    """Every run of a plan, one after the other, on the ranks of one launch."""
+    """Run every entry of a plan in turn, on the ranks of one launch."""
     directory.mkdir()
     entries = {name: {"command": words, "before": None} for name, words in plan.items()}
     return forked(directory, entries, RANKS, timeout=300)
 
 
 def launched(log: Path, words: list[str]) -> tuple[Run, float]:
-    """A run with a launcher of its own, as a user starts it, and the seconds that it took.
+    """Run with its own launcher, as a user does; return the run and the seconds that it took.
 
-    Fails where it does not end by itself, or leaves a process behind.
+    Fail if it does not end by itself or leaves a process behind.
     """
     mark = uuid.uuid4().hex
     begin = time.monotonic()
@@ -78,10 +78,11 @@ def launched(log: Path, words: list[str]) -> tuple[Run, float]:
 
 
 def survivors(mark: str, patience: float = 0.0) -> dict[int, str]:
-    """Processes of a launch that are still there: pid -> command line.
+    """Return the remaining processes of a launch: {pid: command line}.
 
     Args:
-        patience: seconds to wait for the last to go; data loaders look every five.
+        mark: Of the launch.
+        patience: Seconds to wait for the last one to end; data loaders check every five.
     """
     deadline = time.monotonic() + patience
     while True:

@@ -1,4 +1,4 @@
-"""What one rank cannot write by itself is noted, and nobody is left in a collective."""
+"""What one rank alone cannot write is noted, so that no other rank waits in a collective."""
 
 import socket
 
@@ -12,7 +12,7 @@ FILES = (".metadata", "metadata.json", "integrity.json")
 
 @pytest.fixture
 def installed(monkeypatch, megatron_rank):
-    """The replaced functions, which are put back."""
+    """Replace Megatron's functions, and restore them after the test."""
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.training import checkpointing
@@ -43,7 +43,7 @@ def save(folder) -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_what_one_rank_cannot_write_is_noted(installed, tmp_path, file):
-    # A folder is in the way of the file, and of the one that is renamed to it.
+    # Folders have the names of the file and of the temporary file that is renamed to it.
     (tmp_path / file).mkdir()
     (tmp_path / f"{file}.tmp").mkdir()
     with pytest.raises(Exception, match="Is a directory"):

@@ -1,7 +1,7 @@
-"""Which checkpoint is chosen where the newest one is damaged: the rule, file by file.
+"""Which checkpoint is chosen if the latest one is damaged: the rule, file by file.
 
-The folders are real ones: what the format's own writer leaves, then cut, emptied or taken away.
-The loop itself loads such folders in test_save_and_load.py.
+The folders are real ones: what the format's own writer leaves, then truncated, emptied or removed.
+The loop itself loads such folders in test_lost_and_hung.py.
 """
 
 import json
@@ -20,7 +20,7 @@ STEPS = (2, 4, 6)
 
 
 def save(directory: Path) -> None:
-    """As Megatron leaves it, with its two descriptions written last."""
+    """Save a checkpoint as Megatron does, with its two descriptions written last."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
 
@@ -32,7 +32,7 @@ def save(directory: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, _process_group):
-    """iter_0000002, 4 and 6, whole."""
+    """Save iter_0000002, 4 and 6, all complete."""
     folder = tmp_path_factory.mktemp("saved")
     for step in STEPS:
         save(folder / f"iter_{step:07d}")
@@ -42,7 +42,7 @@ def saved(tmp_path_factory, _process_group):
 
 @pytest.fixture
 def root(tmp_path, saved, megatron_rank):
-    """A copy of them, to be damaged."""
+    """Copy them, to be damaged."""
     return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
@@ -82,7 +82,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_the_newest_whole_checkpoint_before_a_damaged_one(root, name):
+def test_the_last_complete_checkpoint_before_a_damaged_one(root, name):
     damage, words = DAMAGES[name]
     damage(root)
     instead, (warning,) = choose(root)
@@ -92,7 +92,7 @@ def test_the_newest_whole_checkpoint_before_a_damaged_one(root, name):
     assert (root / TRACKER).read_text() == "6"
 
 
-def test_several_damaged_ones_are_passed_over_and_named(root):
+def test_several_damaged_ones_are_skipped_and_named(root):
     cut(shard(root, 6))
     shard(root, 4).unlink()
     instead, (warning,) = choose(root)
@@ -100,22 +100,22 @@ def test_several_damaged_ones_are_passed_over_and_named(root):
     assert "iter_0000006 is" in warning and "iter_0000004 is missing" in warning
 
 
-def test_a_whole_one_is_left_to_megatron(root):
+def test_a_complete_one_is_left_to_megatron(root):
     assert choose(root) == (None, [])
     (root / TRACKER).write_text("4\n")
-    # A later one that was never completed, and a whole one that the tracker file does not name.
+    # Later ones: iteration 6, which the tracker file does not name, and one that is incomplete.
     (root / "iter_0000008").mkdir()
     (root / "iter_0000008" / "__0_0.distcp").write_bytes(b"half")
     assert choose(root) == (None, [])
 
 
-def test_later_ones_are_no_way_back(root):
+def test_later_ones_are_never_loaded(root):
     (root / TRACKER).write_text("4")
     cut(shard(root, 4))
     assert choose(root)[0] == 2
 
 
-def test_nothing_whole_is_refused(root):
+def test_no_complete_checkpoint_is_refused(root):
     for step in STEPS:
         cut(shard(root, step))
     with pytest.raises(
@@ -125,7 +125,7 @@ def test_nothing_whole_is_refused(root):
     assert "iter_0000002" in str(error.value) and "--load" in str(error.value)
 
 
-def test_bits_that_changed_are_seen_where_hashes_are_asked_for(root):
+def test_a_flipped_bit_is_seen_with_verify_integrity(root):
     content = bytearray(shard(root, 6).read_bytes())
     content[len(content) // 2] ^= 1
     shard(root, 6).write_bytes(content)
@@ -135,7 +135,7 @@ def test_bits_that_changed_are_seen_where_hashes_are_asked_for(root):
 
 
 @pytest.mark.parametrize("content", ["", "x", "-1", "1_0", "6 4"])
-def test_a_garbled_tracker_file_is_written_anew(root, content):
+def test_an_unreadable_tracker_file_is_rewritten(root, content):
     (root / TRACKER).write_text(content)
     cut(shard(root, 6))
     instead, (warning,) = choose(root)
@@ -144,11 +144,11 @@ def test_a_garbled_tracker_file_is_written_anew(root, content):
     assert not list(root.glob("*.new"))
 
 
-def test_a_missing_tracker_file_is_written_anew(root):
+def test_a_missing_tracker_file_is_rewritten(root):
     (root / TRACKER).unlink()
     _, (warning,) = choose(root)
     assert (root / TRACKER).read_text() == "6"
-    assert "is missing" in warning and "it now names 6" in warning
+    assert "is missing" in warning and "the tracker file now names 6" in warning
 
 
 def test_a_first_save_that_was_interrupted_starts_from_scratch(tmp_path):
@@ -160,7 +160,7 @@ def test_a_first_save_that_was_interrupted_starts_from_scratch(tmp_path):
     assert not (tmp_path / TRACKER).exists()
 
 
-def test_a_garbled_tracker_file_without_a_checkpoint_is_refused(tmp_path):
+def test_an_unreadable_tracker_file_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / TRACKER).write_text("")
     with pytest.raises(ValueError, match="delete the tracker file"):
         choose(tmp_path)
@@ -214,7 +214,7 @@ def argv(monkeypatch):
     return words
 
 
-def test_megatron_is_told_as_the_user_would_tell_it(root, argv, capsys):
+def test_megatron_gets_ckpt_step_as_from_the_user(root, argv, capsys):
     cut(shard(root, 6))
     settle_checkpoint(arguments(root))
     assert fallback.sys.argv == ["pretrain", "--ckpt-step", "4"]
@@ -231,7 +231,7 @@ def test_what_the_user_named_is_not_replaced(root, argv, given):
 
 
 def test_the_other_ranks_do_what_rank_0_found(root, argv, monkeypatch, capsys):
-    """Although they see whole files themselves."""
+    """Even though the files that they see are complete."""
     monkeypatch.setenv("RANK", "1")
     shared = agreement._store
     shared.set("checkpoint to load", json.dumps({"result": [2, ["a warning"]]}))
@@ -240,23 +240,23 @@ def test_the_other_ranks_do_what_rank_0_found(root, argv, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_other_ranks_refuse_with_rank_0s_words(root, argv, monkeypatch):
+def test_the_other_ranks_refuse_with_rank_0s_message(root, argv, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    agreement._store.set("checkpoint to load", json.dumps({"error": "load: nothing is whole"}))
-    with pytest.raises(ValueError, match="nothing is whole"):
+    agreement._store.set("checkpoint to load", json.dumps({"error": "load: nothing is complete"}))
+    with pytest.raises(ValueError, match="nothing is complete"):
         settle_checkpoint(arguments(root))
 
 
-# --- the comparison that all of it hangs on ---
+# --- the check that everything above relies on ---
 
 
-def test_a_whole_checkpoint_has_no_fault_and_dcp_agrees(root):
-    """torch's own loader reads what passes, and stumbles over what does not."""
+def test_a_complete_checkpoint_has_no_fault_and_dcp_agrees(root):
+    """Torch's own loader reads what passes and fails on what does not."""
     assert fault_of(root / "iter_0000004") is None
     dcp.load({"decoder.weight": torch.empty(64)}, checkpoint_id=root / "iter_0000004", no_dist=True)
     cut(shard(root, 4))
     assert fault_of(root / "iter_0000004") is not None
-    with pytest.raises(BaseException, match=r".+"):  # CheckpointException is no Exception
+    with pytest.raises(BaseException, match=r".+"):  # CheckpointException is not an Exception
         dcp.load(
             {"decoder.weight": torch.empty(64)}, checkpoint_id=root / "iter_0000004", no_dist=True
         )

@@ -1,4 +1,4 @@
-"""The flags, their defaults, and what is refused."""
+"""The flags for faults, their defaults, and what is refused."""
 
 import argparse
 from argparse import Namespace
@@ -34,7 +34,7 @@ def test_the_time_out_is_half_of_megatrons():
     assert hang_timeout(arguments(distributed_timeout_seconds_after_init=90)) == 45
     assert hang_timeout(arguments("--hang-timeout-seconds", "42")) == 42
     assert hang_timeout(arguments("--hang-timeout-seconds", "0")) == 0
-    # It has time-outs of its own.
+    # In-process restart has its own time-outs.
     assert hang_timeout(arguments(inprocess_restart=True)) == 0
     assert hang_timeout(arguments("--hang-timeout-seconds", "42", fake_process_group=True)) == 0
 
@@ -44,12 +44,12 @@ def test_the_time_out_is_half_of_megatrons():
     [
         ("-1", {}, "expected seconds above 0"),
         ("600", {}, "not below Megatron's time-out of a collective operation, 600 s"),
-        ("580", {}, "and up to 50 s to find out"),
+        ("580", {}, "and up to 50 s to find the rank"),
         ("60", {"distributed_timeout_seconds_after_init": 60}, "--distributed-timeout-minutes"),
         ("60", {"inprocess_restart": True}, "drop --hang-timeout-seconds"),
     ],
 )
-def test_a_time_out_that_could_not_be_kept_is_refused(seconds, megatrons, words):
+def test_an_impossible_time_out_is_refused(seconds, megatrons, words):
     with pytest.raises(ValueError, match="hang_timeout_seconds") as caught:
         check_faults_args(arguments("--hang-timeout-seconds", seconds, **megatrons))
     assert words in str(caught.value)
@@ -65,13 +65,13 @@ def test_a_time_out_that_could_not_be_kept_is_refused(seconds, megatrons, words)
         ({"save": "msc://bucket/run"}, "save msc://bucket/run:"),
     ],
 )
-def test_going_on_is_refused_where_the_ranks_cannot_agree(megatrons, words):
+def test_continue_is_refused_if_the_ranks_cannot_agree(megatrons, words):
     with pytest.raises(ValueError, match="on_save_failure=continue with ") as caught:
         check_faults_args(arguments("--on-save-failure", "continue", **megatrons))
     assert words in str(caught.value) and "--on-save-failure stop" in str(caught.value)
     check_faults_args(arguments(**megatrons))
 
 
-def test_going_on_is_possible_otherwise():
+def test_continue_is_possible_otherwise():
     for megatrons in ({}, {"save": None}, {"async_save": True, "async_strategy": "mcore"}):
         check_faults_args(arguments("--on-save-failure", "continue", **megatrons))

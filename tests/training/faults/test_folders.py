@@ -1,4 +1,4 @@
-"""The folder of a save: empty at the start, and what it replaces is kept until it counts."""
+"""The folder of a save: empty at the start; what it replaces is kept until it is complete."""
 
 import pytest
 
@@ -17,27 +17,27 @@ def test_a_new_folder_is_made_and_removed_again(root):  # noqa: F811
     folder = Folder(root / "deeper", 8)
     folder.begin()
     assert folder.path == root / "deeper" / "iter_0000008" and folder.path.is_dir()
-    assert folder.newest() is None
+    assert folder.latest() is None
     (folder.path / "__0_0.distcp").write_bytes(b"half")
     assert folder.give_up() == f"{folder.path} was removed."
     assert not folder.path.exists()
 
 
-def test_half_a_save_is_cleared_away(root, folder):  # noqa: F811
+def test_an_incomplete_save_is_removed(root, folder):  # noqa: F811
     (folder.path / ".metadata").unlink()
     folder.begin()
     assert list(folder.path.iterdir()) == []
     assert not list(root.glob("replaced.*"))
 
 
-def test_a_whole_one_is_kept_until_the_new_one_counts(root, folder):  # noqa: F811
+def test_a_complete_one_is_kept_until_the_new_one_is_complete(root, folder):  # noqa: F811
     before = shard(root, 6).read_bytes()
     folder.begin()
     assert list(folder.path.iterdir()) == []
     (folder.path / "__0_0.distcp").write_bytes(b"half")
-    assert folder.give_up() == f"{folder.path} was put back as it was."
+    assert folder.give_up() == f"{folder.path} was restored from before the save."
     assert fault_of(folder.path) is None and shard(root, 6).read_bytes() == before
-    assert folder.newest() == 6
+    assert folder.latest() == 6
 
     folder.begin()
     folder.path.rmdir()
@@ -46,7 +46,7 @@ def test_a_whole_one_is_kept_until_the_new_one_counts(root, folder):  # noqa: F8
     assert fault_of(folder.path) is None and not list(root.glob("replaced.*"))
 
 
-def test_one_that_cannot_be_put_aside_stays(root, folder, monkeypatch):  # noqa: F811
+def test_one_that_cannot_be_moved_aside_stays(root, folder, monkeypatch):  # noqa: F811
     def refuse(*_):
         raise OSError(39, "Directory not empty")
 
@@ -54,12 +54,12 @@ def test_one_that_cannot_be_put_aside_stays(root, folder, monkeypatch):  # noqa:
         patched.setattr(type(folder.path), "rename", refuse)
         with pytest.raises(OSError, match="not empty"):
             folder.begin()
-    assert folder.give_up() == f"{folder.path} is as it was."
+    assert folder.give_up() == f"{folder.path} is unchanged."
     assert fault_of(folder.path) is None
 
 
 def test_megatrons_clean_up_keeps_the_last_whole_one(root, folder):  # noqa: F811
-    """Of non-persistent checkpoints it keeps the newest folder; a save that begins has made one."""
+    """It keeps the latest non-persistent folder, which may be that of a save in progress."""
     from megatron.training import checkpointing
 
     from kvshift_megatron.training.faults.progress import Progress
@@ -67,7 +67,7 @@ def test_megatrons_clean_up_keeps_the_last_whole_one(root, folder):  # noqa: F81
 
     saves = Saves(goes_on=False, progress=Progress())
     clean = saves._clean(checkpointing.cleanup_old_non_persistent_checkpoint)
-    folder.begin()  # puts a whole one aside, whose name Megatron must not take for a number
+    folder.begin()  # moves a complete one aside; Megatron must not parse its new name
     saves._current = Save(8, Folder(root, 8))
     saves._current.folder.begin()
     clean(root)
@@ -77,11 +77,11 @@ def test_megatrons_clean_up_keeps_the_last_whole_one(root, folder):  # noqa: F81
     assert [path.name for path in root.glob("iter_*")] == ["iter_0000008"]
 
 
-def test_a_run_that_is_killed_meanwhile_gets_it_back(root, folder):  # noqa: F811
+def test_after_a_kill_during_the_save_it_is_restored(root, folder):  # noqa: F811
     folder.begin()
     (folder.path / "__0_0.distcp").write_bytes(b"half")
     instead, (warning,) = choose(root)
-    assert instead is None and "is put back as it was before" in warning
+    assert instead is None and "restores and loads the checkpoint from before" in warning
     assert fault_of(folder.path) is None and not list(root.glob("replaced.*"))
 
 
@@ -92,7 +92,7 @@ def test_two_interrupted_saves_in_a_row_do_not_lose_it(root, folder):  # noqa: F
     assert choose(root)[0] is None and fault_of(folder.path) is None
 
 
-def test_a_damaged_copy_is_not_put_back(root, folder):  # noqa: F811
+def test_a_damaged_copy_is_not_restored(root, folder):  # noqa: F811
     folder.begin()
     cut(root / "replaced.iter_0000006" / "__0_0.distcp")
     assert choose(root)[0] == 4

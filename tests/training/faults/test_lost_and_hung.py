@@ -1,6 +1,6 @@
-"""A rank that dies or hangs: how the run ends, what is lost, and how it goes on.
+"""A rank that dies or hangs: how the run ends, what is lost, and how it continues.
 
-Each run has a launcher of its own, torchrun as a user calls it, and must leave no process behind.
+Each run has its own launcher, torchrun as a user calls it, and must leave no process behind.
 """
 
 import re
@@ -27,7 +27,7 @@ from tests.training.faults.runs import (
 
 pytestmark = pytest.mark.slow
 
-# Name -> (fault, the iteration that it happens in, steps done before it, newest whole checkpoint).
+# Name -> (fault, iteration in which it happens, steps done before it, last complete checkpoint).
 FAULTS = {
     "killed": ("killed", 6, 5, 4),
     "killed-writing": ("killed while writing", 6, 6, 4),
@@ -36,7 +36,7 @@ FAULTS = {
     "frozen": ("holds the lock", 6, 5, 4),
 }
 HANGS = ("sleeps", "stopped", "frozen")
-# A shard of the newest of four checkpoints is cut off.
+# A shard of the latest of four checkpoints is truncated.
 TRUNCATED = "truncated"
 _AT_ONCE = 2
 
@@ -48,7 +48,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def broken(root) -> dict[str, tuple[Run, float]]:
-    """Every fault's run, and one without."""
+    """Run with every fault, and once without."""
 
     def run(name: str) -> tuple[Run, float]:
         plant, iteration, *_ = FAULTS.get(name, (None, 0))
@@ -57,12 +57,12 @@ def broken(root) -> dict[str, tuple[Run, float]]:
             iteration=iteration,
             save=root / name,
             losses=root / f"{name}.losses",
-            # A busy machine may stand still for some seconds.
+            # A busy machine may make no progress for some seconds.
             hang_timeout_seconds=HANG_TIMEOUT if name in FAULTS else 60,
         )
         return launched(root / f"{name}.log", words)
 
-    # The stopped one takes longest, of which torchrun waits 30 s.
+    # The stopped one takes longest: torchrun waits 30 s for it.
     names = ["stopped", *(name for name in FAULTS if name != "stopped"), "unbroken"]
     with one_launch_at_a_time(), ThreadPoolExecutor(_AT_ONCE) as pool:
         return dict(zip(names, pool.map(run, names)))
@@ -70,11 +70,11 @@ def broken(root) -> dict[str, tuple[Run, float]]:
 
 @pytest.fixture(scope="module")
 def resumed(root, broken) -> dict[str, Run]:
-    """The same commands again, as a restart gives them."""
+    """Run the same commands again, as a restart does."""
     shutil.copytree(root / "unbroken", root / TRUNCATED)
     shard = root / TRUNCATED / "iter_0000008" / "__1_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1000])
-    # What a save of another size left of the same iteration.
+    # A file left by a save of the same iteration with another number of ranks.
     (root / "killed-writing" / "iter_0000006" / "__7_0.distcp").write_bytes(b"of another run")
     plan = {
         name: command(save=root / name, load=root / name, losses=root / f"{name}.resumed")
@@ -83,23 +83,23 @@ def resumed(root, broken) -> dict[str, Run]:
     return planned(root / "plan", plan)
 
 
-def newest(folder: Path) -> int:
+def latest(folder: Path) -> int:
     return int((folder / TRACKER).read_text())
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_run_ends_by_itself_and_fails(broken, root, name):
-    """`launched` has looked for processes that were left behind."""
+    """`launched` has checked that no process was left behind."""
     run, seconds = broken[name]
     _, _, done, saved = FAULTS[name]
     assert run.codes == [1], run.outputs[0][-5000:]
     assert sorted(losses(root / f"{name}.losses")) == list(range(1, done + 1))
-    assert newest(root / name) == saved and fault_of(root / name / f"iter_{saved:07d}") is None
-    # Without a time-out of any kind, the ranks that are left wait for a thousand seconds.
+    assert latest(root / name) == saved and fault_of(root / name / f"iter_{saved:07d}") is None
+    # Without any time-out the remaining ranks would wait for a thousand seconds.
     assert seconds < 120
 
 
-def test_a_save_that_was_cut_short_is_known_for_one(broken, root):
+def test_an_interrupted_save_is_recognised(broken, root):
     assert "has no .metadata" in fault_of(root / "killed-writing" / "iter_0000006")
     assert (root / "killed-writing" / "iter_0000006" / "__1_0.distcp").stat().st_size > 300_000
 
@@ -112,23 +112,23 @@ def test_the_rank_that_hangs_is_named(broken, name):
     (line,) = run.said(r"^rank \d \(process \d+ on \S+\) hangs")
     assert line.startswith("rank 1 (process ")
     assert "last seen in iteration 6, training: " in line
-    assert run.said("complete steps that are lost, since iteration 4: 1$")
-    evidence = "operations of process group" if name == "sleeps" else "it reports no more"
+    assert run.said("complete steps lost since iteration 4: 1$")
+    evidence = "operations of process group" if name == "sleeps" else "it has stopped reporting"
     assert evidence in line
 
 
 @pytest.mark.parametrize("name", ["sleeps", "frozen"])
 def test_its_stack_shows_where(broken, name):
-    """From its own thread, or from one that needs no Python where it holds Python's lock."""
+    """From the watching thread, or from one in C if the rank holds the GIL."""
     (output,) = broken[name][0].outputs
     assert re.search(
         r"tests/training/faults/planted.py\", line \d+ in (train_step|_hold_the_lock)", output
     )
 
 
-def test_a_run_without_a_fault_names_nobody(broken, root):
+def test_a_run_without_a_fault_names_no_rank(broken, root):
     run, _ = broken["unbroken"]
-    assert run.codes == [0] and newest(root / "unbroken") == 8
+    assert run.codes == [0] and latest(root / "unbroken") == 8
     assert not run.said("kvshift_megatron: (ERROR|WARNING)")
 
 
@@ -139,11 +139,11 @@ def test_a_restart_repeats_the_unbroken_run_to_the_bit(resumed, root, name):
     unbroken = losses(root / "unbroken.losses")
     before, after = losses(root / f"{name}.losses"), losses(root / f"{name}.resumed")
     assert list(after) == list(range(saved + 1, 9))
-    # Lost: done, and done again.
+    # The lost steps are those that ran twice.
     assert sorted(set(before) & set(after)) == list(range(saved + 1, done + 1))
     assert before | after == unbroken == after | before
     assert len(set(unbroken.values())) == len(unbroken)
-    assert newest(root / name) == 8 and fault_of(root / name / "iter_0000008") is None
+    assert latest(root / name) == 8 and fault_of(root / name / "iter_0000008") is None
 
 
 def test_files_of_an_earlier_save_are_gone(resumed, root):
@@ -151,13 +151,13 @@ def test_files_of_an_earlier_save_are_gone(resumed, root):
     assert names == [".metadata", "__0_0.distcp", "__1_0.distcp", "metadata.json"]
 
 
-def test_a_checkpoint_cut_off_afterwards_falls_back_loudly(resumed, root):
+def test_a_truncated_checkpoint_falls_back_with_a_warning(resumed, root):
     run = resumed[TRUNCATED]
     assert run.codes == [0, 0], run.outputs[0][-5000:]
     (warning,) = run.said("kvshift_megatron: WARNING: load: ")
     for part in [
         f"the file __1_0.distcp of the checkpoint {root}/{TRUNCATED}/iter_0000008 is ",
-        f"{root}/{TRUNCATED}/iter_0000006: 2 steps are lost and done again",
+        f"{root}/{TRUNCATED}/iter_0000006: 2 steps are lost and repeated",
     ]:
         assert part in warning
     assert run.said(f"loading distributed checkpoint from {root}/{TRUNCATED} at iteration 6")
@@ -166,7 +166,7 @@ def test_a_checkpoint_cut_off_afterwards_falls_back_loudly(resumed, root):
     assert fault_of(root / TRUNCATED / "iter_0000008") is None
 
 
-def test_the_search_for_what_is_left_behind_finds_it():
+def test_the_search_for_remaining_processes_finds_one():
     process = subprocess.Popen(
         [sys.executable, "-c", "import time; time.sleep(60)"],
         env={"KVSHIFT_TEST_LAUNCH": "planted"},

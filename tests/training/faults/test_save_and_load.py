@@ -1,6 +1,6 @@
-"""Saves that fail, checkpoints that are damaged, losses that are no numbers: the real loop.
+"""Failed saves, a full disk and losses that are NaN, in the real loop.
 
-Two ranks, data-parallel, eight steps, a checkpoint after every second one.
+Two data-parallel ranks run eight steps and save after every other one.
 """
 
 import contextlib
@@ -19,19 +19,19 @@ from tests.training.faults.runs import STEPS, Run, command, losses, planned
 
 pytestmark = pytest.mark.slow
 
-# Without the worker Megatron quietly saves in the foreground.
+# Without the worker Megatron silently saves in the foreground.
 _IN_BACKGROUND = {
     "async_save": True,
     "use_persistent_ckpt_worker": True,
     "async_strategy": "mcore",
 }
-_DISK = 2_000_000  # bytes: one checkpoint of 1.3 MB and half of the next
+_DISK = 2_000_000  # bytes: room for one checkpoint of 1.3 MB and half of the next
 _GOES_ON = {"on_save_failure": "continue"}
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path):
-    """A file system of _DISK bytes, or None for who may not mount one."""
+    """Mount a file system of _DISK bytes; yield None without the permission to."""
     folder.mkdir()
     libc = ctypes.CDLL(None, use_errno=True)
     options = f"size={_DISK}".encode()
@@ -40,7 +40,7 @@ def small_disk(folder: Path):
         yield folder if mounted else None
     finally:
         if mounted:
-            libc.umount2(str(folder).encode(), 2)  # lazily: whatever still uses it
+            libc.umount2(str(folder).encode(), 2)  # lazily: something may still use it
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +62,11 @@ def runs(root):
         def full(name: str, **others) -> list[str]:
             folder = stack.enter_context(small_disk(root / f"disk-{name}"))
             if folder is not None:
-                # The one whose end meets queued saves does not let itself be asked to end, either.
-                # Before the second save there is time for the first, which has to find its room.
+                # The run that ends with saves in its queue also ignores SIGTERM. Pause before the
+                # second save, so that the first one finishes while there is room for it.
                 plant = {"async": "pauses", "async-stop": "ignores SIGTERM"}.get(name)
                 return command(plant, 0, 3, save=folder / "run", **others)
-            # Files of no more than half the size, from the second checkpoint on.
+            # From the second checkpoint on, limit files to half their size.
             return command("small files", 0, 4, save=root / f"disk-{name}" / "run", **others)
 
         def planted(name: str, kind: str, rank: int = 1, iteration: int = 4, **others) -> None:
@@ -91,11 +91,11 @@ def same_state(one: Path, other: Path) -> bool:
 
 
 def checkpoints(folder: Path) -> dict[int, bool]:
-    """Iteration -> whether it is whole, of every folder that has its name."""
+    """Return {iteration: whether it is complete} for every checkpoint folder."""
     return {int(path.name[5:]): fault_of(path) is None for path in folder.glob("iter_*")}
 
 
-def newest(folder: Path) -> int:
+def latest(folder: Path) -> int:
     return int((folder / TRACKER).read_text())
 
 
@@ -111,7 +111,7 @@ def test_an_unbroken_run(runs, root):
     run = runs["unbroken"]
     assert run.codes == [0, 0], run.outputs[0][-5000:]
     assert checkpoints(root / "unbroken") == dict.fromkeys((2, 4, 6, 8), True)
-    assert newest(root / "unbroken") == 8 and finished_steps(run) == STEPS
+    assert latest(root / "unbroken") == 8 and finished_steps(run) == STEPS
     assert sorted(losses(root / "unbroken.losses")) == list(range(1, STEPS + 1))
     assert not run.said("kvshift_megatron: (ERROR|WARNING)")
 
@@ -133,14 +133,14 @@ def test_a_full_disk_ends_the_run_and_says_so(runs, root, name):
     assert f"{folder}/iter_0000004 was removed" in line
     in_background = bool(run.said("scheduled an async checkpoint save"))
     assert in_background == (name == "async-stop")
-    # What fails in the background is found out later.
+    # A failure in the background is noticed later.
     assert finished_steps(run) == 4 or in_background
     assert "2 steps are lost" in line
     there = checkpoints(folder)
     if in_background:
-        # Those that were under way when this one failed leave halves of themselves.
-        there = {iteration: True for iteration, is_whole in there.items() if is_whole}
-    assert there == {2: True} and newest(folder) == 2
+        # Saves that were in progress when this one failed leave incomplete folders.
+        there = {iteration: True for iteration, is_complete in there.items() if is_complete}
+    assert there == {2: True} and latest(folder) == 2
     assert same_state(folder / "iter_0000002", root / "unbroken" / "iter_0000002")
 
 
@@ -150,14 +150,14 @@ def test_a_full_disk_and_training_goes_on(runs, root, name):
     lines = failures(run)
     assert [re.search(r"iteration (\d)", line)[1] for line in lines] == ["4", "6", "8"]
     for lost, line in zip((2, 4, 6), lines):
-        assert f"Training goes on; {lost} steps would be lost if it ended now" in line
+        assert f"Training continues; {lost} steps would be lost if it ended now" in line
     assert finished_steps(run) == STEPS
     assert bool(run.said("scheduled an async checkpoint save")) == (name == "async")
-    assert checkpoints(folder) == {2: True} and newest(folder) == 2
+    assert checkpoints(folder) == {2: True} and latest(folder) == 2
     assert same_state(folder / "iter_0000002", root / "unbroken" / "iter_0000002")
-    # Its last weights are nowhere: that is no success.
+    # The last weights were not saved, so the run has failed.
     assert run.codes == [1, 1]
-    assert run.said("the newest checkpoint, of iteration 8, was not saved.*iteration 2")
+    assert run.said("the last checkpoint, of iteration 8, was not saved.*iteration 2")
 
 
 # --- one failing write, on one rank ---
@@ -178,12 +178,12 @@ def test_a_write_that_fails_on_one_rank_fails_the_save_on_all(runs, root, name, 
     assert "2 steps would be lost" in first
     assert finished_steps(run) == STEPS
     if name == "no-tracker":
-        # Still in the way.
+        # The folder is still in the way.
         assert run.codes == [1, 1] and len(others) == 2
-        assert newest(folder) == 2 and checkpoints(folder) == {2: True}
+        assert latest(folder) == 2 and checkpoints(folder) == {2: True}
     else:
         assert run.codes == [0, 0] and others == []
-        assert newest(folder) == 8
+        assert latest(folder) == 8
         assert checkpoints(folder) == {2: True, 6: True, 8: True}
         assert same_state(folder / "iter_0000008", root / "unbroken" / "iter_0000008")
 
@@ -196,10 +196,10 @@ def test_the_tracker_file_is_never_half_written(runs, root):
     run, folder = runs["no-tracker-stop"], root / "no-tracker-stop"
     assert run.codes == [1, 1] and len(failures(run)) == 1
     assert finished_steps(run) == 4
-    assert newest(folder) == 2 and checkpoints(folder) == {2: True}
+    assert latest(folder) == 2 and checkpoints(folder) == {2: True}
 
 
-# --- losses that are no numbers ---
+# --- losses that are NaN ---
 
 
 def not_finite(folder: Path) -> list[str]:
@@ -207,26 +207,26 @@ def not_finite(folder: Path) -> list[str]:
 
 
 def test_a_nan_ends_the_run_and_reaches_no_checkpoint(runs, root):
-    """Megatron's checks, on by default: repeated, the same, saved as before the step, exit 16."""
+    """Megatron repeats the step, gets the same, saves the state before it and exits with 16."""
     run, folder = runs["nan"], root / "nan"
     assert run.codes == [16, 16]
     assert run.said("Unexpected result nan on rank 1")
     (line,) = run.said("kvshift_megatron: ERROR: rank . on")
     assert "rank 1 on" in line and "in iteration 6 (found NaN in local forward loss" in line
     # Nothing is lost: the fifth step was saved for the restart.
-    assert finished_steps(run) == 5 and newest(folder) == 5
+    assert finished_steps(run) == 5 and latest(folder) == 5
     assert checkpoints(folder) == dict.fromkeys((2, 4, 5), True)
     assert [not_finite(folder / f"iter_000000{step}") for step in (2, 4, 5)] == [[]] * 3
     assert same_state(folder / "iter_0000004", root / "unbroken" / "iter_0000004")
 
 
 def test_a_nan_in_the_first_step_of_a_process_too(runs, root):
-    """Which Megatron leaves out, and saves what comes of it."""
+    """Megatron does not check that step, and would save its result."""
     run = runs["nan-first"]
     assert all(code not in (0, None) for code in run.codes)
     assert run.said(r"RuntimeError: the loss of rank 1 on \S+ is nan in iteration 5, the first")
     assert checkpoints(root / "nan-first") == {}
-    assert newest(root / "unbroken") == 8
+    assert latest(root / "unbroken") == 8
 
 
 def test_the_search_for_nans_finds_one(runs, root):
@@ -238,11 +238,11 @@ def test_the_search_for_nans_finds_one(runs, root):
     assert not same_state(folder, root / "unbroken" / "iter_0000002")
 
 
-# --- a checkpoint that is damaged afterwards ---
+# --- the fixtures ---
 
 
 def test_the_fixture_mounted_or_limited_something(runs, root):
-    """A disk that is large enough would make all of the above say nothing."""
+    """With a disk that is large enough the tests above would prove nothing."""
     found = [runs[f"disk-{name}"] for name in ("stop", "continue", "async", "async-stop")]
     assert all(run.said(r"Errno 2[78]") for run in found)
     assert os.path.ismount(root / "disk-stop") == bool(found[0].said(r"Errno 28"))

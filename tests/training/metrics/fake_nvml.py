@@ -40,7 +40,7 @@ class _Device(ctypes.Structure):
 
 
 class FakeGPU:
-    """What one GPU answers; tests change it."""
+    """What one GPU reports; tests change it."""
 
     def __init__(self, number: int):
         self.uuid = f"GPU-0000-{number}"
@@ -54,15 +54,15 @@ class FakeGPU:
         self.device = _Device(number)
 
     def handle(self):
-        """A new pointer every time, as NVML's handles are."""
+        """Return a new pointer every time, as NVML does."""
         return ctypes.pointer(self.device)
 
 
 def fake_nvml(gpus: list[FakeGPU]) -> types.ModuleType:
-    """A module of these GPUs.
+    """Return a module for these GPUs.
 
-    `fail` on it maps a function's name to the error code that it answers with, or to a function of
-    the GPU's number that gives a code or None. `send` delivers an event. `calls` counts.
+    Its `fail` maps a function's name to the error code that it raises, or to a function that takes
+    the GPU's number and returns a code or None. `send` delivers an event. `calls` counts calls.
     """
     nvml = types.ModuleType("pynvml")
     for name in [name for name in globals() if name.startswith("NVML")]:
@@ -144,5 +144,5 @@ def fake_nvml(gpus: list[FakeGPU]) -> types.ModuleType:
 
 
 def names_used() -> list[str]:
-    """Every name that the fake takes from pynvml."""
+    """Return every name that the fake takes from pynvml."""
     return [name for name in vars(fake_nvml([])) if name.lower().startswith("nvml")]

@@ -1,11 +1,11 @@
-"""The statistics of taps, computed from whole layers in float64, one query group at a time."""
+"""Tap statistics, computed from whole layers in float64, one query group at a time."""
 
 import itertools
 import math
 
 
 def effective(variant: str, stored: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Taps of one layer, {"alpha_1": a number a query group, ...}, from its parameters."""
+    """Return the taps of one layer, {"alpha_1": one number per query group, ...}."""
     if variant == "gate":
         taps = {}
         for name, logits in stored.items():
@@ -19,7 +19,7 @@ def effective(variant: str, stored: dict[str, list[float]]) -> dict[str, list[fl
 
 
 def expected(layers: dict[str, dict[str, list[float]]]) -> dict[str, float]:
-    """Every tag of layers: {"layer_1": what `effective` gives, ...}."""
+    """Return every tag of layers {"layer_1": what `effective` returns, ...}."""
     tags = {}
     decoder = [taps for name, taps in layers.items() if name.startswith("layer_")]
     whole = {name: list(itertools.chain(*(taps[name] for taps in decoder))) for name in decoder[0]}
@@ -41,7 +41,7 @@ def expected(layers: dict[str, dict[str, list[float]]]) -> dict[str, float]:
 
 
 def assert_tags(found: dict[str, float], layers: dict[str, dict[str, list[float]]]) -> None:
-    """Counts are equal, the rest agrees to the rounding of fp32 taps."""
+    """Assert that counts are equal and the rest agrees to the rounding of fp32 taps."""
     found = {tag: value for tag, value in found.items() if tag.startswith("taps/")}
     wanted = expected(layers)
     assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()

@@ -1,12 +1,12 @@
-"""What watching costs a step: steps with it and without it, turn about, in one run.
+"""Measure what watching costs per step, with watched and unwatched steps alternating in one run.
 
     torchrun --nproc-per-node 2 -m tests.training.metrics.measure_cost \
         --metrics-file metrics.jsonl --log-interval 1 <other flags of kvshift_megatron.pretrain>
 
 With --log-interval N, N steps are watched and the next N are not, and so on; the first 2 N warm up
-and do not count. Printed by the last rank, which has the most to do: the median step of both kinds,
-and the time inside this package's own calls (and Megatron's into its writers) a watched step. The
-second is the figure: on a machine with other work the first two differ by more than watching does.
+and do not count. The last rank, which has the most to do, prints the median step of both kinds, and
+the time per watched step inside this package's calls (and Megatron's calls of its writers). That
+time is the result: on a busy machine the medians differ by more than watching costs.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ class Clock:
 
 @contextlib.contextmanager
 def watch_turn_about(original, args, config):
-    """`watching.watch`, switched off and on again, and timed."""
+    """Turn `metrics.watch` off and on again, and time it."""
     with original(args, config), contextlib.ExitStack() as stack:
         from megatron.training import global_vars, training
 

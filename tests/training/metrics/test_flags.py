@@ -1,4 +1,4 @@
-"""Where the lines go, and what is refused before anything is built."""
+"""Which file the lines go to, and what is refused before anything is built."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -19,7 +19,7 @@ def parsed(*flags, **megatrons):
     return Namespace(**{"save": None, "tensorboard_dir": None, **vars(args), **megatrons})
 
 
-def test_the_lines_go_to_the_file_that_is_named_or_beside_what_megatron_writes():
+def test_the_lines_go_to_the_named_file_or_to_megatrons_folder():
     places = {"save": "s", "tensorboard_dir": "t"}
     assert metrics_file(parsed("--metrics-file", "m.jsonl", **places)) == Path("m.jsonl")
     assert metrics_file(parsed(**places)) == Path("t/metrics.jsonl")
@@ -27,7 +27,7 @@ def test_the_lines_go_to_the_file_that_is_named_or_beside_what_megatron_writes()
     assert metrics_file(parsed()) is None
 
 
-def test_with_nowhere_to_write_to_nothing_is_touched():
+def test_with_nowhere_to_write_nothing_is_changed():
     args = parsed()
     before = dict(vars(args))
     with watch(args, None):

@@ -1,4 +1,4 @@
-"""Lines that survive: torn ends, resumes, full disks, numbers that JSON lacks."""
+"""Lines survive truncation, resumes and full disks, and hold numbers that JSON lacks."""
 
 import json
 import math
@@ -26,8 +26,8 @@ def test_lines_are_strict_json_and_come_back(tmp_path):
     assert back["text"] == "a:0"
 
 
-def test_a_torn_line_costs_itself_alone(tmp_path):
-    """Killed after every possible byte of the last line; the resumed run's lines are whole."""
+def test_a_truncated_line_loses_only_itself(tmp_path):
+    """Truncate after every byte of the last line: the resumed run's lines are whole."""
     first, last = {"iteration": 1, "lm loss": 2.5}, {"iteration": 2, "lm loss": 1.25, "é": "ü"}
     lines = JsonLines(tmp_path / "whole.jsonl")
     lines.append(first)
@@ -40,14 +40,14 @@ def test_a_torn_line_costs_itself_alone(tmp_path):
         path.write_bytes(whole[:end])
         JsonLines(path).append(resumed)
         found = list(read_lines(path))
-        # All of the line but its end is the line.
+        # A line that lacks only its newline is complete.
         complete = [last] if end >= len(whole) - 1 else []
         assert found == [first, *complete, resumed], end
         assert read_metrics(path)[2]["lm loss"] == 1.5
 
 
-def test_without_care_a_torn_line_takes_the_next_one_along(tmp_path):
-    """What the test above would see: the comparison fails where the end is not looked at."""
+def test_a_plain_append_after_a_truncated_line_loses_both(tmp_path):
+    """What the test above guards against: an append that does not look at the end of the file."""
     path = tmp_path / "torn.jsonl"
     path.write_text('{"iteration": 1}\n{"iterat')
     with path.open("a") as file:
@@ -68,7 +68,7 @@ def test_the_last_value_of_an_iteration_counts(tmp_path):
 
 
 def test_a_full_disk_is_one_warning():
-    """/dev/full answers every write as a full disk does."""
+    """/dev/full fails every write as a full disk does."""
     warnings = []
     lines = JsonLines("/dev/full", warnings.append)
     for iteration in range(5):
@@ -79,7 +79,7 @@ def test_a_full_disk_is_one_warning():
 
 
 def test_a_disk_that_was_full_is_written_again(tmp_path, monkeypatch):
-    """Half a line is all that got on it."""
+    """Only half a line was written while it was full."""
     warnings = []
     lines = JsonLines(tmp_path / "metrics.jsonl", warnings.append)
     lines.append({"iteration": 1})

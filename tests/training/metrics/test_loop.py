@@ -1,4 +1,4 @@
-"""Megatron's own loop, watched: two ranks, every number against another source of it."""
+"""Watch Megatron's own loop on two ranks, and check every number against a second source."""
 
 import json
 import re
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.slow
 _RANKS = 2
 _TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 _PP = {"pipeline_model_parallel_size": 2}
-# With a step this large the taps change visibly.
+# With a learning rate this large the taps change visibly.
 _COMMON = {"train_iters": 2, "lr": 0.3, "lr_decay_style": "constant", "seed": 7}
 
-# Name -> (flags, the taps). The first iteration's are those that every run starts from.
+# Name -> (flags, configuration). The first iteration has the taps that every run starts with.
 LAYOUTS = {
     "tp": ({**_TP, "kv_shift_window": 3}, KVShiftConfig(window=3)),
-    # The new parameters are gathered during the next forward pass.
+    # The new parameters are gathered only during the next forward pass.
     "overlap": (
         {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
          "overlap_param_gather": True},
@@ -47,7 +47,7 @@ _SAVED = ("tp", "overlap")
 
 
 def _plan(root: Path) -> dict[str, dict]:
-    """Name -> what runs, in this order."""
+    """Return {name: what to run}, in this order."""
 
     def run(name, **others):
         return {**_COMMON, "metrics_file": root / name / "metrics.jsonl", **others}
@@ -55,13 +55,13 @@ def _plan(root: Path) -> dict[str, dict]:
     plan = {name: run(name, **layout) for name, (layout, _) in LAYOUTS.items()}
     for name in _SAVED:
         plan[name] |= {"save": root / name / "checkpoints", "save_interval": 1}
-    # From the checkpoint of the first step, where the second one's line is torn.
+    # From the checkpoint of the first step, with the second step's line truncated.
     first = {"load": root / "tp" / "checkpoints", "ckpt_step": 1}
     plan["resumed"] = run("resumed", **LAYOUTS["tp"][0], **first)
-    # Without a name: in the folder of TensorBoard.
-    folder = root / "vanilla"
-    plan["vanilla"] = run(
-        "vanilla", **_TP, no_kv_shift=True, metrics_file=None, tensorboard_dir=folder
+    # Without --metrics-file: into TensorBoard's folder.
+    folder = root / "baseline"
+    plan["baseline"] = run(
+        "baseline", **_TP, no_kv_shift=True, metrics_file=None, tensorboard_dir=folder
     )
     interval = {"gpu_telemetry_interval": 0.05}
     plan["full-disk"] = run(
@@ -91,19 +91,19 @@ def runs(directory) -> dict[str, Run]:
 
 
 def trained(run: Run) -> str:
-    """What the writing rank printed."""
+    """Return what the writing rank printed."""
     assert run.codes == [0] * _RANKS, run.outputs[-1][-5000:]
     return run.outputs[-1]
 
 
 def printed(output: str, what: str) -> dict[int, float]:
-    """Iteration -> a number of Megatron's lines."""
+    """Return {iteration: a number in Megatron's log}."""
     pattern = rf"iteration +(\d+)/.* {re.escape(what)}: ([-+.\dE]+) \|"
     return {int(i): float(value) for i, value in re.findall(pattern, output)}
 
 
 def saved_taps(checkpoint: Path, kv_shift: KVShiftConfig) -> dict[str, dict[str, list[float]]]:
-    """Whole layers of a checkpoint, as float64_taps takes them."""
+    """Return the whole layers of a checkpoint, as float64_taps takes them."""
     reader = dcp.FileSystemReader(checkpoint)
     state = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -123,7 +123,12 @@ def saved_taps(checkpoint: Path, kv_shift: KVShiftConfig) -> dict[str, dict[str,
 
 
 def initial_taps(kv_shift: KVShiftConfig, layers: dict[str, int]) -> dict:
-    """Whole layers as every run starts: layer -> query groups."""
+    """Return the whole layers that every run starts with.
+
+    Args:
+        kv_shift: Their configuration.
+        layers: {layer: number of query groups}.
+    """
     drawn = {}
     for layer, groups in layers.items():
         values = wild_values(kv_shift, 7, int(layer.rpartition("_")[2]), groups)
@@ -158,7 +163,7 @@ def test_statistics_are_those_of_all_layers_and_query_groups(runs, directory, na
 
 @pytest.mark.parametrize("name", _SAVED)
 def test_statistics_are_of_the_taps_that_the_loss_was_computed_with(runs, directory, name):
-    """Those of the checkpoint before the step, and not of the one after it."""
+    """They are those of the checkpoint before the step, not of the one after it."""
     trained(runs[name])
     kv_shift = LAYOUTS[name][1]
     metrics = read_metrics(directory / name / "metrics.jsonl")
@@ -171,28 +176,28 @@ def test_statistics_are_of_the_taps_that_the_loss_was_computed_with(runs, direct
         assert_tags(metrics[2], after)
 
 
-def test_the_clamp_has_something_to_clamp():
+def test_the_initial_taps_need_clamping():
     stored = initial_taps(KVShiftConfig(), LAYERS["mtp"])
     values = [value for layer in stored.values() for tap in layer.values() for value in tap]
     assert min(values) < 0 and max(values) > 1
 
 
 def test_the_number_of_collectives_does_not_grow_with_the_layers(runs, directory):
-    """One a log interval, after one at the first that says who holds what."""
+    """One per log interval, and one more at the first to learn which rank holds what."""
     for name in LAYOUTS:
         trained(runs[name])
         for rank in range(_RANKS):
             file = directory / f"{name}-{rank}.collectives"
             calls = [json.loads(line) for line in file.read_text().splitlines()]
             if name == "overlap" and rank == 0:
-                # Of the two model replicas the last one's ranks do it.
+                # Only the ranks of the last of the two model replicas do it.
                 assert calls == [[], []]
             else:
                 gather = ["all_gather_into_tensor"]
                 assert calls == [["all_gather_object", *gather], gather], (name, rank)
 
 
-@pytest.mark.parametrize("name", ["tp", "mtp", "overlap", "vanilla"])
+@pytest.mark.parametrize("name", ["tp", "mtp", "overlap", "baseline"])
 def test_lines_hold_what_megatron_prints(runs, directory, name):
     output = trained(runs[name])
     file = directory / name / "metrics.jsonl"
@@ -225,7 +230,7 @@ def test_throughput_is_megatrons_time(runs, directory):
             continue
         seconds = values["iteration-time"]
         assert seconds * 1000 == pytest.approx(milliseconds[iteration], abs=0.051)
-        # 4 samples of 32 tokens a step, 2 ranks, 0.5 TFLOP/s each at best.
+        # 4 samples of 32 tokens per step, 2 ranks, a peak of 0.5 TFLOP/s each.
         assert values["tokens-per-second"] == pytest.approx(4 * 32 / seconds)
         assert values["tokens-per-second/gpu"] == pytest.approx(4 * 32 / seconds / 2)
         assert values["mfu"] == pytest.approx(values["throughput"] / 0.5)
@@ -253,7 +258,7 @@ def test_timers_and_evaluations_are_in_the_lines_too(runs, directory):
 
 
 def test_a_resumed_run_continues_the_file(runs, directory):
-    """To the losses and taps of an unbroken run, over a line that a kill has torn."""
+    """It has the losses and taps of an unbroken run, despite a line that a kill truncated."""
     trained(runs["resumed"])
     file = directory / "resumed" / "metrics.jsonl"
     torn = [line for line in file.read_bytes().splitlines() if not line.endswith(b"}")]
@@ -272,9 +277,9 @@ def test_a_resumed_run_continues_the_file(runs, directory):
     assert "lm loss" in untimed(file)[2] and "taps/layer_2/beta_3_max" in untimed(file)[2]
 
 
-def test_the_vanilla_twin_has_no_taps(runs, directory):
-    assert trained(runs["vanilla"])
-    metrics = read_metrics(directory / "vanilla" / "metrics.jsonl")
+def test_the_baseline_model_has_no_taps(runs, directory):
+    assert trained(runs["baseline"])
+    metrics = read_metrics(directory / "baseline" / "metrics.jsonl")
     assert list(metrics) == [1, 2]
     assert not any(tag.startswith("taps/") for values in metrics.values() for tag in values)
 
@@ -283,7 +288,7 @@ def test_a_full_disk_is_one_warning_and_no_end(runs):
     output = trained(runs["full-disk"])
     assert output.count("No space left on device") == 1
     assert len(printed(output, "lm loss")) == 2
-    # --no-gpu-telemetry, though there are GPUs.
+    # With --no-gpu-telemetry, although there are GPUs.
     assert "XID" not in runs["full-disk"].outputs[0]
 
 
@@ -303,11 +308,11 @@ def test_gpus_reach_the_lines_of_the_run(runs, directory):
     assert last["gpu/throttled"] == 1
     assert last["gpu/xid_events"] == 1 and last["gpu/errors"][0].endswith(":1 xid 79")
     assert last["gpu/nodes"] == 1 and last["gpu/nodes_silent"] == 0
-    # The metric that failed while the run was under way.
+    # This metric failed during the run.
     assert last["gpu/power_watts_min"] == 651.0
     both = runs["gpus"].outputs[0] + output
     assert both.count("GPU 1 reports XID 79") == 1
-    assert both.count("NVML does not give power (Unknown Error)") == 1
+    assert both.count("NVML does not report power (Unknown Error)") == 1
 
 
 def test_a_folder_for_a_file_is_refused_at_the_start(runs, directory):

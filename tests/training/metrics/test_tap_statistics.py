@@ -1,4 +1,4 @@
-"""Statistics of whole layers, and whole layers from what ranks hold, against float64."""
+"""Statistics of whole layers, and whole layers from the ranks' parts, against float64."""
 
 import pytest
 import torch
@@ -20,14 +20,14 @@ CONFIGS = {
 
 
 def random_layers(kv_shift, groups=16, names=("layer_1", "layer_2", "layer_10", "mtp_layer_1")):
-    """Parameters well outside [0, 1] too, as trained taps are."""
+    """Draw parameters that also lie well outside [0, 1], as trained taps do."""
     torch.manual_seed(len(names) + groups)
     count = kv_shift.parameters_per_group
     return {name: (kv_shift, torch.randn(count, groups)) for name in names}
 
 
 def whole(layers):
-    """What float64_taps takes."""
+    """Convert layers to the input of float64_taps."""
     return {
         name: effective(
             kv_shift.variant,
@@ -74,7 +74,7 @@ def test_equal_taps_are_not_greater():
     assert tags["taps/layer_1/pairs_a1_le_a2_b1_le_b2"] == 3
 
 
-def test_a_tap_that_is_not_a_number_shows():
+def test_a_nan_tap_shows():
     taps = torch.full((4, 3), 0.5)
     taps[0, 1] = torch.nan
     tags = statistics({"layer_1": (KVShiftConfig(), taps)})
@@ -83,7 +83,7 @@ def test_a_tap_that_is_not_a_number_shows():
 
 
 def shard(layers, tp, pp, replicated=False):
-    """Layout and rows of tp x pp ranks; with pp 2 the second stage has all layers but one."""
+    """Return layout and rows of tp x pp ranks; with pp 2 the first stage has one layer."""
     names = list(layers)
     layout, rows = [], []
     for stage in [names] if pp == 1 else [names[:1], names[1:]]:
@@ -128,7 +128,7 @@ def test_planted_errors_are_seen():
     layout, rows = shard(layers, tp=2, pp=2)
     for wrong in (
         statistics(layers) | {"taps/layer_1/alpha_1_mean": 0.0},
-        # One rank's taps in the place of another's, and a rank that is missing.
+        # One rank's taps in place of another's, and a missing rank.
         statistics(assemble(layout, rows[[0, 0, 2, 3]])),
         statistics(assemble([layout[0], *layout[2:]], rows[[0, 2, 3]])),
         statistics(layers) | {"taps/all_layers/pairs_a1_gt_a2_b1_gt_b2": -1},

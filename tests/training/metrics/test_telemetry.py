@@ -42,7 +42,7 @@ class Watched:
         self.sampler.stop()
 
     def wait(self, condition):
-        """Until it holds."""
+        """Wait until a condition holds."""
         end = time.monotonic() + _TIMEOUT
         while not condition():
             assert time.monotonic() < end, (self.lines[-1:], self.warnings)
@@ -52,7 +52,7 @@ class Watched:
         return [line for line in list(self.lines) if "gpus" in line]
 
     def next_sample(self):
-        # One may be under way with the values from before.
+        # A sample with the old values may be in progress.
         count = len(self.samples()) + 2
         self.wait(lambda: len(self.samples()) >= count)
         return self.samples()[-1]["gpus"]
@@ -105,7 +105,7 @@ def test_sampling_never_happens_in_the_callers_thread():
         ({}, ["GPU-gone"], "GPU-gone"),
     ],
 )
-def test_nvml_that_does_not_work_is_one_warning(fail, uuids, words):
+def test_a_failing_nvml_is_one_warning(fail, uuids, words):
     with Watched(uuids=uuids, **fail) as watched:
         assert not watched.started
     assert len(watched.warnings) == 1 and words in watched.warnings[0]
@@ -116,7 +116,7 @@ def test_no_gpu_is_one_warning():
     with Watched(gpus=0) as watched:
         assert not watched.started
     assert watched.warnings == [
-        "kvshift_megatron: node-3: there is no GPU telemetry: NVML sees no GPU on this node"
+        "kvshift_megatron: node-3: no GPU telemetry: NVML sees no GPU on this node"
     ]
 
 
@@ -182,10 +182,10 @@ def test_a_lost_gpu_leaves_the_others():
     assert all("GPU is lost" in warning for warning in watched.warnings)
 
 
-def test_an_xid_error_is_written_and_said_once_at_once():
+def test_an_xid_error_is_written_every_time_and_printed_once():
     with Watched(interval_s=1000) as watched:
         watched.wait(watched.samples)
-        # The GPU has fallen off the bus: it answers nothing any more.
+        # The GPU has fallen off the bus and no longer answers.
         watched.nvml.fail = {"nvmlDeviceGetUUID": fake.NVML_ERROR_GPU_IS_LOST}
         for _ in range(3):
             watched.nvml.send(watched.gpus[1], fake.EVENT_XID, 79)
@@ -211,15 +211,15 @@ def test_sampling_goes_on_without_events(call):
     with Watched(**{call: fake.NVML_ERROR_NOT_SUPPORTED}) as watched:
         watched.next_sample()
         watched.next_sample()
-    assert len(watched.warnings) == 1 and "XID errors go unseen" in watched.warnings[0]
+    assert len(watched.warnings) == 1 and "XID errors are not seen" in watched.warnings[0]
 
 
 def test_an_unforeseen_error_ends_telemetry_and_nothing_else():
     with Watched() as watched:
         watched.next_sample()
-        watched.gpus[0].milliwatts = None  # what no NVML should answer
+        watched.gpus[0].milliwatts = None  # NVML never returns this
         watched.wait(lambda: watched.warnings)
-    assert "GPU telemetry ends here: TypeError" in watched.warnings[0]
+    assert "GPU telemetry has stopped: TypeError" in watched.warnings[0]
     assert len(watched.warnings) == 1
 
 

@@ -1,4 +1,4 @@
-"""The nodes' files in one dictionary: what is in it, and what a node that falls silent does."""
+"""The nodes' files in one dictionary: its entries, and the effect of a node that falls silent."""
 
 import json
 import time
@@ -90,7 +90,7 @@ def test_what_no_gpu_has_is_left_out_and_what_some_have_is_of_those():
 
 @pytest.fixture
 def metrics(tmp_path):
-    # With a character that means something to a pattern.
+    # With characters that are special in a glob pattern.
     return tmp_path / "run[1]" / "metrics.jsonl"
 
 
@@ -102,7 +102,7 @@ def test_files_are_followed_from_where_this_attempt_begins(metrics):
     old = time.time() - 3600
     append(metrics, "a", sample("a", gpu(0, power_watts=1.0), time=old))
     append(metrics, "gone", {"time": old, "node": "gone", "event": "xid", "gpu": 0, "code": 1})
-    # The sampler of another rank may begin first.
+    # Another rank's sampler may start first.
     append(metrics, "b", {"time": time.time(), "node": "b", "event": "xid", "gpu": 0, "code": 79})
     summary = TelemetrySummary(metrics, nodes=2, interval_s=10)
     summary.update()

@@ -13,7 +13,7 @@ _TAPS = {f"taps/layer_{number}/alpha_1_mean": number / 7 for number in range(1, 
 
 
 def log(writer):
-    """As Megatron's loop does, on whichever writer it has got."""
+    """Log as Megatron's loop does, on either kind of writer."""
     writer.add_text("lr", "0.3", global_step=0)
     for iteration in (1, 2, 3):
         for tag in ("lm loss", "grad-norm"):
@@ -31,7 +31,7 @@ def test_both_hold_every_number_once(tmp_path):
     lines = JsonLines(tmp_path / "metrics.jsonl")
     writer = SummaryWriter(log_dir=str(tmp_path))
     restore = record_scalars(writer, Recorder(lines))
-    assert isinstance(writer, SummaryWriter)  # Megatron asks before it writes timers
+    assert isinstance(writer, SummaryWriter)  # Megatron checks this before it writes timers
     log(writer)
     writer.close()
     restore()
@@ -77,7 +77,7 @@ def test_without_tensorboard_the_lines_are_the_same(tmp_path):
 
 
 def test_a_full_disk_under_tensorboard_is_one_warning(tmp_path, monkeypatch):
-    """Its thread's error comes up in the next call, whichever that is."""
+    """The error of TensorBoard's thread is raised in the next call, whichever that is."""
     warnings = []
     lines = JsonLines(tmp_path / "metrics.jsonl")
     writer = SummaryWriter(log_dir=str(tmp_path))

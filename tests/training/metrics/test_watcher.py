@@ -1,4 +1,4 @@
-"""What is added to Megatron's numbers, and to whom it goes."""
+"""What is added to Megatron's numbers, and which writers get it."""
 
 from argparse import Namespace
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ class WeightsAndBiases:
 
 @pytest.fixture
 def watched(tmp_path, monkeypatch):
-    """A watcher of 4 ranks that reaches 100 of 400 TFLOP/s with 8 samples of 512 tokens."""
+    """Watch 4 ranks that reach 100 of 400 TFLOP/s with 8 samples of 512 tokens."""
     monkeypatch.setattr(module, "get_current_running_global_batch_size", lambda: 8)
     args = Namespace(
         log_interval=2, tensorboard_log_interval=1, seq_length=512, world_size=4, bf16=True,
@@ -75,12 +75,12 @@ def test_taps_and_gpus_go_to_every_writer_once(watched):
 @pytest.mark.parametrize(
     ("name", "bf16", "words"),
     [
-        ("NVIDIA H100 80GB HBM3", True, "MFU against 989.4 TFLOP/s a GPU"),
+        ("NVIDIA H100 80GB HBM3", True, "MFU against 989.4 TFLOP/s per GPU"),
         ("NVIDIA H100 80GB HBM3", False, "no MFU (give --gpu-peak-tflops)"),
-        ("A GPU of tomorrow", True, "no MFU (give --gpu-peak-tflops)"),
+        ("An unknown GPU", True, "no MFU (give --gpu-peak-tflops)"),
     ],
 )
-def test_mfu_is_of_a_known_peak_in_its_precision_or_not_given(monkeypatch, name, bf16, words):
+def test_mfu_needs_a_known_peak_in_the_same_precision(monkeypatch, name, bf16, words):
     monkeypatch.setattr(module.torch.cuda, "get_device_name", lambda: name)
     args = Namespace(
         gpu_peak_tflops=None, bf16=bf16, fp16=False, log_interval=100, tensorboard_log_interval=1

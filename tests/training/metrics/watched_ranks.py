@@ -1,10 +1,10 @@
-"""Runs of kvshift_megatron.pretrain on the ranks of one launch, with what watching does recorded.
+"""Run kvshift_megatron.pretrain on the ranks of one launch and record what watching does.
 
 torchrun --nproc-per-node N ... -m tests.training.metrics.watched_ranks PLAN.json
 
-PLAN.json and what a run leaves are as in tests/support/forked_ranks.py, and beside it
-NAME-RANK.collectives: a line a call of TapStatistics.describe, the torch.distributed functions that
-it called. A run with --gpu-telemetry-interval has two GPUs of tests/training/metrics/fake_nvml.py.
+PLAN.json and a run's output are as in tests/support/forked_ranks.py. In addition, each line of
+NAME-RANK.collectives lists the torch.distributed functions that one call of TapStatistics.describe
+called. A run with --gpu-telemetry-interval has two GPUs of tests/training/metrics/fake_nvml.py.
 """
 
 import json
@@ -33,7 +33,7 @@ _COLLECTIVES = (
 
 
 def copy_and_tear(source: Path, target: Path) -> None:
-    """A copy whose last line is as a kill in the middle of a write leaves it."""
+    """Copy a file and truncate its last line, as a kill in the middle of a write does."""
     data = source.read_bytes()
     target.parent.mkdir()
     target.write_bytes(data[: data.rindex(b"\n", 0, -1) + 40])
@@ -42,17 +42,17 @@ def copy_and_tear(source: Path, target: Path) -> None:
 def wild_values(
     kv_shift: KVShiftConfig, seed: int, layer_number: int, num_query_groups: int
 ) -> dict[str, torch.Tensor]:
-    """In the place of taps.initial_values: parameters that lie well outside [0, 1] too."""
+    """Replace taps.initial_values: draw parameters that also lie well outside [0, 1]."""
     generator = np.random.default_rng([seed, layer_number])
     names = [name for kind in tap_names(kv_shift).values() for name in kind]
     return {name: torch.from_numpy(generator.normal(0.5, 1.0, num_query_groups)) for name in names}
 
 
 def record_collectives() -> None:
-    """Have every TapStatistics.describe write down what it calls."""
+    """Make every TapStatistics.describe write down what it calls."""
     from kvshift_megatron.training.metrics.tap_statistics import TapStatistics
 
-    # This rank's log is where its standard output goes.
+    # This rank's standard output goes to its log.
     log = Path(os.readlink("/proc/self/fd/1")).with_suffix(".collectives")
     original = TapStatistics.describe
 
@@ -79,7 +79,7 @@ def record_collectives() -> None:
 
 
 def give_gpus() -> None:
-    """Two GPUs: one that gets hot and reports an error, and loses a metric."""
+    """Provide two GPUs: one loses a metric, the other gets hot and reports an error."""
     from kvshift_megatron.training.metrics import watcher
 
     gpus = [fake_nvml.FakeGPU(0), fake_nvml.FakeGPU(1)]
