@@ -31,7 +31,7 @@ def test_the_old_name_of_eager_is_accepted(monkeypatch, caplog):
 
 @pytest.fixture
 def choices(monkeypatch):
-    """The choices made so far."""
+    """Return the choices made so far."""
     made, choose = [], dispatch._choose
 
     def counted(*arguments):

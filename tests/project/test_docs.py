@@ -35,14 +35,14 @@ FOREIGN = {
 
 
 def without_code(text: str) -> str:
-    """A page without its code, in which brackets are no links."""
+    """Return a page without its code, in which brackets are no links."""
     text = re.sub(r"(?ms)^```.*?^```", "", text)
     text = re.sub(r"(?m)^(?: {4}|\t).*$", "", text)
     return re.sub(r"`[^`\n]*`", "", text)
 
 
 def anchors(path: Path) -> set[str]:
-    """The names of a page's headings that MkDocs and forges give alike."""
+    """Return the names of a page's headings that MkDocs and forges give alike."""
     headings = re.findall(r"(?m)^#+ (.+)$", path.read_text())
     plain = [re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings]
     return {name.replace(" ", "-") for name in plain if not re.search(r"[-\s]{2}", name)}
@@ -110,7 +110,7 @@ def differences(text: str, read: dict[str, set[str]]) -> list[str]:
 
 @functools.cache
 def own_flags() -> set[str]:
-    """Flags that the project's parsers take, without the dashes."""
+    """Return the flags that the project's parsers take, without the dashes."""
     folders = ("kvshift_megatron", "tools", "examples")
     found = {field.name.replace("_", "-") for field in dataclasses.fields(Assumptions)}
     for path in (path for folder in folders for path in (PROJECT / folder).rglob("*.py")):
@@ -123,7 +123,7 @@ def own_flags() -> set[str]:
 
 
 def flags_in(text: str) -> set[str]:
-    """Flags that a page names, without the dashes; `--kv-shift-*` stands for many."""
+    """Return the flags that a page names, without the dashes; `--kv-shift-*` stands for many."""
     return set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*[a-z0-9])(?![\w*-]|-\*)", text))
 
 

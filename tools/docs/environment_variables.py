@@ -48,7 +48,7 @@ def variables(root: Path = ROOT) -> dict[str, set[str]]:
 
 
 def in_python(text: str, root: Path = ROOT) -> Iterator[str]:
-    """The variables that one module reads.
+    """Return the variables that one module reads.
 
     A key is a string, or a name that stands for strings: a constant of the module or of a module
     of the project that it imports, or the variable of a loop over such a constant. Keys that only
@@ -83,7 +83,7 @@ def in_python(text: str, root: Path = ROOT) -> Iterator[str]:
 
 
 def _constants(tree: ast.Module, root: Path) -> _Constants:
-    """What names stand for: assigned in the module, looped over, or imported from the project."""
+    """Return what names stand for: assigned, looped over, or imported from the project."""
     found: _Constants = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -126,7 +126,7 @@ def _strings(node: ast.AST, constants: _Constants, depth: int = 0) -> Iterator[s
 
 
 def in_shell(text: str) -> set[str]:
-    """The variables that a script reads: with a default, or without having set them itself."""
+    """Return the variables that a script reads with a default, or has not set itself."""
     text = re.sub(r"(?m)(^|\s)#.*$", "", text)
     text = re.sub(r"'[^']*'", "", text)
     with_default = set(re.findall(rf"\$\{{({_NAME}):?[-+?]", text))
@@ -136,7 +136,7 @@ def in_shell(text: str) -> set[str]:
 
 
 def in_makefile(text: str) -> set[str]:
-    """The variables that make takes from the environment: ?=, or exported without a value."""
+    """Return the variables that make takes from its environment: ?=, or a bare export."""
     maybe = set(re.findall(rf"(?m)^({_NAME}) *\?=", text))
     exported = set(re.findall(rf"(?m)^export ({_NAME}) *$", text))
     set_here = set(re.findall(rf"(?m)^({_NAME}) *:?=", text))

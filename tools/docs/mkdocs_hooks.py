@@ -20,7 +20,7 @@ class UnderscoresStay(Extension):
     """Only asterisks emphasise: in docstrings underscores belong to names, such as K_{i-1}."""
 
     def extendMarkdown(self, md):
-        """Called by Markdown."""
+        """Register the pattern; called by Markdown."""
         # Before emphasis (60), after links and HTML.
         md.inlinePatterns.register(SimpleTextInlineProcessor("(_)"), "underscore", 65)
 

@@ -85,7 +85,7 @@ def _version(compiler: Sequence[str]) -> str:
 
 @functools.cache
 def _machine() -> tuple[str, ...]:
-    """What the compiled file depends on besides source and compiler: processor and C library."""
+    """Return what the compiled file also depends on: the processor and the C library."""
     try:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
     except OSError:

@@ -74,7 +74,7 @@ def why_not() -> str | None:
 
 @functools.cache
 def _entries() -> tuple[Any, ...]:
-    """(the kernel, addresses of GOMP_parallel, omp_get_thread_num and omp_get_num_threads)."""
+    """Return the kernel and the addresses of the three OpenMP functions that it calls."""
     kernel = build.load(SOURCE).kvshift_run
     kernel.argtypes, kernel.restype = [ctypes.c_void_p], None
     # Those of torch's own runtime: a second one would start threads of its own.

@@ -141,7 +141,7 @@ class _File:
             yield f".{node.name}", "override"
 
     def _dotted(self, node: ast.AST) -> str | None:
-        """The whole name of an attribute chain that starts at an import; None for another."""
+        """Return the whole name of an attribute chain that starts at an import, or None."""
         parts = []
         while isinstance(node, ast.Attribute):
             parts.append(node.attr)
@@ -197,7 +197,7 @@ class _File:
             yield (name.value if isinstance(name, ast.Constant) else f".{_UNKNOWN}"), "set"
 
     def _named(self, node: ast.Call, kind: str, is_always: bool) -> Iterator[tuple[str, str]]:
-        """The attribute that a call names in its second argument."""
+        """Return the attribute that a call names in its second argument."""
         if len(node.args) < 2:
             return
         owner, name = self._dotted(node.args[0]), node.args[1]
@@ -259,7 +259,7 @@ def _exports(module: str, name: str) -> bool:
 
 
 def _string(text: str) -> Iterator[tuple[str, str]]:
-    """A string that is the dotted name of something private."""
+    """Return a string that is the dotted name of something private."""
     is_dotted = re.fullmatch(r"[a-z]\w*(\.\w+)+", text)
     if is_dotted and root(text) in _IN_STRINGS and is_private(text):
         yield text, "string"
