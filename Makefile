@@ -27,7 +27,7 @@ TRANSFORMERS_VENVS := .venv-transformers
 
 # Which tests `test`, `test-latest` and `test-oldest` run, and other options for pytest; all of them.
 TESTS :=
-# Processes that run them: launches of ranks, one at a time, and beside them tests of one process.
+# Processes that run them: one those that launch ranks, the others everything else.
 WORKERS := 2
 PARALLEL = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 

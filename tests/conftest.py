@@ -68,32 +68,29 @@ def pytest_collection_modifyitems(config, items):
         (left_out if outside or (most and ranks > most) else kept).append(item)
         if version is not None and (why := releases.why_not_in_release(item.nodeid, version)):
             item.add_marker(pytest.mark.skip(reason=why))
-    items[:] = sorted(kept, key=_is_short)
+    # What takes longest comes first.
+    items[:] = sorted(kept, key=lambda item: _group(item) != "ranks")
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
     config.hook.pytest_deselected(items=left_out)
 
 
-# Tests in these folders share launches or builds, so one worker runs each folder. Slowest first.
-_TOGETHER = (
-    "tests/distributed",
-    "tests/planning",
-    "tests/training/faults",
-    "tests/packaging",
-    "tests/convert",
-)
+# What one worker of pytest-xdist runs; other files are one each. Two launches at once would starve
+# each other: one worker runs all that launch ranks, the other everything else.
+_GROUPS = {
+    "tests/distributed/": "ranks",
+    "tests/planning/": "ranks",
+    "tests/training/faults/": "ranks",
+    "tests/training/metrics/test_loop.py": "ranks",
+    "tests/integration/": "ranks",
+    "tests/packaging/": "packaging",  # one build for all
+    "tests/convert/": "convert",  # one process group for all
+}
 
 
 def _group(item: pytest.Item) -> str:
-    """Return what one worker of pytest-xdist runs: a folder of _TOGETHER, or a file."""
     file = item.nodeid.partition("::")[0]
-    return next((folder for folder in _TOGETHER if file.startswith(f"{folder}/")), file)
-
-
-def _is_short(item: pytest.Item) -> int:
-    """Sort what takes long to the front: the other worker then has enough to do beside it."""
-    group = _group(item)
-    return _TOGETHER.index(group) if group in _TOGETHER else len(_TOGETHER)
+    return next((group for start, group in _GROUPS.items() if file.startswith(start)), file)
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-
-from filelock import FileLock
 
 from kvshift_megatron.utils import launchers
 
@@ -28,17 +25,6 @@ def python_path() -> str:
     In `make test-matrix` the latter leads to another release of megatron-core.
     """
     return os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
-
-
-@contextlib.contextmanager
-def one_launch_at_a_time() -> Iterator[None]:
-    """Make the other workers of pytest-xdist wait: two launches at once would starve each other."""
-    with _lock if "PYTEST_XDIST_TESTRUNUID" in os.environ else contextlib.nullcontext():
-        yield
-
-
-_run = os.environ.get("PYTEST_XDIST_TESTRUNUID", "alone")
-_lock = FileLock(Path(tempfile.gettempdir()) / f"kvshift-launch-{_run}.lock")
 
 
 def torchrun(
@@ -59,20 +45,19 @@ def torchrun(
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(nproc), *arguments),
     ]
-    with one_launch_at_a_time():
-        process = subprocess.Popen(
-            command,
-            cwd=PROJECT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        finally:
-            launchers.stop([process])
+    process = subprocess.Popen(
+        command,
+        cwd=PROJECT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        launchers.stop([process])
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
@@ -102,8 +87,7 @@ def ranks(
         request = {"ranks": nproc, "module": module, "arguments": arguments, "forks": forks}
         request |= {"output": output.name, "timeout": timeout}
         try:
-            with one_launch_at_a_time():
-                answer = server.answer(request, timeout + _GRACE)
+            answer = server.answer(request, timeout + _GRACE)
         except BaseException:
             del _servers[key]
             server.stop()

@@ -14,7 +14,6 @@ import pytest
 
 from kvshift_megatron.checks.checkpoint_paths import TRACKER
 from kvshift_megatron.training.faults.fallback import fault_of
-from tests.support.launch import one_launch_at_a_time
 from tests.training.faults.runs import (
     HANG_TIMEOUT,
     Run,
@@ -64,7 +63,7 @@ def broken(root) -> dict[str, tuple[Run, float]]:
 
     # The stopped one takes longest: torchrun waits 30 s for it.
     names = ["stopped", *(name for name in FAULTS if name != "stopped"), "unbroken"]
-    with one_launch_at_a_time(), ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
         return dict(zip(names, pool.map(run, names)))
 
 
