@@ -29,7 +29,7 @@ TRANSFORMERS_VENVS := .venv-transformers
 TESTS :=
 # Processes that run them: one those that launch ranks, the others everything else.
 WORKERS := 2
-PARALLEL = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PARALLEL = -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 # What `lock` renews besides versions that no longer fit: names of packages, or `all`.
 UPGRADE :=

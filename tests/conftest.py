@@ -69,9 +69,7 @@ def pytest_collection_modifyitems(config, items):
         if version is not None and (why := releases.why_not_in_release(item.nodeid, version)):
             item.add_marker(pytest.mark.skip(reason=why))
     # What takes longest comes first.
-    items[:] = sorted(kept, key=lambda item: _group(item) != "ranks")
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items[:] = sorted(kept, key=lambda item: _group(item.nodeid) != "ranks")
     config.hook.pytest_deselected(items=left_out)
 
 
@@ -88,9 +86,21 @@ _GROUPS = {
 }
 
 
-def _group(item: pytest.Item) -> str:
-    file = item.nodeid.partition("::")[0]
+def _group(test_id: str) -> str:
+    file = test_id.partition("::")[0]
     return next((group for start, group in _GROUPS.items() if file.startswith(start)), file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    # Not --dist loadgroup: with pytest 9.2 pytest-xdist 3.8 does not see the groups.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return _group(nodeid)
+
+    return ByGroup(config, log)
 
 
 @pytest.fixture(scope="module")
