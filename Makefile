@@ -88,10 +88,10 @@ docs: $(READY)
 test: lint
 	$(PYTHON_IN_VENV) -m pytest $(PARALLEL) $(TESTS)
 
-# Without a stamp: what is newest changes by itself.
 test-fast: $(READY)
 	$(PYTHON_IN_VENV) -m pytest $(PARALLEL) -m "not slow" $(TESTS)
 
+# Without a stamp: what is newest changes by itself.
 test-latest:
 	@bash tools/make_range_venv.sh $(LATEST_VENV) highest
 	$(LATEST_VENV)/bin/python -m pytest $(PARALLEL) --versions latest $(TESTS)

@@ -73,8 +73,8 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=left_out)
 
 
-# What one worker of pytest-xdist runs; other files are one each. Two launches at once would starve
-# each other: one worker runs all that launch ranks, the other everything else.
+# What one worker of pytest-xdist runs; other files are one each. Two long launches at once would
+# starve each other: one worker runs the folders that launch ranks, the other nearly all else.
 _GROUPS = {
     "tests/distributed/": "ranks",
     "tests/planning/": "ranks",
@@ -95,6 +95,9 @@ def _group(test_id: str) -> str:
 def pytest_xdist_make_scheduler(config, log):
     # Not --dist loadgroup: with pytest 9.2 pytest-xdist 3.8 does not see the groups.
     from xdist.scheduler import LoadScopeScheduling
+
+    # Without it each worker would launch the same ranks, and nothing would fail.
+    assert hasattr(LoadScopeScheduling, "_split_scope")
 
     class ByGroup(LoadScopeScheduling):
         def _split_scope(self, nodeid):

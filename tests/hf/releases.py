@@ -10,14 +10,6 @@ def has_release(oldest: str) -> bool:
     return Version(transformers.__version__) >= Version(oldest)
 
 
-def without(first: str, fixed: str, what: str) -> pytest.MarkDecorator:
-    """Return a mark that skips a case on the releases from `first` to before `fixed`."""
-    return pytest.mark.skipif(
-        has_release(first) and not has_release(fixed),
-        reason=f"Transformers {first} to before {fixed} {what}, Llama's model too",
-    )
-
-
 def since(oldest: str, what: str) -> pytest.MarkDecorator:
     """Return a mark that skips a case on releases before the one that can do it."""
     return pytest.mark.skipif(

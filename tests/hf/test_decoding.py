@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 from kvshift_megatron.hf import modeling_kvshift
 from tests.hf.models import VARIANTS, agrees, full_logits, named, tiny_model, tokens
-from tests.hf.releases import has_release, since, without
+from tests.hf.releases import has_release, since
 
 KINDS = ["dynamic", "dynamic without a configuration", "static"]
 
@@ -199,18 +199,12 @@ def test_generate_agrees_with_no_cache(search, way):
     assert torch.equal(generate(model, ids, attention_mask=mask, **search, **way), expected)
 
 
-@pytest.mark.parametrize(
-    "helper",
-    [
-        pytest.param(
-            "a model",
-            marks=without("5.15", "5.19", "leave rejected tokens in the assistant's cache"),
-        ),
-        "the prompt",
-    ],
-)
+@pytest.mark.parametrize("helper", ["a model", "the prompt"])
 @pytest.mark.parametrize("sampled", [False, True])
 def test_assisted_generation(helper, sampled):
+    if (helper, sampled) == ("a model", True) and has_release("5.15") and not has_release("5.19"):
+        # Seen in 5.15.1: 11 of 12 seeds fail with LlamaForCausalLM, too. 5.19.0 rolls back again.
+        pytest.skip("Transformers leaves rejected tokens in the assistant's cache, Llama's too")
     model = tiny_model(kv_shift_window=4, kv_shift_cache_history=0)
     ids = tokens(1, 4).repeat(1, 3)
     # With the same model, every candidate is right. With another, most are wrong and cropped.

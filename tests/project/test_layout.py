@@ -3,7 +3,6 @@
 import ast
 import re
 from collections import defaultdict
-from pathlib import Path
 
 from tests.support.launch import PROJECT
 
@@ -135,4 +134,4 @@ def test_paths_of_the_page_exist():
     parts = [part for name in names for part in name.split()]
     assert len(parts) > 15
     for part in parts:
-        assert (PACKAGE / part).is_dir() or Path(PACKAGE / f"{part}.py").is_file(), part
+        assert (PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").is_file(), part
