@@ -29,7 +29,8 @@ TRANSFORMERS_VENVS := .venv-transformers
 TESTS :=
 # Processes that run them: one those that launch ranks, the others everything else.
 WORKERS := 2
-PARALLEL = -n $(WORKERS) --dist loadscope --no-loadscope-reorder
+# A worker that dies ends the run: pytest-xdist would wait for its tests for ever.
+PARALLEL = -n $(WORKERS) --dist loadscope --no-loadscope-reorder --max-worker-restart 0
 
 # What `lock` renews besides versions that no longer fit: names of packages, or `all`.
 UPGRADE :=
