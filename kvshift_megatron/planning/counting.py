@@ -15,13 +15,21 @@ from kvshift_megatron.planning.traffic import Traffic
 
 aten = torch.ops.aten
 
+
+def _repeated(shape: torch.Size, query: torch.Size) -> tuple[int, ...]:
+    """Return the shape of keys or values with the query's heads; older formulas ask for them."""
+    return shape[0], query[1], *shape[2:]
+
+
 # torch's FlopCounterMode has formulas only for the GPU's attention kernels.
 _ATTENTION_ON_CPU: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_: sdpa_flop_count(
-        q.shape, k.shape, v.shape
+        q.shape, _repeated(k.shape, q.shape), _repeated(v.shape, q.shape)
     ),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_: sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+        lambda grad, q, k, v, *_: sdpa_backward_flop_count(
+            grad.shape, q.shape, _repeated(k.shape, q.shape), _repeated(v.shape, q.shape)
+        )
     ),
 }
 
