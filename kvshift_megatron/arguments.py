@@ -3,7 +3,8 @@
 import argparse
 import sys
 from argparse import Namespace
-from typing import get_args
+from dataclasses import fields
+from typing import Any, get_args
 
 from kvshift_megatron.config import Init, KVShiftConfig, Variant
 
@@ -59,21 +60,49 @@ def add_baseline_arg(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     return parser
 
 
+# Field of KVShiftConfig -> its flag's destination, for those whose flag turns something off.
+_SWITCHES = {"shift_keys": "no_kv_shift_keys", "shift_values": "no_kv_shift_values"}
+FIELDS = tuple(field.name for field in fields(KVShiftConfig))
+
+
+def given_fields(args: Namespace) -> dict[str, Any]:
+    """Return the fields of KVShiftConfig that the flags set, by name.
+
+    Args:
+        args: Parsed arguments. A flag that is missing counts as not given.
+    """
+    given: dict[str, Any] = {}
+    for name in FIELDS:
+        if name in _SWITCHES:
+            if getattr(args, _SWITCHES[name], False):
+                given[name] = False
+        elif getattr(args, f"kv_shift_{name}", None) is not None:
+            given[name] = getattr(args, f"kv_shift_{name}")
+    return given
+
+
+def set_field(args: Namespace, name: str, value: Any) -> None:
+    """Set a field of KVShiftConfig in parsed arguments, as its flag would."""
+    if name in _SWITCHES:
+        vars(args)[_SWITCHES[name]] = not value
+    else:
+        vars(args)[f"kv_shift_{name}"] = value
+
+
+def flag_of(name: str, value: Any) -> str:
+    """Return what to do on a command line for a field of KVShiftConfig to have a value."""
+    if name in _SWITCHES:
+        return f"{'drop' if value else 'add'} --{_SWITCHES[name].replace('_', '-')}"
+    return f"set --kv-shift-{name.replace('_', '-')} {value}"
+
+
 def kv_shift_config_from_args(args: Namespace) -> KVShiftConfig | None:
     """Return the configuration that the flags ask for; None for `--no-kv-shift`.
 
     Raises:
         ValueError: A flag is out of range, or one asks for taps together with `--no-kv-shift`.
     """
-    given = {
-        "variant": args.kv_shift_variant,
-        "window": args.kv_shift_window,
-        "init": args.kv_shift_init,
-        "seed": args.kv_shift_seed,
-        "shift_keys": False if args.no_kv_shift_keys else None,
-        "shift_values": False if args.no_kv_shift_values else None,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    given = given_fields(args)
     if not getattr(args, "no_kv_shift", False):
         return KVShiftConfig(**given)
     if given:

@@ -6,12 +6,14 @@ and heterogeneous layers, and multi-token prediction.
 
 from typing import Any
 
-from kvshift_megatron.arguments import add_kv_shift_args, kv_shift_config_from_args
+from kvshift_megatron.arguments import add_kv_shift_args
 from kvshift_megatron.attention.validation import check_at_start
 from kvshift_megatron.checks.model import check_model, report_after_build
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.specs.replace_attention import with_kv_shift
 from kvshift_megatron.specs.te_free import with_local_parts
+from kvshift_megatron.stored.at_load import watch
+from kvshift_megatron.stored.settings import asked_for as kv_shift_config_from_args
 
 __all__ = ["add_kv_shift_args", "check_model", "convert_specs", "kv_shift_config_from_args"]
 
@@ -44,6 +46,7 @@ def convert_specs(
         layer_spec = with_local_parts(layer_spec, transformer, vp_stage)
         mtp_spec = with_local_parts(mtp_spec, transformer, vp_stage)
     if kv_shift is not None:
+        watch(kv_shift)  # a pipeline stage may have no layer that could
         report_after_build(config, kv_shift)
         layer_spec, mtp_spec = _shifting(layer_spec, kv_shift), _shifting(mtp_spec, kv_shift)
     return layer_spec, mtp_spec

@@ -23,6 +23,7 @@ try:
     from kvshift_megatron.config import KVShiftConfig
     from kvshift_megatron.gpt_specs import convert_specs
     from kvshift_megatron.specs.replace_attention import with_kv_shift
+    from kvshift_megatron.stored.settings import default_settings
 except ImportError as error:
     # Megatron takes an ImportError in a --spec module for "no spec", and trains vanilla attention.
     raise RuntimeError(f"kvshift_megatron.layer_specs cannot be imported: {error}") from error
@@ -42,7 +43,7 @@ def kv_shift_layer_spec(
     config: Any,
     vp_stage: int | None = None,
     *,
-    kv_shift: KVShiftConfig | Mapping[str, Any] = KVShiftConfig(),
+    kv_shift: KVShiftConfig | Mapping[str, Any] | None = None,
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Return the GPT layers that Megatron would build by itself, with KV-shifting attention.
 
@@ -51,7 +52,9 @@ def kv_shift_layer_spec(
             Megatron-Bridge provider. Its `transformer_impl` chooses between Transformer Engine's
             layer and the TE-free one.
         vp_stage: Virtual pipeline stage.
-        kv_shift: The taps, or KVShiftConfig's fields by name (these can be written to YAML).
+        kv_shift: The taps, or KVShiftConfig's fields by name (these can be written to YAML). None:
+            KVShiftConfig's defaults, or with Megatron's `--use-checkpoint-args` what the checkpoint
+            was trained with; then the call is collective over all ranks.
 
     Returns:
         A `transformer_layer_spec` for GPTModel.
@@ -60,6 +63,7 @@ def kv_shift_layer_spec(
         ValueError: KV shifting cannot honour a setting; the message names it.
     """
     _refuse_own_spec(config)
+    kv_shift = default_settings() if kv_shift is None else kv_shift
     return _converted(_stock_layer_spec(config, vp_stage), config, vp_stage, kv_shift)
 
 

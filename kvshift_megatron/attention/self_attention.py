@@ -28,6 +28,7 @@ from kvshift_megatron.attention.packed_sequences import physical_cu_seqlens
 from kvshift_megatron.attention.rope import RopeFusion, shift_and_rotate
 from kvshift_megatron.attention.validation import check_at_start, refuse_call
 from kvshift_megatron.config import KVShiftConfig
+from kvshift_megatron.stored.at_load import watch
 from kvshift_megatron.taps import initial_values, resolve_seed, tap_names, taps_by_kind
 
 
@@ -73,6 +74,7 @@ class KVShiftSelfAttention(SelfAttention):
         **kwargs: Any,
     ) -> None:
         check_at_start(config)
+        watch(kv_shift)
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         if config.qk_layernorm and isinstance(self.q_layernorm, NoneType | IdentityOp):
             raise ValueError(

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from kvshift_megatron.arguments import set_field
 from kvshift_megatron.config import KVShiftConfig, Variant
 from kvshift_megatron.convert.architecture import Architecture, Llama3RopeScaling
+from kvshift_megatron.stored.settings import MEANING, meaning, stored_settings
 
 # Settings that change what the weights compute, and the values for which the name map is right. A
 # setting that a release does not have counts as set to the first value.
@@ -177,30 +179,39 @@ def kv_shift_from_arguments(
     """
     if not stored:
         return None
-    if any(name.endswith("_logit") for name in stored):
-        window, has_gates = 2, True
-    else:
-        window, has_gates = max(int(name.rpartition("_")[2]) for name in stored), False
-        if variant is None and not hasattr(arguments, "kv_shift_variant"):
-            raise ValueError(
-                f"{checkpoint}: the checkpoint's arguments do not say what its taps mean: add "
-                "--kv-shift-variant free, or clamp if it was trained with that"
-            )
-    recorded = getattr(arguments, "kv_shift_variant", None)
-    chosen = variant or recorded or ("gate" if has_gates else "free")
+    recorded = stored_settings(arguments, checkpoint)
+    has_gates = any(name.endswith("_logit") for name in stored)
+    if recorded is None and variant is None and not has_gates:
+        raise ValueError(
+            f"{checkpoint}: the checkpoint's arguments do not say what its taps mean: add "
+            "--kv-shift-variant free, or clamp if it was trained with that"
+        )
+    if recorded is not None and variant not in (None, recorded.variant):
+        raise ValueError(
+            f"{checkpoint}: the taps were trained with variant {recorded.variant!r}, and "
+            f"--kv-shift-variant says {variant!r}: drop --kv-shift-variant"
+        )
+    chosen = variant or (recorded.variant if recorded else "gate")
     if (chosen == "gate") != has_gates:
         raise ValueError(
             f"{checkpoint}: the taps {', '.join(sorted(stored))} are not those of variant "
             f"{chosen!r}: check --kv-shift-variant"
         )
+    window = 2 if has_gates else max(int(name.rpartition("_")[2]) for name in stored)
     shifted = {kind: any(name.startswith(kind) for name in stored) for kind in ("alpha", "beta")}
-    return KVShiftConfig(
+    kv_shift = KVShiftConfig(
         variant=chosen,
         window=window,
         shift_keys=shifted["alpha"],
         shift_values=shifted["beta"],
         init="uniform" if chosen == "gate" else "identity",
     )
+    if recorded is not None and meaning(recorded) != meaning(kv_shift):
+        raise ValueError(
+            f"{checkpoint}: it holds the taps {', '.join(sorted(stored))}, and its arguments state "
+            f"{recorded.describe()}: they are not of the same model"
+        )
+    return kv_shift
 
 
 def arguments_from_architecture(architecture: Architecture, divisible_by: int) -> Namespace:
@@ -287,8 +298,6 @@ def arguments_from_architecture(architecture: Architecture, divisible_by: int) -
         arguments.no_kv_shift = True
     else:
         arguments.no_kv_shift = False
-        arguments.kv_shift_variant = arch.kv_shift.variant
-        arguments.kv_shift_window = arch.kv_shift.window
-        arguments.no_kv_shift_keys = not arch.kv_shift.shift_keys
-        arguments.no_kv_shift_values = not arch.kv_shift.shift_values
+        for name in (*MEANING, "init"):
+            set_field(arguments, name, getattr(arch.kv_shift, name))
     return arguments

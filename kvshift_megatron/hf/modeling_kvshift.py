@@ -38,6 +38,7 @@ from .layers_kvshift import (
     KVShiftSparseMLP,
 )
 from .plan_kvshift import make_plan
+from .stored_kvshift import StoredTaps
 
 
 class KVShiftLlamaDecoderLayer(GradientCheckpointingLayer):
@@ -62,7 +63,7 @@ class KVShiftLlamaDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights
 
 
-class KVShiftLlamaPreTrainedModel(PreTrainedModel):
+class KVShiftLlamaPreTrainedModel(StoredTaps, PreTrainedModel):
     """What the models share, such as the attributes that Transformers reads from custom models."""
 
     config: KVShiftLlamaConfig
