@@ -56,6 +56,11 @@ def check_transformer_config(config: "TransformerConfig | Namespace") -> None:
             field counts as off.
     """
     groups, tp = config.num_query_groups, config.tensor_model_parallel_size
+    if groups is None:
+        raise ValueError(
+            "num_attention_heads is not set: give --num-attention-heads and the model's other "
+            "sizes, or --use-checkpoint-args with a checkpoint that holds them"
+        )
     if groups % tp and tp % groups:
         raise ValueError(
             f"num_query_groups={groups} and tensor_model_parallel_size={tp}: one must divide the "

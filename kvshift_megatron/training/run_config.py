@@ -35,14 +35,20 @@ def parse_and_check() -> Namespace:
             "this entry point needs megatron-core 0.19 (use kvshift_megatron.layer_specs in your "
             f"own script on older releases): {error}"
         ) from error
+    from kvshift_megatron.training.checkpoint_args import finished, take_the_rest
     from kvshift_megatron.training.faults.fallback import settle_checkpoint
 
     if "--kv-shift" in sys.argv:
         raise ValueError("kv_shift: this entry point shifts by default: drop --kv-shift")
     args = parse_args(_add_args)
-    _check(args)
+    _check_flags(args)
     settle_checkpoint(args)
-    return parse_and_validate_args(_add_args)
+    # Once more, as it may have added a flag that names another checkpoint.
+    args, saved = finished(parse_args(_add_args) if args.use_checkpoint_args else args)
+    _check_model(args)
+    args = parse_and_validate_args(_add_args)
+    take_the_rest(args, saved)
+    return args
 
 
 def _add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -62,9 +68,8 @@ def _add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return load_task(known.task_module).add_args(parser)
 
 
-def _check(args: Namespace) -> None:
-    from kvshift_megatron.attention.validation import check_args, check_transformer_config
-
+def _check_flags(args: Namespace) -> None:
+    """Raise ValueError for a flag that cannot be honoured, whatever the model is."""
     if args.yaml_cfg is not None:
         raise ValueError("yaml_cfg replaces KV shifting's flags too: use flags, not --yaml-cfg")
     if args.spec is not None:
@@ -72,6 +77,18 @@ def _check(args: Namespace) -> None:
             "spec: this entry point chooses the layer itself: drop --spec, or apply "
             "kvshift_megatron.layer_specs.with_kv_shift to it in your own script"
         )
+    metrics.check_watching_args(args)
+    check_faults_args(args)
+
+
+def _check_model(args: Namespace) -> None:
+    """Raise ValueError for a model that cannot be trained.
+
+    Args:
+        args: Megatron's, with what it takes from a checkpoint.
+    """
+    from kvshift_megatron.attention.validation import check_args, check_transformer_config
+
     if args.hybrid_layer_pattern is not None:
         raise ValueError(
             "hybrid_layer_pattern: this entry point trains GPT models: run Megatron-LM's "
@@ -83,8 +100,6 @@ def _check(args: Namespace) -> None:
             "--use-cpu-initialization"
         )
     check_args(args)
-    metrics.check_watching_args(args)
-    check_faults_args(args)
     if kv_shift_config_from_args(args) is not None:
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
         check_transformer_config(Namespace(**{**vars(args), "num_query_groups": groups}))
