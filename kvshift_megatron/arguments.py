@@ -3,6 +3,7 @@
 import argparse
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args
 
@@ -84,9 +85,15 @@ def given_fields(args: Namespace) -> dict[str, Any]:
 def set_field(args: Namespace, name: str, value: Any) -> None:
     """Set a field of KVShiftConfig in parsed arguments, as its flag would."""
     if name in _SWITCHES:
-        vars(args)[_SWITCHES[name]] = not value
+        set_arguments(args, {_SWITCHES[name]: not value})
     else:
-        vars(args)[f"kv_shift_{name}"] = value
+        set_arguments(args, {f"kv_shift_{name}": value})
+
+
+def set_arguments(args: Namespace, values: Mapping[str, Any]) -> None:
+    """Set parsed arguments by name."""
+    for name, value in values.items():
+        setattr(args, name, value)
 
 
 def flag_of(name: str, value: Any) -> str:

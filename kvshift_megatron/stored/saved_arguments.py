@@ -5,6 +5,8 @@ import io
 from argparse import Namespace
 from typing import Any
 
+from kvshift_megatron.arguments import set_arguments
+
 # What Megatron reads before it finds the saved arguments, for scripts that lack a flag.
 _LOAD_DEFAULTS: dict[str, Any] = {
     "load": None,
@@ -68,7 +70,7 @@ def take_arguments(args: Namespace, flag: str) -> Namespace | None:
     from megatron.training.checkpointing import load_args_from_checkpoint
     from torch.distributed.checkpoint import CheckpointException
 
-    vars(args).update({**_LOAD_DEFAULTS, **vars(args)})
+    set_arguments(args, {**_LOAD_DEFAULTS, **vars(args)})
     exits = getattr(args, "exit_on_missing_checkpoint", False)
     args.exit_on_missing_checkpoint = False
     try:

@@ -6,6 +6,7 @@ command line says, whatever the weights were trained with. Those, and KV shiftin
 
 from argparse import Namespace
 
+from kvshift_megatron.arguments import set_arguments
 from kvshift_megatron.stored.saved_arguments import folder_to_load, take_arguments
 from kvshift_megatron.stored.settings import is_own_spec, stored_settings, take_settings
 
@@ -84,7 +85,7 @@ def take_the_rest(args: Namespace, saved: Namespace | None) -> None:
     if saved is None:
         return
     names = [name for name in LEFT_BY_MEGATRON if name in vars(saved) and name in vars(args)]
-    vars(args).update({name: getattr(saved, name) for name in names})
+    set_arguments(args, {name: getattr(saved, name) for name in names})
     if args.spec is not None:
         if not is_own_spec(args.spec):
             raise ValueError(
