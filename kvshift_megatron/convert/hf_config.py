@@ -10,6 +10,7 @@ import torch
 
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.convert.architecture import Architecture, Llama3RopeScaling
+from kvshift_megatron.convert.library_defaults import with_defaults
 
 _MODEL_TYPES = {
     "kvshift_llama": "kvshift",
@@ -28,16 +29,16 @@ _CLASSES = {
     "qwen3": "Qwen3",
     "mixtral": "Mixtral",
 }
-# Transformers' defaults, for files that leave out the field.
-_THETA = {"mixtral": 1_000_000.0}
-_DEFAULT_TO_MULTI_HEAD = ("kvshift", "llama")  # num_key_value_heads: as many as attention heads
 
 
 class _Config:
-    """A config.json, with error messages that name the file and the field."""
+    """A config.json, with error messages that name the file and the field.
 
-    def __init__(self, fields: dict, file: Path):
-        self.fields, self.file = fields, file
+    A field that the file leaves out has the library's default.
+    """
+
+    def __init__(self, fields: dict, file: Path, layout: str):
+        self.fields, self.file = with_defaults(fields, layout), file
 
     def get(self, name: str, default: Any = None) -> Any:
         return default if self.fields.get(name) is None else self.fields[name]
@@ -83,10 +84,12 @@ def architecture_from_config(fields: dict, file: Path, dtype: torch.dtype) -> Ar
     Raises:
         ValueError: A field is missing, or Megatron cannot honour it; the message names the field.
     """
-    config, layout = _Config(fields, file), layout_of(fields, file)
+    layout = layout_of(fields, file)
+    config = _Config(fields, file, layout)
     _refuse_what_megatron_lacks(config, layout)
     hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
-    default_groups = heads if layout in _DEFAULT_TO_MULTI_HEAD else None
+    # Null means as many as attention heads.
+    default_groups = heads if "num_key_value_heads" in config.fields else None
     groups = config.whole("num_key_value_heads", default_groups)
     if heads % groups:
         config.refuse("num_key_value_heads", f"must divide num_attention_heads={heads}")
@@ -128,8 +131,6 @@ def _refuse_what_megatron_lacks(config: _Config, layout: str) -> None:
         config.refuse("quantization_config", "cannot be converted: dequantize the model first")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         config.refuse("hidden_act", "cannot be converted: the MLP has to be SwiGLU ('silu')")
-    positions = config.get("max_position_embeddings", 0)
-    window = config.get("sliding_window")
     layers = config.get("layer_types", [])
     if layout == "baichuan_m1":
         if config.need("sliding_window_layers"):
@@ -144,28 +145,44 @@ def _refuse_what_megatron_lacks(config: _Config, layout: str) -> None:
         return
     if any(kind != "full_attention" for kind in layers):
         config.refuse("layer_types", "cannot be converted: every layer has to be full_attention")
-    uses_window = config.get("use_sliding_window", layout not in ("qwen2", "qwen3"))
-    if window is not None and uses_window and window < positions:
-        config.refuse(
-            "sliding_window",
-            f"is below max_position_embeddings={positions}, but KV shifting has no sliding window "
-            "in Hugging Face's layouts",
+    window, positions = _window(config, layout), config.get("max_position_embeddings", 0)
+    if window is not None and window < positions:
+        raise ValueError(
+            f"{config.file}: sliding_window={window} is below max_position_embeddings={positions}, "
+            "but KV shifting has no sliding window in Hugging Face's layouts: set it to null if "
+            "the model was trained without"
         )
+
+
+def _window(config: _Config, layout: str) -> int | None:
+    """Return the length of the window that some layer has in Transformers."""
+    if layout in ("qwen2", "qwen3"):
+        if not config.get("use_sliding_window", False):
+            return None
+        # The layers from this one on have it, unless layer_types says which.
+        first = config.get("max_window_layers", 0)
+        if config.get("layer_types") is not None or first >= config.whole("num_hidden_layers"):
+            return None
+    return config.get("sliding_window")
 
 
 def _rope(config: _Config, layout: str) -> tuple[float, Llama3RopeScaling | None]:
     """Read rope_parameters (Transformers 5) or rope_theta and rope_scaling (older releases)."""
     field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    rope = dict(config.get(field, {}))
-    theta = rope.get("rope_theta", config.get("rope_theta", _THETA.get(layout, 10_000.0)))
+    theta = config.get("rope_theta", 10_000.0)
     if layout == "baichuan_m1":
         theta = config.need("rope_theta")
+    rope = _complete_rope(config, field, theta)
+    # Which of the two counts depends on the release of Transformers.
+    if config.get("rope_scaling") and _complete_rope(config, "rope_scaling", theta) != rope:
+        config.refuse("rope_scaling", "is not rope_parameters: leave out the wrong one")
+    theta = rope["rope_theta"]
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise ValueError(
             f"{config.file}: partial_rotary_factor={partial} cannot be converted: it has to be 1.0"
         )
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope["rope_type"]
     if kind == "default":
         return float(theta), None
     if kind != "llama3" or layout == "baichuan_m1":
@@ -179,7 +196,21 @@ def _rope(config: _Config, layout: str) -> tuple[float, Llama3RopeScaling | None
         )
     except KeyError as error:
         config.refuse(field, f"lacks {error.args[0]}")
+    name = "original_max_position_embeddings"
+    if config.get(name, rope[name]) != rope[name]:
+        config.refuse(name, f"is not that of {field}: leave out the wrong one")
     return float(theta), scaling
+
+
+def _complete_rope(config: _Config, field: str, theta: Any) -> dict:
+    """Return the field as Transformers completes it."""
+    rope = dict(config.get(field, {}))
+    if any(isinstance(value, dict) for value in rope.values()):
+        config.refuse(field, "cannot be converted: it has to be the same for all layers")
+    older_type = rope.pop("type", None)
+    rope.setdefault("rope_type", older_type or "default")
+    rope.setdefault("rope_theta", theta)
+    return rope
 
 
 def _biases(config: _Config, layout: str) -> dict[str, bool]:
@@ -199,8 +230,17 @@ def _biases(config: _Config, layout: str) -> dict[str, bool]:
 
 def _experts(config: _Config, layout: str) -> int:
     if layout == "mixtral":
-        return config.whole("num_local_experts")
-    return config.get("num_local_experts", 0) if layout == "kvshift" else 0
+        experts = config.whole("num_local_experts")
+    else:
+        experts = config.get("num_local_experts", 0) if layout == "kvshift" else 0
+    if experts and not 2 <= config.whole("num_experts_per_tok", 2) <= experts:
+        config.refuse(
+            "num_experts_per_tok",
+            f"cannot be converted: it has to be from 2 to num_local_experts={experts} (with one "
+            "expert per token Megatron's router needs a softmax over all experts, and Mixtral's "
+            "gives that expert the weight 1)",
+        )
+    return experts
 
 
 def _kv_shift(config: _Config, layout: str) -> KVShiftConfig | None:
