@@ -1,6 +1,7 @@
 """The Baichuan-M1 layout: a public client of it, mlx-lm, agrees with Megatron."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from kvshift_megatron import KVShiftConfig
 from kvshift_megatron.convert.architecture import Architecture
+from kvshift_megatron.convert.baichuan.norm_head_padding import FIELD, Padding
 from kvshift_megatron.convert.to_hf import ToHF, megatron_to_hf
 from kvshift_megatron.convert.to_megatron import ToMegatron, hf_to_megatron
 from kvshift_megatron.convert.transforms import Convolution
@@ -116,9 +118,37 @@ def test_the_import_removes_the_padding(cases, name, tmp_path):
     hf_to_megatron(ToMegatron(folder, tmp_path / "back"))
     back, found = models.load_by_map(tmp_path / "back")
     assert (found.hidden_size, found.kv_channels) == (arch.hidden_size, arch.kv_channels)
+    assert found.ffn_hidden_size == arch.ffn_hidden_size == 48
     assert found.rotary_base == arch.rotary_base
     again = models.logits_of_megatron(back, found)
     assert largest_difference(cases[name].ours, again) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_clients_can_quantize_what_is_padded(cases, name):
+    """Quantization of mlx-lm leaves out matrices whose rows are not whole groups of 64 numbers."""
+    tensors = load_file(cases[name].folder / "model.safetensors")
+    widths = {key: t.shape[-1] for key, t in tensors.items() if t.dim() == 2}
+    assert len(widths) == 2 + 2 * 5
+    assert {key: width for key, width in widths.items() if width % 64} == {}
+
+
+@pytest.mark.parametrize("heads, hidden", [(32, 4096), (40, 5120), (14, 896), (1, 64), (4, 63)])
+def test_padded_heads_are_the_smallest_that_fit(heads, hidden):
+    padding = Padding(hidden, hidden // heads, 1e-5, 1e4, 1.0)
+    size = padding.new_head_dim(heads)
+    fitting = [d for d in range(2, 2 * hidden + 66, 2) if heads * d % 64 == 0]
+    assert size == min(d for d in fitting if heads * d > hidden)
+
+
+def test_a_record_of_another_models_padding_is_refused(cases, tmp_path):
+    folder = shutil.copytree(cases["tied"].folder, tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    for wrong in ({"hidden_size": 64}, {"head_dim": 18}, {"intermediate_size": 65}):
+        changed = {**config, FIELD: {**config[FIELD], **wrong}}
+        (folder / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"{FIELD}=.* does not fit hidden_size=64"):
+            hf_to_megatron(ToMegatron(folder, tmp_path / "back"))
 
 
 def test_an_output_layer_that_clients_would_change_is_refused(tmp_path):

@@ -73,7 +73,12 @@ def for_clients(
 
 def _padding(arch: Architecture, row_length: float) -> Padding:
     return Padding(
-        arch.hidden_size, arch.kv_channels, arch.norm_epsilon, arch.rotary_base, row_length
+        arch.hidden_size,
+        arch.kv_channels,
+        arch.norm_epsilon,
+        arch.rotary_base,
+        row_length,
+        arch.ffn_hidden_size,
     )
 
 

@@ -12,8 +12,12 @@ length C here, that of the longest row:
 - RoPE rotates channel i of a head together with channel i + d/2, at the frequency theta^(-2i/d).
   Each half of a head goes to the beginning of a new half, and theta^(d'/d) replaces theta.
 - The softmax scale becomes 1 / sqrt(d'). The rows of the queries times sqrt(d' / d) compensate.
+
+All widths are multiples of 64, as clients quantize only those: d' is chosen so, and the MLP grows
+by channels that nothing reads.
 """
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,6 +29,7 @@ from kvshift_megatron.convert.formats.safetensors_files import SafetensorsFolder
 from kvshift_megatron.convert.tensor_table import TensorTable
 
 FIELD = "kvshift_padding"  # field of config.json: what the import has to undo
+_MULTIPLE = 64  # numbers that mlx-lm quantizes as one group, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Padding:
     Args:
         hidden_size, head_dim, rms_norm_eps, rope_theta: Values before padding.
         row_length: C, the length of every row of the padded lm_head.
+        intermediate_size: Value before padding; None if it was not padded.
     """
 
     hidden_size: int
@@ -41,11 +47,16 @@ class Padding:
     rms_norm_eps: float
     rope_theta: float
     row_length: float
+    intermediate_size: int | None = None
 
     def new_head_dim(self, num_heads: int) -> int:
-        """Return the smallest even head size with at least one spare channel over all heads."""
+        """Return the smallest even head size with at least one spare channel over all heads.
+
+        The heads together are a multiple of 64 channels.
+        """
+        step = math.lcm(2, _MULTIPLE // math.gcd(_MULTIPLE, num_heads))
         needed = max(self.head_dim, -(-(self.hidden_size + 1) // num_heads))
-        return needed + needed % 2
+        return -(-needed // step) * step
 
     def widened(self, architecture: Architecture) -> Architecture:
         """Return the architecture with the new sizes.
@@ -61,18 +72,26 @@ class Padding:
             architecture,
             hidden_size=heads * head_dim,
             kv_channels=head_dim,
+            ffn_hidden_size=-(-architecture.ffn_hidden_size // _MULTIPLE) * _MULTIPLE,
             norm_epsilon=self.rms_norm_eps * self.hidden_size / (heads * head_dim),
             rotary_base=self.rope_theta ** (head_dim / self.head_dim),
         )
 
 
 class _Channels:
-    """Place the original channels of each kind of tensor among the new ones, and extract them."""
+    """Place the original channels of each kind of tensor among the new ones, and extract them.
 
-    def __init__(self, padding: Padding, heads: int):
+    Args:
+        padding: The sizes before.
+        heads: Number of query heads.
+        hidden: Hidden size after padding.
+        ffn: Size of the MLP after padding.
+    """
+
+    def __init__(self, padding: Padding, heads: int, hidden: int, ffn: int):
         self.old = padding
-        self.head_dim = padding.new_head_dim(heads)
-        self.hidden = heads * self.head_dim
+        self.head_dim = hidden // heads
+        self.hidden, self.ffn = hidden, ffn
         half, new_half = padding.head_dim // 2, self.head_dim // 2
         first = torch.arange(half)
         self.kept_in_head = torch.cat((first, new_half + first))
@@ -93,6 +112,8 @@ class _Channels:
             return self._hidden(self._in_heads(tensor, 1), 0)
         if name == "lm_head.weight":
             return self._with_length(self._hidden(tensor, 1))
+        if (ffn_axis := self.ffn_axis(name)) is not None:
+            tensor = _widened(tensor, ffn_axis, self.ffn)
         axis = self.hidden_axis(name)
         return tensor if axis is None else self._hidden(tensor, axis)
 
@@ -108,6 +129,8 @@ class _Channels:
             return self._out_of_heads(packed, 0)[:, :hidden]
         if name.endswith("o_proj.weight"):
             return self._out_of_heads(tensor, 1)[:hidden]
+        if (ffn_axis := self.ffn_axis(name)) is not None:
+            tensor = tensor.narrow(ffn_axis, 0, self.old.intermediate_size or self.ffn)
         axis = self.hidden_axis(name)
         return tensor if axis is None else tensor.narrow(axis, 0, hidden)
 
@@ -123,12 +146,15 @@ class _Channels:
             return None
         return 0 if name.endswith("down_proj.weight") else 1
 
+    @staticmethod
+    def ffn_axis(name: str) -> int | None:
+        """Return the axis of a matrix that has the size of the MLP, if any."""
+        if name.endswith("down_proj.weight"):
+            return 1
+        return 0 if name.endswith(("gate_proj.weight", "up_proj.weight")) else None
+
     def _hidden(self, tensor: Tensor, axis: int) -> Tensor:
-        shape = list(tensor.shape)
-        shape[axis] = self.hidden
-        wide = tensor.new_zeros(shape)
-        wide.narrow(axis, 0, tensor.shape[axis]).copy_(tensor)
-        return wide
+        return _widened(tensor, axis, self.hidden)
 
     def _in_heads(self, tensor: Tensor, axis: int) -> Tensor:
         split = tensor.unflatten(axis, (-1, self.old.head_dim))
@@ -159,6 +185,15 @@ class _Channels:
         return weight
 
 
+def _widened(tensor: Tensor, axis: int, size: int) -> Tensor:
+    """Append zeros along an axis."""
+    shape = list(tensor.shape)
+    shape[axis] = size
+    wide = tensor.new_zeros(shape)
+    wide.narrow(axis, 0, tensor.shape[axis]).copy_(tensor)
+    return wide
+
+
 def _scaled(tensor: Tensor, scale: float) -> Tensor:
     if tensor.is_meta:
         return tensor
@@ -176,7 +211,10 @@ class PaddedTable:
 
     def __init__(self, table: TensorTable, padding: Padding, architecture: Architecture):
         self._table = table
-        self._channels = _Channels(padding, architecture.num_attention_heads)
+        wide = padding.widened(architecture)
+        self._channels = _Channels(
+            padding, architecture.num_attention_heads, wide.hidden_size, wide.ffn_hidden_size
+        )
 
     def __len__(self) -> int:
         return len(self._table)
@@ -215,18 +253,21 @@ class UnpaddedFolder:
         self.path, self._folder = folder.path, folder
         try:
             padding = Padding(**fields[FIELD])
-            self._channels = _Channels(padding, fields["num_attention_heads"])
+            heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
+            ffn = fields["intermediate_size"]
+            smallest = padding.hidden_size + 1, padding.head_dim * heads
+            fits = hidden % (2 * heads) == 0 and hidden >= max(smallest)
+            fits = fits and ffn >= (padding.intermediate_size or ffn)
+            self._channels = _Channels(padding, heads, hidden, ffn)
         except (TypeError, KeyError, ZeroDivisionError) as error:
             raise ValueError(f"{file}: {FIELD} is damaged: {error}") from error
-        if fields["hidden_size"] != self._channels.hidden:
+        if not fits:
             raise ValueError(
-                f"{file}: {FIELD} needs hidden_size={self._channels.hidden}, but the file says "
-                f"{fields['hidden_size']}: the two are not of the same model"
+                f"{file}: {FIELD}={fields[FIELD]} does not fit hidden_size={hidden} and "
+                f"intermediate_size={ffn}: they are not of the same model"
             )
-        self.fields = {
-            **fields,
-            **{k: v for k, v in asdict(padding).items() if k != "row_length"},
-        }
+        before = {k: v for k, v in asdict(padding).items() if v is not None and k != "row_length"}
+        self.fields = {**fields, **before}
 
     def names(self) -> set[str]:
         """See SafetensorsFolder.names."""
