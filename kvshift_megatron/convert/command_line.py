@@ -96,7 +96,7 @@ def _add_to_hf(parser: argparse.ArgumentParser) -> None:
         "--vocab-size",
         type=int,
         help="number of tokens that exist; padding rows of the embedding are removed (default: the "
-        "checkpoint's)",
+        "checkpoint's, or the tokenizer's)",
     )
     parser.add_argument(
         "--kv-shift-variant",
@@ -112,7 +112,8 @@ def _add_to_hf(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         type=Path,
-        help="folder with the tokenizer's files (default: those in the checkpoint, if any)",
+        help="folder with the tokenizer's files (default: those in the checkpoint, or those that "
+        "the model was trained with)",
     )
     parser.add_argument(
         "--norm-head",
@@ -247,6 +248,7 @@ def _verifier(
             hf or written,
             vocab_size=getattr(options, "vocab_size", None),
             variant=getattr(options, "kv_shift_variant", None) if megatron else None,
+            tokenizer=getattr(options, "tokenizer", None),
         )
 
     return check

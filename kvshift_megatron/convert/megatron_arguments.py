@@ -63,7 +63,7 @@ def architecture_from_arguments(
     arguments: Namespace,
     kv_shift: KVShiftConfig | None,
     dtype: torch.dtype,
-    vocab_size: int | None,
+    vocab_size: int,
     padded_vocab_size: int,
     checkpoint: Path,
 ) -> Architecture:
@@ -72,7 +72,7 @@ def architecture_from_arguments(
     Args:
         arguments: Megatron's training arguments.
         kv_shift, dtype, padded_vocab_size: From the stored tensors: the arguments may lack them.
-        vocab_size: Number of tokens that exist; None takes it from the arguments.
+        vocab_size: Number of tokens that exist (see `vocabulary`).
         checkpoint: Path of the checkpoint, for messages.
 
     Raises:
@@ -93,7 +93,6 @@ def architecture_from_arguments(
     ffn = _required(arguments, "ffn_hidden_size", checkpoint)
     if num_experts:
         ffn = getattr(arguments, "moe_ffn_hidden_size", None) or ffn
-    vocab_size = _vocab_size(arguments, vocab_size, padded_vocab_size, checkpoint)
     epsilon = getattr(arguments, "layernorm_epsilon", getattr(arguments, "norm_epsilon", None))
     if epsilon is None:
         epsilon = _required(arguments, "layernorm_epsilon", checkpoint)
@@ -135,32 +134,17 @@ def _required(arguments: Namespace, name: str, checkpoint: Path) -> Any:
     return value
 
 
-def _vocab_size(arguments: Namespace, given: int | None, padded: int, checkpoint: Path) -> int:
-    stated = getattr(arguments, "padded_vocab_size", None)
-    if stated is not None and stated != padded:
-        raise ValueError(
-            f"{checkpoint}: the embedding has {padded} rows, but the arguments say "
-            f"padded_vocab_size={stated}: they are not of the same model"
-        )
-    if given is not None:
-        if not 0 < given <= padded:
-            raise ValueError(
-                f"--vocab-size {given} must be between 1 and {padded}, the number of rows of the "
-                f"embedding in {checkpoint}"
-            )
-        return given
-    recorded = getattr(arguments, "vocab_size", None)
-    if recorded is None:
-        return padded
-    multiple = (getattr(arguments, "make_vocab_size_divisible_by", None) or 1) * (
-        getattr(arguments, "tensor_model_parallel_size", None) or 1
-    )
-    if not recorded <= padded < recorded + 2 * multiple:
-        raise ValueError(
-            f"{checkpoint}: the embedding has {padded} rows, which is not vocab_size={recorded} "
-            f"padded to a multiple of {multiple}: give the number of tokens with --vocab-size"
-        )
-    return recorded
+def hf_fields_from_arguments(arguments: Namespace, checkpoint: Path) -> dict[str, Any]:
+    """Return the fields of a config.json that a converted checkpoint carries to the next one.
+
+    Raises:
+        ValueError: The arguments hold something else under that name.
+    """
+    fields = getattr(arguments, "hf_config_fields", None) or {}
+    plain = (bool, int, float, str, type(None))
+    if not isinstance(fields, dict) or not all(isinstance(v, plain) for v in fields.values()):
+        raise ValueError(f"{checkpoint}: the checkpoint's hf_config_fields={fields!r} is damaged")
+    return fields
 
 
 def kv_shift_from_arguments(
@@ -214,7 +198,9 @@ def kv_shift_from_arguments(
     return kv_shift
 
 
-def arguments_from_architecture(architecture: Architecture, divisible_by: int) -> Namespace:
+def arguments_from_architecture(
+    architecture: Architecture, divisible_by: int, hf_fields: dict[str, Any] | None = None
+) -> Namespace:
     """Return Megatron's arguments for a checkpoint of this architecture, plain values only.
 
     They are those that `--use-checkpoint-args` reads, that Megatron compares when it loads, and
@@ -223,6 +209,7 @@ def arguments_from_architecture(architecture: Architecture, divisible_by: int) -
     Args:
         architecture: The model.
         divisible_by: The vocabulary was padded to a multiple of it.
+        hf_fields: Fields of a config.json to keep for the next one (see hf_fields_from_arguments).
 
     Raises:
         ValueError: Megatron's arguments cannot express something.
@@ -288,6 +275,8 @@ def arguments_from_architecture(architecture: Architecture, divisible_by: int) -
         skipped_train_samples=0,
         consumed_valid_samples=0,
     )
+    if hf_fields:
+        arguments.hf_config_fields = hf_fields
     if arch.num_experts:
         arguments.moe_ffn_hidden_size = arch.ffn_hidden_size
         arguments.moe_layer_freq = 1

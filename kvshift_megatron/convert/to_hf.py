@@ -19,19 +19,22 @@ from kvshift_megatron.convert.formats.output import (
 )
 from kvshift_megatron.convert.formats.safetensors_files import Planned, write_safetensors
 from kvshift_megatron.convert.formats.tokenizer_files import (
-    SUBFOLDER,
     carry_tokenizer,
     has_tokenizer,
-    token_ids,
+    keep_token_ids,
+    keep_trained_settings,
 )
 from kvshift_megatron.convert.formats.torch_dist import Location, TorchDistReader
 from kvshift_megatron.convert.hf_config import config_from_architecture
+from kvshift_megatron.convert.library_defaults import TOKEN_IDS, carried_fields
 from kvshift_megatron.convert.megatron_arguments import (
     architecture_from_arguments,
+    hf_fields_from_arguments,
     kv_shift_from_arguments,
 )
 from kvshift_megatron.convert.name_map import Row, expand
 from kvshift_megatron.convert.tensor_table import TensorTable
+from kvshift_megatron.convert.vocabulary import number_of_tokens, tokenizer_folder
 from kvshift_megatron.taps import taps_among
 
 
@@ -47,7 +50,8 @@ class ToHF:
         vocab_size: Number of tokens that exist; None takes it from the checkpoint's arguments.
         variant: Variant of the taps, for checkpoints whose arguments do not say it.
         max_shard_size: Bytes per file.
-        tokenizer: Folder with tokenizer files; None takes those in the checkpoint, if any.
+        tokenizer: Folder with tokenizer files; None takes those in the checkpoint, or those that
+            the model was trained with.
         norm_head: "fold" or "pad", for baichuan_m1 (see baichuan/export.py).
         overwrite: Replace an existing target.
         progress: Report progress on standard error.
@@ -83,7 +87,8 @@ def megatron_to_hf(job: ToHF, verify: Callable[[Path], None] | None = None) -> A
     """
     check_target(job.target, job.source, job.overwrite)
     reader = TorchDistReader(job.source)
-    architecture = read_architecture(reader, job.vocab_size, job.variant)
+    tokenizer = tokenizer_folder(reader.arguments(), reader.path, job.tokenizer)
+    architecture = read_architecture(reader, job.vocab_size, job.variant, job.tokenizer)
     layout = job.layout or fitting_layout(architecture)
     written = architecture if job.dtype is None else replace(architecture, dtype=job.dtype)
     if job.tokenizer and not has_tokenizer(job.tokenizer):
@@ -92,9 +97,12 @@ def megatron_to_hf(job: ToHF, verify: Callable[[Path], None] | None = None) -> A
         config = export.config_for_clients(written, job.norm_head)
     else:
         config = config_from_architecture(layout, written)
+    config.update(carried_fields(hf_fields_from_arguments(reader.arguments(), reader.path), layout))
     if layout == "kvshift":
         # This imports Transformers: if it is missing, fail before the work and not after it.
-        from kvshift_megatron.hf import AUTO_MAP, write_code
+        from kvshift_megatron.hf import AUTO_MAP, KVShiftLlamaConfig, write_code
+
+        KVShiftLlamaConfig(**config)  # refuses what could not be loaded
     stored = MegatronTable(reader, layout, architecture, job.dtype)
     table: TensorTable = stored
     if layout == "baichuan_m1":
@@ -112,8 +120,10 @@ def megatron_to_hf(job: ToHF, verify: Callable[[Path], None] | None = None) -> A
 
     with complete_or_absent(job.target) as folder:
         write_safetensors(folder, groups, read, job.max_shard_size)
-        carry_tokenizer(job.tokenizer or reader.path.parent / SUBFOLDER, folder)
-        config.update(token_ids(folder))
+        carry_tokenizer(tokenizer, folder)
+        keep_trained_settings(folder, reader.arguments())
+        ids = keep_token_ids(folder, written.vocab_size, {}, {})
+        config.update({name: ids.get(name) for name in TOKEN_IDS})
         if layout == "kvshift":
             config["auto_map"] = dict(AUTO_MAP)
             write_code(folder)
@@ -124,9 +134,16 @@ def megatron_to_hf(job: ToHF, verify: Callable[[Path], None] | None = None) -> A
 
 
 def read_architecture(
-    reader: TorchDistReader, vocab_size: int | None = None, variant: Variant | None = None
+    reader: TorchDistReader,
+    vocab_size: int | None = None,
+    variant: Variant | None = None,
+    tokenizer: Path | None = None,
 ) -> Architecture:
     """Return the architecture of the model in a Megatron checkpoint.
+
+    Args:
+        reader: The checkpoint.
+        vocab_size, variant, tokenizer: The user's, or None (see ToHF).
 
     Raises:
         ValueError: It is not a GPT model, or its arguments and tensors contradict each other.
@@ -139,8 +156,11 @@ def read_architecture(
         raise ValueError(f"{reader.path} holds no {missing}: it is not a checkpoint of a GPT model")
     taps = taps_among(reader.weights())
     kv_shift = kv_shift_from_arguments(arguments, taps, variant, reader.path)
+    padded = embedding.shape[0]
+    folder = tokenizer_folder(arguments, reader.path, tokenizer)
+    tokens = number_of_tokens(arguments, vocab_size, padded, reader.path, folder)
     architecture = architecture_from_arguments(
-        arguments, kv_shift, reader.dtype(projection), vocab_size, embedding.shape[0], reader.path
+        arguments, kv_shift, reader.dtype(projection), tokens, padded, reader.path
     )
     if architecture.num_layers != reader.num_layers():
         raise ValueError(

@@ -21,13 +21,18 @@ from kvshift_megatron.convert.formats.output import (
 from kvshift_megatron.convert.formats.safetensors_files import SafetensorsFolder, read_json
 from kvshift_megatron.convert.formats.tokenizer_files import (
     SUBFOLDER,
-    carry_token_ids,
     carry_tokenizer,
+    keep_token_ids,
 )
 from kvshift_megatron.convert.formats.torch_dist import split_layer
 from kvshift_megatron.convert.formats.torch_dist_writer import Piece, write_torch_dist
 from kvshift_megatron.convert.hf_config import architecture_from_config, layout_of
 from kvshift_megatron.convert.layouts import LAYOUTS_WITH_TAPS
+from kvshift_megatron.convert.library_defaults import (
+    carried_fields,
+    default_token_ids,
+    stated_token_ids,
+)
 from kvshift_megatron.convert.megatron_arguments import arguments_from_architecture
 from kvshift_megatron.convert.name_map import Row, expand
 from kvshift_megatron.taps import initial_values, resolve_seed, tap_in_key
@@ -83,7 +88,9 @@ def hf_to_megatron(job: ToMegatron, verify: Callable[[Path], None] | None = None
     written = table.architecture
     if job.dtype is not None:
         written = replace(written, dtype=job.dtype)
-    arguments = arguments_from_architecture(written, job.divisible_by)
+    fields = table.fields
+    carried = carried_fields(fields, table.layout)
+    arguments = arguments_from_architecture(written, job.divisible_by, carried)
     pieces = table.pieces(job.dtype)
     total = sum(math.prod(piece.shape) * piece.dtype.itemsize for piece in pieces)
     check_free_space(job.target, total)
@@ -92,7 +99,12 @@ def hf_to_megatron(job: ToMegatron, verify: Callable[[Path], None] | None = None
         counted = [replace(piece, read=_counting(piece, progress)) for piece in pieces]
         write_torch_dist(folder, counted, extra_states(written), arguments)
         carry_tokenizer(job.source, folder / SUBFOLDER)
-        carry_token_ids(read_json(job.source / "config.json"), folder / SUBFOLDER)
+        keep_token_ids(
+            folder / SUBFOLDER,
+            written.vocab_size,
+            stated_token_ids(fields),
+            default_token_ids(fields, table.layout),
+        )
         if verify is not None:
             verify(folder)
     return written
@@ -114,13 +126,15 @@ class HFTable:
         folder: The tensors.
         layout: The folder's layout.
         architecture: The model to write, with its vocabulary padded.
+        fields: Content of config.json.
 
     Raises:
         ValueError: A tensor is missing or unknown, or its shape is not that of config.json.
     """
 
-    def __init__(self, folder: _Folder, layout: str, architecture: Architecture):
+    def __init__(self, folder: _Folder, layout: str, architecture: Architecture, fields: dict):
         self.folder, self.layout, self.architecture = folder, layout, architecture
+        self.fields = fields
         self.rows: list[Row] = list(expand(layout, architecture))
         # Padded heads are normalized already.
         self._normalizes_head = layout == "baichuan_m1" and isinstance(folder, SafetensorsFolder)
@@ -150,7 +164,7 @@ class HFTable:
             padded_vocab_size=-(-vocab // divisible_by) * divisible_by,
             kv_shift=architecture.kv_shift or kv_shift,
         )
-        return cls(folder, layout, architecture)
+        return cls(folder, layout, architecture, fields)
 
     def _check(self) -> None:
         path = self.folder.path

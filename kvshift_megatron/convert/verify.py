@@ -31,18 +31,24 @@ TOLERANCE = 1e-4
 # Clients of Baichuan's layout round lm_head to its dtype once more when they normalize it.
 _TOLERANCE_OF_CLIENTS = {torch.float32: TOLERANCE, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _FINE_TO_COARSE = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-_LONGEST = 2048  # tokens; a longer prompt would take more memory than the model
+_LONGEST = 2048  # tokens; longer prompts take more memory than the model, for its logits
+_BEYOND = 64  # tokens after the end of a window
+_WINDOWS = ("sliding_window", "attention_chunk_size")  # in tokens, in the classes of Transformers
 
 
 def verify(
-    checkpoint: Path, folder: Path, vocab_size: int | None = None, variant: Variant | None = None
+    checkpoint: Path,
+    folder: Path,
+    vocab_size: int | None = None,
+    variant: Variant | None = None,
+    tokenizer: Path | None = None,
 ) -> float:
     """Compare the two models' logits on random and edge-case prompts, and print the result.
 
     Args:
         checkpoint: Megatron's checkpoint.
         folder: Hugging Face's folder; mlx-lm runs baichuan_m1.
-        vocab_size, variant: As given to the conversion.
+        vocab_size, variant, tokenizer: As given to the conversion.
 
     Returns:
         The largest difference, relative to the largest logit.
@@ -51,7 +57,7 @@ def verify(
         ValueError: The difference is above the tolerance.
     """
     reader = TorchDistReader(checkpoint)
-    architecture = read_architecture(reader, vocab_size, variant)
+    architecture = read_architecture(reader, vocab_size, variant, tokenizer)
     # Any layout that fits will do to read Megatron's side.
     layout = fitting_layout(architecture)
     files = SafetensorsFolder(folder)
@@ -59,9 +65,13 @@ def verify(
     coarsest = max(dtypes | reader.dtypes(), key=_FINE_TO_COARSE.index)
     rounded = None if dtypes == reader.dtypes() else coarsest
     table = MegatronTable(reader, layout, architecture, rounded)
-    prompts = edge_case_prompts(architecture.vocab_size, architecture.max_position_embeddings)
+    is_baichuan = layout_of(read_json(folder / "config.json"), folder) == "baichuan_m1"
+    window = 0 if is_baichuan else longest_window(folder)
+    prompts = edge_case_prompts(
+        architecture.vocab_size, architecture.max_position_embeddings, window
+    )
     tolerance = TOLERANCE
-    if layout_of(read_json(folder / "config.json"), folder) == "baichuan_m1":
+    if is_baichuan:
         (theirs,) = mlx_logits([Run(folder, prompts)])
         tolerance = _TOLERANCE_OF_CLIENTS.get(coarsest, TOLERANCE)
     else:
@@ -80,15 +90,29 @@ def verify(
     return difference
 
 
-def edge_case_prompts(vocab_size: int, max_positions: int) -> list[list[int]]:
-    """Return prompts: one token, first and last id, repetitions, random, and the longest possible.
+def longest_window(folder: Path) -> int:
+    """Return the longest window of attention, in tokens, that Transformers reads from a folder.
+
+    The library's class says it, as the file may leave it out; 0 if there is none.
+    """
+    from transformers import AutoConfig
+
+    import kvshift_megatron.hf  # noqa: F401  (registers the model)
+
+    config = AutoConfig.from_pretrained(folder)
+    return max(getattr(config, name, None) or 0 for name in _WINDOWS)
+
+
+def edge_case_prompts(vocab_size: int, max_positions: int, window: int = 0) -> list[list[int]]:
+    """Return prompts: one token, first and last id, repetitions, random, and a long one.
 
     Args:
         vocab_size: Number of tokens that exist.
         max_positions: Largest number of tokens in a prompt.
+        window: Length of a window that the long prompt has to reach beyond.
     """
     generator = torch.Generator().manual_seed(0)
-    longest = min(max_positions, _LONGEST)
+    longest = min(max_positions, max(_LONGEST, window + _BEYOND if window else 0))
 
     def random(length: int) -> list[int]:
         return torch.randint(vocab_size, (length,), generator=generator).tolist()

@@ -56,7 +56,7 @@ def is_dataset_built_on_rank(vp_stage: int | None = None) -> bool:
 
 
 def gpt_dataset_config(args: Namespace, **overrides: Any) -> "GPTDatasetConfig":
-    """Return Megatron's GPTDatasetConfig for Megatron's arguments."""
+    """Return Megatron's GPTDatasetConfig, and note the tokenizer's size in Megatron's arguments."""
     import json
 
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
@@ -68,6 +68,9 @@ def gpt_dataset_config(args: Namespace, **overrides: Any) -> "GPTDatasetConfig":
     if args.per_dataset_sequences_path is not None:
         with open(args.per_dataset_sequences_path) as file:
             sequences_per_dataset = json.load(file)
+    tokenizer = build_tokenizer(args)
+    # A checkpoint keeps the arguments: a conversion has to tell tokens from padding.
+    args.tokenizer_vocab_size = tokenizer.vocab_size
     fields = {
         "random_seed": args.seed,
         "sequence_length": args.seq_length,
@@ -79,7 +82,7 @@ def gpt_dataset_config(args: Namespace, **overrides: Any) -> "GPTDatasetConfig":
         "num_dataset_builder_threads": args.num_dataset_builder_threads,
         "path_to_cache": args.data_cache_path,
         "mmap_bin_files": args.mmap_bin_files,
-        "tokenizer": build_tokenizer(args),
+        "tokenizer": tokenizer,
         "reset_position_ids": args.reset_position_ids,
         "reset_attention_mask": args.reset_attention_mask,
         "eod_mask_loss": args.eod_mask_loss,

@@ -79,5 +79,6 @@ def test_megatrons_loop_loads_and_saves_at_another_layout(tmp_path):
     # Each of the four ranks has saved its part.
     reader = TorchDistReader(tmp_path / "saved")
     assert len(list(reader.path.glob("*.distcp"))) >= 4
+    assert reader.arguments().tokenizer_vocab_size == 128
     megatron_to_hf(ToHF(tmp_path / "saved", tmp_path / "back"))
     assert equal(stored(tmp_path / "back"), before)

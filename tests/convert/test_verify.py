@@ -1,12 +1,16 @@
 """`--verify` on the command line passes a correct conversion and stops a wrong one."""
 
+import json
+
 import pytest
+import transformers
 from safetensors.torch import load_file, save_file
 
-from kvshift_megatron.convert import command_line
+from kvshift_megatron.convert import command_line, hf_config
 from kvshift_megatron.convert.transforms import SeparateQKV
-from kvshift_megatron.convert.verify import edge_case_prompts, verify
+from kvshift_megatron.convert.verify import edge_case_prompts, longest_window, verify
 from tests.convert import models
+from tests.convert.test_logits import SMALL
 from tests.convert.test_round_trips import random_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("megatron_rank")]
@@ -58,6 +62,30 @@ def test_the_prompts_cover_edge_cases():
     assert {len(prompt) for prompt in prompts} >= {1, 32}
     assert any(len(set(prompt)) == 1 and len(prompt) > 1 for prompt in prompts)
     assert edge_case_prompts(1, 1)
+
+
+def test_the_long_prompt_reaches_beyond_every_window(tmp_path, monkeypatch):
+    """A window that the conversion misses shows only in prompts that are longer."""
+    config = transformers.MistralConfig(
+        **{**SMALL, "max_position_embeddings": 8192}, sliding_window=2100
+    )
+    hf = models.randomize(transformers.MistralForCausalLM(config))
+    hf.save_pretrained(tmp_path / "hf")
+    assert longest_window(tmp_path / "hf") == 2100
+    assert max(map(len, edge_case_prompts(59, 8192, 2100))) > 2100
+    monkeypatch.setattr(hf_config, "_window", lambda *_: None)
+    arguments = ["hf-to-megatron", str(tmp_path / "hf"), str(tmp_path / "megatron"), "--verify"]
+    with pytest.raises(ValueError, match="verify: the logits of"):
+        options = command_line._parser().parse_args(arguments)
+        options.convert(options)
+    assert not (tmp_path / "megatron").exists()
+
+
+def test_the_librarys_default_window_is_known(tmp_path):
+    fields = transformers.MistralConfig(**SMALL).to_dict()
+    fields.pop("sliding_window")
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert longest_window(tmp_path) == 4096
 
 
 def test_a_conversion_to_megatron_is_verified(tmp_path):
