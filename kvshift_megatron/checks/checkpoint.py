@@ -5,6 +5,7 @@ unexpected keys, and answers missing keys of a state dict with a second, lenient
 misfit stops Megatron too, but with an error from deep inside the load.
 """
 
+import functools
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +16,10 @@ from megatron.core.utils import unwrap_model
 
 from kvshift_megatron.arguments import megatron_args
 from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
-from kvshift_megatron.checks.checkpoint_paths import iteration_folder, read_tracker
+from kvshift_megatron.checks.at_load import check_at_load, on_rank_0
 from kvshift_megatron.checks.shapes import compare_shapes
-from kvshift_megatron.checks.stored_files import StoredModel, read_checkpoint
+from kvshift_megatron.checks.stored_files import read_checkpoint
+from kvshift_megatron.checks.to_load import ToLoad, checkpoint_to_load
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.taps import tap_in_key, tap_names, taps_among
 
@@ -43,12 +45,29 @@ def check_checkpoint(model: list[torch.nn.Module], kv_shift: KVShiftConfig | Non
             # On the model itself: Megatron's wrappers pass a state dict straight to it.
             unwrap_model(chunk).register_load_state_dict_pre_hook(_refuse_taps)
     args = megatron_args()
-    if args is None:
+    if args is None or _is_upcycled(args):
         return
-    directory = checkpoint_to_load(args)
-    if directory is None:
-        return
-    stored = _read_on_rank_0(directory)
+    found = on_rank_0(lambda: checkpoint_to_load(args))
+    check = functools.partial(_check_found, kv_shift=kv_shift, args=args)
+    if found is not None:
+        check(found, model)
+    check_at_load(model, check, None if found is None else found.directory)
+
+
+def _is_upcycled(args: Namespace) -> bool:
+    """Return whether the model gets its weights from a dense one, into which Megatron loads.
+
+    Megatron builds the dense model afterwards, and takes num_experts away for the time.
+    """
+    return bool(getattr(args, "moe_use_upcycling", False) and getattr(args, "num_experts", None))
+
+
+def _check_found(
+    found: ToLoad, model: list[torch.nn.Module], kv_shift: KVShiftConfig | None, args: Namespace
+) -> None:
+    """Compare one checkpoint with the model. Collective over all ranks; rank 0 reads."""
+    directory = found.directory
+    stored = on_rank_0(lambda: read_checkpoint(directory))
     if stored is None:
         return
     if compare_taps(directory, taps_among(stored.shapes), kv_shift, args):
@@ -57,20 +76,6 @@ def check_checkpoint(model: list[torch.nn.Module], kv_shift: KVShiftConfig | Non
                 module.load_without_taps()
     if stored.content is not None:
         compare_shapes(directory, stored, model, _may_lack_keys(args))
-
-
-def _read_on_rank_0(directory: Path) -> StoredModel | None:
-    """Run `read_checkpoint` on rank 0, and return or raise its outcome on every rank."""
-    found: list[StoredModel | str | None] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            found = [read_checkpoint(directory)]
-        except ValueError as error:
-            found = [str(error)]
-    torch.distributed.broadcast_object_list(found, src=0)
-    if isinstance(found[0], str):
-        raise ValueError(found[0])
-    return found[0]
 
 
 def _may_lack_keys(args: Namespace) -> bool:
@@ -83,16 +88,6 @@ def _may_lack_keys(args: Namespace) -> bool:
     strict = strictness in ("assume_ok_unexpected", "raise_unexpected", "raise_all")
     hybrid = ("hybrid_layer_pattern", "hybrid_override_pattern")
     return not strict or any(getattr(args, name, None) for name in hybrid)
-
-
-def checkpoint_to_load(args: Namespace) -> Path | None:
-    """Return the folder that Megatron's arguments make it load, or None."""
-    roots = (getattr(args, "load", None), getattr(args, "pretrained_checkpoint", None))
-    for root in (Path(root) for root in roots if root is not None):
-        latest = read_tracker(root)
-        if latest is not None:
-            return iteration_folder(root, getattr(args, "ckpt_step", None) or latest)
-    return None
 
 
 def stored_taps(directory: Path) -> set[str] | None:
@@ -133,13 +128,19 @@ def compare_taps(
             f"load: the checkpoint {directory} holds no taps: to start KV shifting from vanilla "
             "weights, add --kv-shift-init identity; otherwise load a checkpoint with taps"
         )
-    is_load = args.load is not None and Path(args.load) == directory.parent
-    if is_load and not (args.finetune or args.no_load_optim):
+    if not (_only_weights(directory, args) or args.no_load_optim):
         raise ValueError(
             f"load: the optimizer state of the vanilla checkpoint {directory} has no taps: add "
             "--finetune (or --no-load-optim) to start KV shifting from its weights alone"
         )
     return True
+
+
+def _only_weights(directory: Path, args: Namespace) -> bool:
+    """Return whether Megatron loads no optimizer state: to fine-tune, or as pretrained."""
+    pretrained = getattr(args, "pretrained_checkpoint", None)
+    is_pretrained = pretrained is not None and directory.is_relative_to(pretrained)
+    return args.finetune or (is_pretrained and directory.parent != Path(args.load or ""))
 
 
 def _refuse_taps(

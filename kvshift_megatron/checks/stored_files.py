@@ -1,5 +1,6 @@
 """Read what a distributed checkpoint holds, and check that its files are complete."""
 
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,11 +8,13 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-# Megatron writes this file with its torch_dist format; torch's plain format lacks it.
-_CONFIG = "metadata.json"
+from kvshift_megatron.checks.to_load import CONFIG, stored_format
+
 # Only Megatron's torch_dist holds an object of this name (in older releases a file, common.pt).
 _COMMON_STATE = "common_state"
 _REMEDY = "copy it again, or set --ckpt-step to another iteration"
+# The first bytes of what torch.save wrote before it wrote zip files.
+_BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class DamagedCheckpointError(ValueError):
@@ -47,7 +50,7 @@ def read_checkpoint(directory: Path) -> StoredModel | None:
         directory: The folder of one iteration.
 
     Returns:
-        The model's part, or None for a format without metadata (one file per rank).
+        The model's part, or None for the format without metadata (one file per rank).
 
     Raises:
         DamagedCheckpointError: The folder, its metadata or a file is missing, truncated or
@@ -60,10 +63,12 @@ def read_checkpoint(directory: Path) -> StoredModel | None:
             "names it",
             "set --ckpt-step to an iteration that exists",
         )
-    is_torch_dist = (directory / _CONFIG).is_file()
+    stored = stored_format(directory)
+    is_torch_dist = stored == "torch_dist"
+    if stored == "torch":
+        _check_state_files(directory)
+        return None
     if not (directory / ".metadata").is_file():
-        if not is_torch_dist and any(directory.glob("mp_rank_*")):
-            return None
         raise DamagedCheckpointError(
             f"the checkpoint {directory} has no .metadata, so its save did not finish or it "
             "was not copied in full",
@@ -84,7 +89,7 @@ def read_checkpoint(directory: Path) -> StoredModel | None:
     is_megatron_format = _COMMON_STATE in keys or (directory / "common.pt").is_file()
     if is_megatron_format and not is_torch_dist:
         raise DamagedCheckpointError(
-            f"the checkpoint {directory} has no {_CONFIG}, so its save did not finish or it "
+            f"the checkpoint {directory} has no {CONFIG}, so its save did not finish or it "
             "was not copied in full",
             _REMEDY,
         )
@@ -128,3 +133,32 @@ def _check_files(directory: Path, metadata: Metadata) -> None:
         raise DamagedCheckpointError(
             f"the file {name} of the checkpoint {directory} is {fault} (it holds {key})", _REMEDY
         )
+
+
+def _check_state_files(directory: Path) -> None:
+    """Raise unless every file of the format with one file per rank is whole.
+
+    torch.save writes the list of a zip file's parts last, so a file that is cut off lacks it.
+    """
+    for folder in sorted(directory.glob("mp_rank_*")):
+        names = {path.name for path in folder.glob("*.pt")} | {"model_optim_rng.pt"}
+        for file in sorted(folder / name for name in names):
+            fault = _fault_of_state_file(file)
+            if fault is not None:
+                raise DamagedCheckpointError(
+                    f"the file {folder.name}/{file.name} of the checkpoint {directory} {fault}",
+                    _REMEDY,
+                )
+
+
+def _fault_of_state_file(file: Path) -> str | None:
+    try:
+        if zipfile.is_zipfile(file):
+            return None
+        with file.open("rb") as stream:
+            is_older = stream.read(len(_BEFORE_ZIP)) == _BEFORE_ZIP
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None if is_older else "is cut off, or not what torch.save wrote"

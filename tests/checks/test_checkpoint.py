@@ -18,11 +18,11 @@ from kvshift_megatron import KVShiftConfig
 from kvshift_megatron.checks import checkpoint
 from kvshift_megatron.checks.checkpoint import (
     check_checkpoint,
-    checkpoint_to_load,
     compare_taps,
     stored_taps,
 )
 from kvshift_megatron.checks.stored_files import read_checkpoint
+from kvshift_megatron.checks.to_load import checkpoint_to_load
 from kvshift_megatron.gpt_specs import convert_specs
 from kvshift_megatron.layer_specs import kv_shift_layer_spec, vanilla_layer_spec
 from tests.support.gpt_with_mtp import gpt_with_mtp
@@ -31,9 +31,6 @@ from tests.support.single_process import gpt_model, randomize_taps, transformer_
 FREE, IDENTITY = KVShiftConfig(), KVShiftConfig(init="identity")
 FREE_TAPS = {"alpha_1", "alpha_2", "beta_1", "beta_2"}
 ATTENTION = "decoder.layers.{}.self_attention."
-
-
-# --- which checkpoint Megatron is about to load ---
 
 
 def checkpoints(root, tracker="20"):
@@ -45,39 +42,6 @@ def checkpoints(root, tracker="20"):
 def arguments(**values):
     defaults = {"load": None, "pretrained_checkpoint": None, "ckpt_step": None}
     return Namespace(**{"finetune": False, "no_load_optim": None, **defaults, **values})
-
-
-@pytest.mark.parametrize(
-    ("tracker", "step", "name"),
-    [
-        ("20", None, "iter_0000020"),
-        ("20", 10, "iter_0000010"),
-        ("1234567", None, "iter_1234567"),
-        ("release", None, "release"),
-    ],
-)
-def test_the_tracker_file_or_ckpt_step_names_the_folder(tmp_path, tracker, step, name):
-    root = checkpoints(tmp_path / "run", tracker)
-    assert checkpoint_to_load(arguments(load=root, ckpt_step=step)) == Path(root) / name
-
-
-def test_nothing_to_load(tmp_path):
-    assert checkpoint_to_load(arguments()) is None
-    assert checkpoint_to_load(Namespace()) is None
-    # Megatron starts from scratch if --load has no checkpoint yet.
-    assert checkpoint_to_load(arguments(load=str(tmp_path / "new"))) is None
-    (tmp_path / "empty").mkdir()
-    assert checkpoint_to_load(arguments(load=str(tmp_path / "empty"))) is None
-
-
-def test_load_comes_before_pretrained_checkpoint(tmp_path):
-    first = checkpoints(tmp_path / "run", "3")
-    base = checkpoints(tmp_path / "base", "7")
-    both = arguments(load=first, pretrained_checkpoint=base)
-    assert checkpoint_to_load(both) == Path(first) / "iter_0000003"
-    for load in (None, str(tmp_path / "not-there-yet")):
-        found = checkpoint_to_load(arguments(load=load, pretrained_checkpoint=base))
-        assert found == Path(base) / "iter_0000007"
 
 
 # --- which taps it holds ---
@@ -185,7 +149,7 @@ def test_a_trailing_slash_in_load_still_names_the_same_folder(tmp_path):
     root = checkpoints(tmp_path / "run")
     args = arguments(load=root + "/")
     with pytest.raises(ValueError, match="--finetune"):
-        compare_taps(checkpoint_to_load(args), set(), IDENTITY, args)
+        compare_taps(checkpoint_to_load(args).directory, set(), IDENTITY, args)
 
 
 # --- the whole check, as check_model calls it ---
@@ -390,6 +354,127 @@ def test_a_damaged_checkpoint_is_refused(megatron_rank, saved, damage, parts):
         check_checkpoint([build(FREE)], FREE)
     for part in ["load: ", "run/iter_0000002", *parts]:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-30]), "is cut off, or not what torch"),
+        (lambda file: file.write_bytes(b""), "is cut off, or not what torch.save wrote"),
+        (lambda file: file.unlink(), "is missing"),
+    ],
+)
+def test_a_damaged_file_of_the_older_format_is_refused(tmp_path, damage, words):
+    files = [tmp_path / f"mp_rank_0{rank}" / "model_optim_rng.pt" for rank in range(2)]
+    for file in files:
+        file.parent.mkdir()
+        torch.save({"model": torch.zeros(9)}, file)
+    torch.save({"model": torch.zeros(9)}, files[0], _use_new_zipfile_serialization=False)
+    assert read_checkpoint(tmp_path) is None
+    damage(files[1])
+    with pytest.raises(ValueError, match=rf"file mp_rank_01/model_optim_rng.pt of .* {words}"):
+        read_checkpoint(tmp_path)
+
+
+# --- every way in which Megatron comes to a checkpoint ---
+
+WAYS = {
+    "a tracker file": ("", "2", {}),
+    "no tracker file": ("", None, {"ckpt_step": 2}),
+    "a non-persistent one": ("non_persistent", "2", {"non_persistent_ckpt_type": "global"}),
+    "a non-persistent one elsewhere": (
+        "elsewhere",
+        "2",
+        {"non_persistent_ckpt_type": "global", "non_persistent_global_ckpt_dir": "elsewhere"},
+    ),
+    "a pretrained one": ("base", "2", {"pretrained_checkpoint": "base"}),
+    "before it is converted": ("", "2", {"ckpt_convert_format": "torch"}),
+}
+
+
+@pytest.fixture
+def come_to(tmp_path, monkeypatch):
+    """Return a function that puts a checkpoint in place, with the arguments that lead to it."""
+
+    def come(way, save):
+        place, tracker, given = WAYS[way]
+        paths = {name for name in given if name.endswith(("_dir", "_checkpoint"))}
+        given = {name: str(tmp_path / v) if name in paths else v for name, v in given.items()}
+        root = tmp_path / place
+        root.mkdir(exist_ok=True)
+        save(root / "iter_0000002")
+        if tracker is not None:
+            (root / "latest_checkpointed_iteration.txt").write_text(tracker)
+        args = arguments(load=str(tmp_path), **given)
+        monkeypatch.setattr(checkpoint, "megatron_args", lambda: args)
+        return args
+
+    return come
+
+
+def save_model(model):
+    def save(directory):
+        directory.mkdir()
+        content = {"singleton_local_shards": False}
+        state = {"model": model.sharded_state_dict(metadata=content)}
+        dist_checkpointing.save(state, str(directory), content_metadata=content)
+
+    return save
+
+
+def save_plain(model):
+    """Save in torch's plain format, as with --ckpt-format torch_dcp."""
+
+    def save(directory):
+        state = {k: v for k, v in model.state_dict().items() if v is not None}
+        writer = dcp.FileSystemWriter(directory)
+        dcp.save({"model": state}, storage_writer=writer, no_dist=True)
+
+    return save
+
+
+# Non-persistent checkpoints have one format.
+PLAIN = [(way, save_plain) for way in WAYS if "non-persistent" not in way]
+
+
+@pytest.mark.parametrize(("way", "save"), [*((way, save_model) for way in WAYS), *PLAIN])
+def test_the_baseline_never_loads_taps(megatron_rank, come_to, way, save):
+    come_to(way, save(build(FREE)))
+    with pytest.raises(ValueError, match=r"iter_0000002 was trained with .*drop --no-kv-shift"):
+        check_checkpoint([build(None)], None)
+    check_checkpoint([build(FREE)], FREE)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_taps_and_damage_are_refused(megatron_rank, come_to, way):
+    args = come_to(way, save_model(build(FREE)))
+    gate = KVShiftConfig(variant="gate")
+    with pytest.raises(ValueError, match=r"holds the taps alpha_1.*has alpha_logit"):
+        check_checkpoint([build(gate)], gate)
+    found = checkpoint_to_load(args).directory
+    shards(found)[0].write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"of the checkpoint {found} is 0 bytes long"):
+        check_checkpoint([build(FREE)], FREE)
+
+
+def test_a_non_persistent_vanilla_one_needs_finetune_as_the_others_do(megatron_rank, come_to):
+    args = come_to("a non-persistent one", save_model(build(None)))
+    with pytest.raises(ValueError, match="optimizer state of the vanilla checkpoint"):
+        check_checkpoint([build(IDENTITY)], IDENTITY)
+    args.finetune = True
+    model = build(IDENTITY)
+    check_checkpoint([model], IDENTITY)
+    assert asked_for(model) == []
+
+
+def test_a_dense_checkpoint_is_compared_with_the_dense_model_only(megatron_rank, come_to):
+    """With --moe-use-upcycling Megatron builds the model with experts first."""
+    args = come_to("a tracker file", save_model(build(FREE)))
+    args.moe_use_upcycling, args.num_experts = True, 4
+    check_checkpoint([build(FREE, **NUMBERED)], FREE)
+    args.num_experts = None
+    with pytest.raises(ValueError, match="drop --no-kv-shift"):
+        check_checkpoint([build(None)], None)
 
 
 def test_only_files_and_taps_of_plain_torch_checkpoints_are_checked(tmp_path):
