@@ -123,6 +123,13 @@ def _add_to_hf(parser: argparse.ArgumentParser) -> None:
         "if that would change the logits. pad: widen the model so that the logits stay (default: "
         "fold)",
     )
+    parser.add_argument(
+        "--no-verify-integrity",
+        dest="verify_integrity",
+        action="store_false",
+        help="do not compare the checkpoint's files with the hashes that were written when they "
+        "were saved",
+    )
     parser.set_defaults(convert=_to_hf)
 
 
@@ -185,6 +192,7 @@ def _to_hf(options: argparse.Namespace) -> None:
         norm_head=options.norm_head,
         overwrite=options.overwrite,
         progress=True,
+        verify_integrity=options.verify_integrity,
     )
     megatron_to_hf(job, _verifier(options, options.source, None))
     print(f"wrote {options.target}")

@@ -55,6 +55,7 @@ class ToHF:
         norm_head: "fold" or "pad", for baichuan_m1 (see baichuan/export.py).
         overwrite: Replace an existing target.
         progress: Report progress on standard error.
+        verify_integrity: Compare the source's files with their hashes before anything is written.
     """
 
     source: Path
@@ -68,6 +69,7 @@ class ToHF:
     norm_head: str = "fold"
     overwrite: bool = False
     progress: bool = False
+    verify_integrity: bool = True
 
 
 def megatron_to_hf(job: ToHF, verify: Callable[[Path], None] | None = None) -> Architecture:
@@ -111,6 +113,8 @@ def megatron_to_hf(job: ToHF, verify: Callable[[Path], None] | None = None) -> A
     groups = [[Planned(*one) for one in table.planned(i)] for i in range(len(table))]
     total = sum(planned.nbytes for group in groups for planned in group)
     check_free_space(job.target, total)
+    if job.verify_integrity:
+        reader.compare_hashes()
     progress = WriteProgress(total, job.progress)
 
     def read(i: int) -> tuple[Tensor, ...]:

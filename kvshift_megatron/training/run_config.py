@@ -36,7 +36,7 @@ def parse_and_check() -> Namespace:
             f"own script on older releases): {error}"
         ) from error
     from kvshift_megatron.training.checkpoint_args import finished, take_the_rest
-    from kvshift_megatron.training.faults.fallback import settle_checkpoint
+    from kvshift_megatron.training.faults.settle import settle_checkpoint
 
     if "--kv-shift" in sys.argv:
         raise ValueError("kv_shift: this entry point shifts by default: drop --kv-shift")
@@ -65,6 +65,8 @@ def _add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     # Parse --task-module first: the task's own flags must be known before the rest is parsed.
     known, _ = parser.parse_known_args()
+    # The one format of which Megatron keeps hashes.
+    parser.set_defaults(verify_integrity=known.ckpt_format == "torch_dist")
     return load_task(known.task_module).add_args(parser)
 
 

@@ -59,6 +59,12 @@ def writes(
     ]
 
 
+def comparison(compare: Wrap) -> list[Substitution]:
+    """Return the row for the comparison of a checkpoint's hashes before it is loaded."""
+    reason = "It refuses a checkpoint that was saved without hashes, and hashes in one thread."
+    return [Substitution(f"{_SERIALIZATION}.verify_integrity_manifest", reason, wrap=compare)]
+
+
 def one_file(described: Wrap) -> list[Substitution]:
     """Return the row for the writer of one file; `described` makes a static method."""
     reason = "It drops the operating system's error message."

@@ -17,6 +17,14 @@ def with_a_short_shard(source: Path, target: Path) -> None:
     _cut(target / _SHARD)
 
 
+def with_a_flipped_bit(source: Path, target: Path) -> None:
+    """Change one bit among the numbers of a tensor."""
+    shutil.copytree(source, target)
+    content = bytearray((target / _SHARD).read_bytes())
+    content[len(content) // 2] ^= 1
+    (target / _SHARD).write_bytes(content)
+
+
 def without_metadata(source: Path, target: Path) -> None:
     shutil.copytree(source, target)
     (target / _METADATA).unlink()

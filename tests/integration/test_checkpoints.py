@@ -54,6 +54,7 @@ DAMAGED = {
     "short-shard": ("with_a_short_shard", ["the file __1_0.distcp", "bytes long and should be"]),
     "no-metadata": ("without_metadata", ["has no .metadata"]),
     "short-metadata": ("with_short_metadata", [".metadata of the checkpoint", "cannot be read"]),
+    "flipped-bit": ("with_a_flipped_bit", ["file __1_0.distcp of", "is not what was saved"]),
 }
 
 
@@ -85,6 +86,8 @@ def _plan(root) -> dict[str, dict]:
     before = {name: [damage, root / "whole", root / name] for name, (damage, _) in DAMAGED.items()}
     plan |= {name: load(name, ckpt_step=_STEPS) for name in DAMAGED}
     plan["fall back"] = load("short-shard")
+    plan["fall back from a bit"] = load("flipped-bit")
+    plan["load a bit"] = load("flipped-bit", ckpt_step=_STEPS, no_verify_integrity=True)
     return {
         name: {"command": flags(**run), "before": list(map(str, before.get(name, [])))}
         for name, run in plan.items()
@@ -113,7 +116,9 @@ def refused(run: Run, *parts: str) -> None:
     """Require that every rank ended by itself, with one sentence, before it loaded anything."""
     assert all(code > 0 for code in run.codes), run.codes
     for output in run.outputs:
-        last = [line for line in output.splitlines() if line.startswith("ValueError: load: ")]
+        # Before anything is built, or in the check of the built model.
+        starts = ("kvshift_megatron: load: ", "ValueError: load: ")
+        last = [line for line in output.splitlines() if line.startswith(starts)]
         assert len(last) == 1, output[-5000:]
         for part in ["the checkpoint ", *parts]:
             assert part in last[0]
@@ -174,9 +179,19 @@ def test_a_damaged_newest_checkpoint_is_passed_over(runs):
     assert "short-shard at iteration 1" in runs["fall back"].outputs[0]
 
 
+def test_a_flipped_bit_is_passed_over(runs):
+    """Megatron alone loads it: the file is as long as it was, and the losses are others."""
+    run = runs["fall back from a bit"]
+    assert trained(run, 1) == trained(runs["fall back"], 1)
+    assert "file __1_0.distcp of the checkpoint" in run.outputs[0]
+    assert "flipped-bit at iteration 1" in run.outputs[0]
+    assert all(code == 0 for code in runs["load a bit"].codes)
+    assert "flipped-bit at iteration 2" in runs["load a bit"].outputs[0]
+
+
 def test_a_missing_folder_is_named(runs):
     run = runs["no folder"]
     assert all(code > 0 for code in run.codes)
     for output in run.outputs:
-        assert "ValueError: load: there is no checkpoint folder" in output, output[-5000:]
+        assert "kvshift_megatron: load: there is no checkpoint folder" in output, output[-5000:]
         assert "iter_0000007" in output

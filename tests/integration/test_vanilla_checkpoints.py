@@ -8,6 +8,7 @@ import pytest
 from kvshift_megatron.checks.checkpoint import stored_taps
 from tests.integration.tiny_gpt import flags
 from tests.support.launch import ranks
+from tests.support.odd_names import ODD
 
 pytestmark = pytest.mark.slow
 
@@ -19,6 +20,7 @@ _VANILLA = {"no_kv_shift": True}
 _IDENTITY = {"kv_shift_init": "identity"}
 _FINETUNE = {"finetune": True}
 _LEGACY = {"ckpt_format": "torch"}
+_TEMPORARY = {"non_persistent_ckpt_type": "global"}
 
 
 def _plan(root) -> dict[str, dict]:
@@ -55,6 +57,15 @@ def _plan(root) -> dict[str, dict]:
         "baseline": {**_VANILLA, **load("of-taps")},
         "baseline-lenient": {**_VANILLA, **_FINETUNE, **load("of-taps"), **lenient("ignore_all")},
         "other-window": {"kv_shift_window": 3, **load("of-taps"), **lenient("log_unexpected")},
+        # Checkpoints that the next ones replace.
+        "temporary": {
+            **_TEMPORARY,
+            **{"non_persistent_save_interval": 1, "save_interval": 100},
+            "save": root / "of-temporary",
+        },
+        "temporary-resumed": {**_TEMPORARY, **load("of-temporary")},
+        "temporary-baseline": {**_VANILLA, **_FINETUNE, **_TEMPORARY, **load("of-temporary")},
+        "temporary-window": {"kv_shift_window": 3, **_TEMPORARY, **load("of-temporary")},
         # The format before distributed checkpoints: state dicts are checked as they are loaded.
         "legacy-vanilla": {**_VANILLA, **_LEGACY, **save("of-legacy")},
         "legacy-taps": {**_LEGACY, **save("of-legacy-taps")},
@@ -72,7 +83,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return tmp_path_factory.mktemp("vanilla-checkpoints")
+    return tmp_path_factory.mktemp(ODD)  # every path of these runs
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +169,14 @@ def test_the_next_checkpoint_holds_the_taps_and_is_resumed_like_any_other(runs, 
     assert stored_taps(directory / "of-identity" / "iter_0000002") == _TAPS
     trained(runs["identity-resumed"])
     assert "at iteration 2" in runs["identity-resumed"].output
+
+
+def test_non_persistent_checkpoints_are_refused_and_loaded_in_the_same_cases(runs):
+    assert trained(runs["temporary"]) == runs["taps"].losses
+    refused(runs["temporary-baseline"], "non_persistent/iter_0000002 was trained with KV shifting")
+    refused(runs["temporary-window"], "non_persistent/iter_0000002 holds the taps alpha_1")
+    trained(runs["temporary-resumed"])
+    assert "Loading from a non-persistent checkpoint" in runs["temporary-resumed"].output
 
 
 def test_the_older_format_is_refused_and_loaded_in_the_same_cases(runs):

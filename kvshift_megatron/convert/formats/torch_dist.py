@@ -7,6 +7,7 @@ Megatron stacks the layers, it reads one layer's slice at a time.
 import io
 import pickle
 import re
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from kvshift_megatron.checks import integrity
 from kvshift_megatron.checks.checkpoint_paths import (
     RELEASE,
     TRACKER,
@@ -118,6 +120,25 @@ class TorchDistReader:
             for key, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and not _NO_WEIGHT.search(key)
         }
+
+    def compare_hashes(self) -> None:
+        """Compare all files with the hashes that were written when they were saved.
+
+        Say so on standard error if there are none, as in checkpoints of earlier releases.
+
+        Raises:
+            ValueError: A file is not what was saved; the message names it.
+        """
+        if not integrity.has_manifest(self.path):
+            print(
+                f"kvshift-convert: note: {self.path} has no {integrity.MANIFEST}, so a bit that "
+                "changed since it was saved would not be noticed",
+                file=sys.stderr,
+            )
+        elif (fault := integrity.difference(self.path)) is not None:
+            raise ValueError(
+                f"{fault}: copy it again, or convert it as it is with --no-verify-integrity"
+            )
 
     def weights(self) -> set[str]:
         """Return the stored keys of all weights."""

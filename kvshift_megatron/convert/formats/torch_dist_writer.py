@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from kvshift_megatron.checks.checkpoint_paths import RELEASE, TRACKER
+from kvshift_megatron.checks.integrity import write_manifest
 
 # Weights without training state: Megatron starts at step 0 with a new optimizer.
 ITERATION = RELEASE
@@ -53,6 +54,8 @@ def write_torch_dist(
     root: Path, pieces: list[Piece], extra_states: list[str], arguments: Namespace
 ) -> None:
     """Write a checkpoint below `root`, with Megatron's tracker file, in the order of `pieces`.
+
+    Megatron 0.19 compares the hashes that are written last; earlier releases ignore them.
 
     Args:
         root: An existing, empty folder, for Megatron's --load.
@@ -92,6 +95,7 @@ def _write(root: Path, pieces: list[Piece], extra_states: list[str], arguments: 
     (folder / "metadata.json").write_text(
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
     )
+    write_manifest(folder)
     (root / TRACKER).write_text(ITERATION)
 
 

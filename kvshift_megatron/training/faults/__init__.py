@@ -34,8 +34,9 @@ The loss or a gradient is not finite
     otherwise nothing is saved and it is 17. They skip the first step of a process, which is checked
     here: the run ends before it saves, and the steps since the latest checkpoint are lost.
 
-A checkpoint is complete if its two descriptions can be read and every file has its full length.
-With Megatron's --verify-integrity the hashes of the files are written and compared too.
+A checkpoint is complete if its two descriptions can be read, every file has its full length and,
+unless --no-verify-integrity is given, the hashes are those that were written when it was saved. A
+checkpoint without hashes passes with a warning.
 
 All ranks agree whether a save has failed in Megatron's default format torch_dist; in the background
 only with --async-strategy mcore --use-persistent-ckpt-worker (without the worker Megatron saves in
@@ -49,7 +50,8 @@ time-out of a collective operation ends the run. The rank is identified because 
 others, or because it is not communicating while others are. If no rank stands out, as when a GPU or
 the network fails, the message says so.
 
-Modules: `fallback` (what is loaded), `saving`, `checkpoint_writes`, `folders` (saves), `watch`,
-`diagnosis`, `progress` (hangs), `finite` (NaN), `processes` (nothing outlives a rank), `guard` (all
-of it around Megatron's loop), `agreement` (among the ranks), `fault_flags`.
+Modules: `settle`, `fallback`, `hashes` (what is loaded), `places` (what is written to), `saving`,
+`checkpoint_writes`, `folders` (saves), `watch`, `diagnosis`, `progress` (hangs), `finite` (NaN),
+`processes` (nothing outlives a rank), `guard` (all of it around Megatron's loop), `agreement`
+(among the ranks), `fault_flags`.
 """

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kvshift_megatron.checks.checkpoint_paths import TRACKER
+from kvshift_megatron.checks.integrity import MANIFEST, write_manifest
 from kvshift_megatron.training.faults.fallback import write_tracker
 from kvshift_megatron.training.faults.processes import die_with_parent
 from kvshift_megatron.upstream import faults_table, substitutions
@@ -79,7 +80,7 @@ def install() -> None:
             plan=_noted(lambda self, _: self.checkpoint_dir),
             metadata=_noted(lambda self, *_: f"{self.checkpoint_dir}/.metadata"),
             config=_noted(lambda _, directory: f"{directory}/metadata.json"),
-            manifest=_noted(lambda directory: f"{directory}/integrity.json"),
+            manifest=lambda _: _noted(lambda directory: f"{directory}/{MANIFEST}")(write_manifest),
         )
     )
     _writer_of_files()

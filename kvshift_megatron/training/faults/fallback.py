@@ -1,22 +1,17 @@
-"""Choose the checkpoint that a resuming run loads if the latest one is damaged.
+"""Choose the checkpoint that is loaded from one folder if the latest one is damaged.
 
 Megatron loads the checkpoint that latest_checkpointed_iteration.txt names, or ends. If that
 checkpoint is damaged, the run loads the last complete one before it and logs a warning. A complete
-checkpoint of another model is not damaged: `checkpoint_check` looks at what is loaded, and refuses
+checkpoint of another model is not damaged: `checks.checkpoint` looks at what is loaded, and refuses
 it later.
 """
 
 import os
 import re
 import shutil
-import sys
-from argparse import Namespace
-from datetime import timedelta
 from pathlib import Path
 
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
-
+from kvshift_megatron.checks import integrity
 from kvshift_megatron.checks.checkpoint_paths import (
     RELEASE,
     TRACKER,
@@ -25,38 +20,9 @@ from kvshift_megatron.checks.checkpoint_paths import (
     stored_iterations,
 )
 from kvshift_megatron.checks.stored_files import DamagedCheckpointError, read_checkpoint
-from kvshift_megatron.training.faults import agreement
 
 # Prefix of a complete checkpoint's folder while the same iteration is being saved again.
 REPLACED = "replaced."
-
-
-def settle_checkpoint(args: Namespace) -> None:
-    """Have Megatron load the last complete checkpoint, as if `--ckpt-step` had named it.
-
-    Collective over all ranks of the launch, before Megatron finally parses its arguments and before
-    the process groups exist: rank 0 looks at the files and decides for all. Nothing happens if the
-    user names a checkpoint (`--ckpt-step`, `--finetune`, `--pretrained-checkpoint` alone) or also
-    saves non-persistent ones; a damaged one is then refused.
-
-    Args:
-        args: Megatron's arguments, as parsed from sys.argv, to which this function may append.
-
-    Raises:
-        ValueError: No checkpoint can be loaded; on every rank.
-    """
-    if args.load is None or args.ckpt_step or args.finetune or args.non_persistent_ckpt_type:
-        return
-    instead, warnings = agreement.decided_by_rank_0(
-        "checkpoint to load",
-        lambda: choose(Path(args.load), args.verify_integrity),
-        timedelta(minutes=args.distributed_timeout_minutes),
-    )
-    if int(os.environ.get("RANK", "0")) == 0:
-        for warning in warnings:
-            print(f"kvshift_megatron: WARNING: load: {warning}", file=sys.stderr, flush=True)
-    if instead is not None:
-        sys.argv += ["--ckpt-step", str(instead)]
 
 
 def choose(root: Path, verify_integrity: bool = False) -> tuple[int | None, list[str]]:
@@ -67,7 +33,7 @@ def choose(root: Path, verify_integrity: bool = False) -> tuple[int | None, list
 
     Args:
         root: Folder with the iter_* folders and the tracker file.
-        verify_integrity: Whether to compare the files with their recorded hashes too.
+        verify_integrity: Whether to compare the files with their hashes too, if these were written.
 
     Returns:
         (iteration, warnings); the iteration is None to load what the tracker file names, or to
@@ -88,13 +54,19 @@ def choose(root: Path, verify_integrity: bool = False) -> tuple[int | None, list
         return None, []
     replaced = latest.with_name(REPLACED + latest.name)
     if replaced.is_dir() and fault_of(replaced, verify_integrity) is None:
-        shutil.rmtree(latest, ignore_errors=True)
-        replaced.rename(latest)
+        try:
+            shutil.rmtree(latest, ignore_errors=True)
+            replaced.rename(latest)
+        except OSError as error:
+            raise ValueError(
+                f"load: {fault}; the complete one is in {replaced}, which cannot be renamed "
+                f"({error.strerror}): rename it to {latest.name}, or set --ckpt-step"
+            ) from error
         return None, [
             f"{fault}; a new save of this iteration was interrupted: the run restores and loads "
             "the checkpoint from before that save, and no steps are lost"
         ]
-    found, others = _last_complete(root, int(named), verify_integrity)
+    found, others = last_complete(root, int(named), verify_integrity)
     if found is None:
         raise ValueError(
             f"load: {fault}; no checkpoint before it in {root} is complete"
@@ -110,20 +82,20 @@ def choose(root: Path, verify_integrity: bool = False) -> tuple[int | None, list
 def fault_of(directory: Path, verify_integrity: bool = False) -> str | None:
     """Return what is wrong with a checkpoint, in words; None if it is complete.
 
-    A checkpoint in a format with one file per rank always passes, because it has no description of
-    its files.
+    Args:
+        directory: The folder of one iteration.
+        verify_integrity: Whether to compare the files with their hashes too, if these were written.
     """
     try:
-        if read_checkpoint(directory) is not None and verify_integrity:
-            verify_integrity_manifest(str(directory))
+        read_checkpoint(directory)
     except DamagedCheckpointError as error:
         return error.fault
-    except CheckpointingException as error:
-        return f"the checkpoint {directory} is not what was saved ({error})"
+    if verify_integrity and integrity.has_manifest(directory):
+        return integrity.difference(directory)
     return None
 
 
-def _last_complete(
+def last_complete(
     root: Path, before: float, verify_integrity: bool
 ) -> tuple[int | None, list[str]]:
     """Return (the last complete iteration below `before`, the faults of the later ones)."""
@@ -142,7 +114,7 @@ def _without_tracker(root: Path, content: str | None, verify_integrity: bool) ->
     tracker = root / TRACKER
     is_missing = content is None
     what = f"{tracker} {'is missing' if is_missing else f'cannot be read (it holds {content!r})'}"
-    found, faults = _last_complete(root, float("inf"), verify_integrity)
+    found, faults = last_complete(root, float("inf"), verify_integrity)
     passed_over = "".join(f"; {fault}" for fault in faults)
     if found is None:
         if is_missing:

@@ -25,6 +25,13 @@ def add_faults_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "never. Default: half of Megatron's time-out of a collective operation, which would end "
         "the run without naming a rank.",
     )
+    group.add_argument(
+        "--no-verify-integrity",
+        dest="verify_integrity",
+        action="store_false",
+        help="Do not write and compare hashes of a checkpoint's files. Default: with --ckpt-format "
+        "torch_dist, Megatron's --verify-integrity is on.",
+    )
     return parser
 
 

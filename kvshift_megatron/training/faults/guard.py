@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 
-from kvshift_megatron.training.faults import agreement, finite, processes
+from kvshift_megatron.training.faults import agreement, finite, hashes, processes
 from kvshift_megatron.training.faults.fault_flags import hang_timeout
 from kvshift_megatron.training.faults.progress import Progress
 from kvshift_megatron.training.faults.saving import Saves
@@ -29,6 +29,7 @@ class Guard:
         self._saves = Saves(args.on_save_failure == "continue", self._progress)
         self._saves.install()
         finite.install()
+        hashes.install()
         self._watch = None
         timeout = hang_timeout(args)
         if timeout:

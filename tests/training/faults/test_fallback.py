@@ -4,61 +4,13 @@ The folders are real ones: what the format's own writer leaves, then truncated, 
 The loop itself loads such folders in test_lost_and_hung.py.
 """
 
-import json
-import shutil
-from argparse import Namespace
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from kvshift_megatron.training.faults import agreement, fallback
-from kvshift_megatron.training.faults.fallback import TRACKER, choose, fault_of, settle_checkpoint
-
-STEPS = (2, 4, 6)
-
-
-def save(directory: Path) -> None:
-    """Save a checkpoint as Megatron does, with its two descriptions written last."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import ShardedTensor
-
-    directory.mkdir()
-    weight = ShardedTensor.from_rank_offsets("decoder.weight", torch.arange(64.0))
-    state = {"weight": weight, "iteration": 2}
-    dist_checkpointing.save(state, str(directory), verify_integrity=True)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, _process_group):
-    """Save iter_0000002, 4 and 6, all complete."""
-    folder = tmp_path_factory.mktemp("saved")
-    for step in STEPS:
-        save(folder / f"iter_{step:07d}")
-    (folder / TRACKER).write_text("6")
-    return folder
-
-
-@pytest.fixture
-def root(tmp_path, saved, megatron_rank):
-    """Copy them, to be damaged."""
-    return Path(shutil.copytree(saved, tmp_path / "run"))
-
-
-def shard(root: Path, step: int) -> Path:
-    return root / f"iter_{step:07d}" / "__0_0.distcp"
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-20])
-
-
-def unlink_all(directory: Path) -> None:
-    for file in directory.iterdir():
-        file.unlink()
-    directory.rmdir()
-
+from kvshift_megatron.training.faults import fallback
+from kvshift_megatron.training.faults.fallback import TRACKER, choose, fault_of
+from tests.training.faults.folders_of_steps import STEPS, cut, shard, unlink_all
 
 DAMAGES = {
     "a shard cut off": (lambda root: cut(shard(root, 6)), "bytes long and should be"),
@@ -131,7 +83,9 @@ def test_a_flipped_bit_is_seen_with_verify_integrity(root):
     shard(root, 6).write_bytes(content)
     assert choose(root) == (None, [])
     instead, (warning,) = choose(root, verify_integrity=True)
-    assert instead == 4 and "not what was saved" in warning
+    assert instead == 4 and "__0_0.distcp of" in warning and "is not what was saved" in warning
+    (root / "iter_0000004" / "integrity.json").unlink()
+    assert choose(root, verify_integrity=True)[0] == 4
 
 
 @pytest.mark.parametrize("content", ["", "x", "-1", "1_0", "6 4"])
@@ -179,72 +133,21 @@ def test_a_tracker_file_that_cannot_be_written_is_refused_with_what_to_write(roo
     assert not list(root.glob("*.new"))
 
 
-def test_other_formats_and_releases_are_left_to_megatron(tmp_path):
+def test_releases_are_left_to_megatron(tmp_path):
     (tmp_path / TRACKER).write_text("release")
     assert choose(tmp_path) == (None, [])
-    legacy = tmp_path / "iter_0000002" / "mp_rank_00"
-    legacy.mkdir(parents=True)
-    (tmp_path / TRACKER).write_text("2")
-    assert fault_of(legacy.parent) is None
+
+
+def test_the_last_complete_one_of_the_format_with_one_file_per_rank(tmp_path):
+    for step in STEPS:
+        file = tmp_path / f"iter_{step:07d}" / "mp_rank_00" / "model_optim_rng.pt"
+        file.parent.mkdir(parents=True)
+        torch.save({"model": torch.zeros(9)}, file)
+    (tmp_path / TRACKER).write_text("6")
     assert choose(tmp_path) == (None, [])
-
-
-# --- for all ranks, before Megatron reads its arguments ---
-
-
-def arguments(root, **others):
-    values = {
-        "load": str(root),
-        "ckpt_step": None,
-        "finetune": False,
-        "non_persistent_ckpt_type": None,
-        "verify_integrity": False,
-        "distributed_timeout_minutes": 1,
-    }
-    return Namespace(**{**values, **others})
-
-
-@pytest.fixture
-def argv(monkeypatch):
-    words = ["pretrain"]
-    monkeypatch.setattr(fallback.sys, "argv", words)
-    monkeypatch.setattr(agreement, "_store", torch.distributed.HashStore())
-    for name in ("WORLD_SIZE", "RANK"):
-        monkeypatch.delenv(name, raising=False)
-    return words
-
-
-def test_megatron_gets_ckpt_step_as_from_the_user(root, argv, capsys):
-    cut(shard(root, 6))
-    settle_checkpoint(arguments(root))
-    assert fallback.sys.argv == ["pretrain", "--ckpt-step", "4"]
-    assert "WARNING: load: the file __0_0.distcp" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "given", [{"ckpt_step": 6}, {"finetune": True}, {"non_persistent_ckpt_type": "global"}]
-)
-def test_what_the_user_named_is_not_replaced(root, argv, given):
-    cut(shard(root, 6))
-    settle_checkpoint(arguments(root, **given))
-    assert fallback.sys.argv == ["pretrain"]
-
-
-def test_the_other_ranks_do_what_rank_0_found(root, argv, monkeypatch, capsys):
-    """Even though the files that they see are complete."""
-    monkeypatch.setenv("RANK", "1")
-    shared = agreement._store
-    shared.set("checkpoint to load", json.dumps({"result": [2, ["a warning"]]}))
-    settle_checkpoint(arguments(root))
-    assert fallback.sys.argv == ["pretrain", "--ckpt-step", "2"]
-    assert capsys.readouterr().err == ""
-
-
-def test_the_other_ranks_refuse_with_rank_0s_message(root, argv, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    agreement._store.set("checkpoint to load", json.dumps({"error": "load: nothing is complete"}))
-    with pytest.raises(ValueError, match="nothing is complete"):
-        settle_checkpoint(arguments(root))
+    cut(file)
+    instead, (warning,) = choose(tmp_path)
+    assert instead == 4 and "mp_rank_00/model_optim_rng.pt of the checkpoint" in warning
 
 
 # --- the check that everything above relies on ---

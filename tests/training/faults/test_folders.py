@@ -5,15 +5,15 @@ import pytest
 from kvshift_megatron.checks.checkpoint_paths import TRACKER
 from kvshift_megatron.training.faults.fallback import choose, fault_of
 from kvshift_megatron.training.faults.folders import Folder
-from tests.training.faults.test_fallback import cut, root, save, saved, shard  # noqa: F401
+from tests.training.faults.folders_of_steps import cut, save, shard
 
 
 @pytest.fixture
-def folder(root):  # noqa: F811
+def folder(root):
     return Folder(root, 6)
 
 
-def test_a_new_folder_is_made_and_removed_again(root):  # noqa: F811
+def test_a_new_folder_is_made_and_removed_again(root):
     folder = Folder(root / "deeper", 8)
     folder.begin()
     assert folder.path == root / "deeper" / "iter_0000008" and folder.path.is_dir()
@@ -23,14 +23,14 @@ def test_a_new_folder_is_made_and_removed_again(root):  # noqa: F811
     assert not folder.path.exists()
 
 
-def test_an_incomplete_save_is_removed(root, folder):  # noqa: F811
+def test_an_incomplete_save_is_removed(root, folder):
     (folder.path / ".metadata").unlink()
     folder.begin()
     assert list(folder.path.iterdir()) == []
     assert not list(root.glob("replaced.*"))
 
 
-def test_a_complete_one_is_kept_until_the_new_one_is_complete(root, folder):  # noqa: F811
+def test_a_complete_one_is_kept_until_the_new_one_is_complete(root, folder):
     before = shard(root, 6).read_bytes()
     folder.begin()
     assert list(folder.path.iterdir()) == []
@@ -46,7 +46,7 @@ def test_a_complete_one_is_kept_until_the_new_one_is_complete(root, folder):  # 
     assert fault_of(folder.path) is None and not list(root.glob("replaced.*"))
 
 
-def test_one_that_cannot_be_moved_aside_stays(root, folder, monkeypatch):  # noqa: F811
+def test_one_that_cannot_be_moved_aside_stays(root, folder, monkeypatch):
     def refuse(*_):
         raise OSError(39, "Directory not empty")
 
@@ -58,7 +58,7 @@ def test_one_that_cannot_be_moved_aside_stays(root, folder, monkeypatch):  # noq
     assert fault_of(folder.path) is None
 
 
-def test_megatrons_clean_up_keeps_the_last_whole_one(root, folder):  # noqa: F811
+def test_megatrons_clean_up_keeps_the_last_whole_one(root, folder):
     """It keeps the latest non-persistent folder, which may be that of a save in progress."""
     from megatron.training import checkpointing
 
@@ -77,7 +77,7 @@ def test_megatrons_clean_up_keeps_the_last_whole_one(root, folder):  # noqa: F81
     assert [path.name for path in root.glob("iter_*")] == ["iter_0000008"]
 
 
-def test_after_a_kill_during_the_save_it_is_restored(root, folder):  # noqa: F811
+def test_after_a_kill_during_the_save_it_is_restored(root, folder):
     folder.begin()
     (folder.path / "__0_0.distcp").write_bytes(b"half")
     instead, (warning,) = choose(root)
@@ -85,14 +85,14 @@ def test_after_a_kill_during_the_save_it_is_restored(root, folder):  # noqa: F81
     assert fault_of(folder.path) is None and not list(root.glob("replaced.*"))
 
 
-def test_two_interrupted_saves_in_a_row_do_not_lose_it(root, folder):  # noqa: F811
+def test_two_interrupted_saves_in_a_row_do_not_lose_it(root, folder):
     folder.begin()
     (folder.path / "__0_0.distcp").write_bytes(b"half")
     Folder(root, 6).begin()
     assert choose(root)[0] is None and fault_of(folder.path) is None
 
 
-def test_a_damaged_copy_is_not_restored(root, folder):  # noqa: F811
+def test_a_damaged_copy_is_not_restored(root, folder):
     folder.begin()
     cut(root / "replaced.iter_0000006" / "__0_0.distcp")
     assert choose(root)[0] == 4
