@@ -14,6 +14,7 @@ from pathlib import Path
 from examples.slurm import claim, settings, status
 from examples.slurm.settings import Settings
 from examples.slurm.status import Attempt, Status, attempt_directory
+from kvshift_megatron.utils.flag_lines import to_line
 
 
 def begin(job: Settings) -> Path:
@@ -26,8 +27,14 @@ def begin(job: Settings) -> Path:
     Raises:
         ValueError: Another job has the directory, or this job has had all its attempts.
     """
-    job.run.mkdir(parents=True, exist_ok=True)
-    claim.take(job.run, job.job, job.cluster)
+    try:
+        job.run.mkdir(parents=True, exist_ok=True)
+        claim.take(job.run, job.job, job.cluster)
+    except OSError as error:
+        raise ValueError(
+            f"{job.run} cannot be used as a run directory ({error.strerror}: {error.filename}): "
+            "give a directory that this user may write to"
+        ) from error
     try:
         return _open_attempt(job)
     except ValueError:
@@ -105,7 +112,7 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    (directory / "own_flags.txt").write_text("".join(" ".join(words) + "\n" for words in flags))
+    (directory / "own_flags.txt").write_text("".join(f"{to_line(words)}\n" for words in flags))
     values = {"run": job.run, "attempt": directory, "job": job.job,
               "ranks_per_node": job.ranks_per_node}  # fmt: skip
     for name, value in values.items():

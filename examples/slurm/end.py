@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.slurm import claim, failure, settings, status
+from kvshift_megatron.utils.flag_lines import to_words
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,12 @@ def judge(facts: Facts) -> tuple[str, str, str]:
     return "requeue", "requeued", why
 
 
+def _split(words: list[str]) -> list[str]:
+    """Return a flag's words with `--flag=value` as two."""
+    flag, equals, value = (words or [""])[0].partition("=")
+    return [flag, value, *words[1:]] if equals else words
+
+
 def _flag(lines: list[list[str]], name: str) -> str | None:
     """Return a flag's last value, as argparse takes it; empty for a switch, None if missing."""
     values = [words[1] if len(words) > 1 else "" for words in lines if words[:1] == [name]]
@@ -93,7 +100,7 @@ def end(attempt: Path, code: int, warned: bool, terminated: bool, argv: list[str
     current = known.attempts[-1]
     path = attempt / status.FLAGS
     if path.exists():
-        flags = [line.replace("=", " ", 1).split() for line in path.read_text().splitlines()]
+        flags = [_split(to_words(line)) for line in path.read_text().splitlines()]
         newest = status.newest_checkpoint(job.run)
         interval = int(_flag(flags, "--exit-interval") or 0)
         facts = Facts(

@@ -63,8 +63,11 @@ def read(argv: list[str], environment: dict[str, str] | None = None) -> Settings
     run, job = Path(options.run_directory).resolve(), environment["SLURM_JOB_ID"]
     given = {word.partition("=")[0] for word in megatron}
     given |= {f"--{text.partition('=')[0]}" for text in options.set}
-    if blanks := [word for word in (*megatron, str(run)) if word.split() != [word]]:
-        raise ValueError(f"{blanks[0]!r}: neither a path nor a flag's value may contain a space")
+    if broken := [word for word in (*megatron, str(run)) if len(word.splitlines()) != 1]:
+        raise ValueError(f"{broken[0]!r}: a path or a flag's value has exactly one line")
+    if environment.get("KVSHIFT_CONTAINER_IMAGE") and set(",:") & set(str(run)):
+        raise ValueError(f"{run}: a container's mounts are separated by commas and colons: use "
+                         "another run directory")  # fmt: skip
     if taken := sorted(given & set(_OWN_FLAGS)):
         raise ValueError(f"{taken[0]}: the script sets this flag itself: leave it out")
     for flag in ("--ckpt-step", "--finetune"):

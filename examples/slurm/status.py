@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from kvshift_megatron.checks.checkpoint_paths import TRACKER
+from kvshift_megatron.checks.checkpoint_paths import read_tracker
 from kvshift_megatron.utils.atomic_files import replace
 
 FILE = "status.json"
@@ -84,12 +84,12 @@ def attempt_directory(directory: Path, number: int) -> Path:
 def newest_checkpoint(directory: Path) -> int:
     """Return the iteration that Megatron's tracker file in a run directory names; 0 if none.
 
-    Also 0 if its content is no number: the run itself says at its start what it does about that.
+    Also 0 if its content is no number, or it cannot be read: the run itself says at its start what
+    it does about that.
     """
-    tracker = directory / CHECKPOINTS / TRACKER
     try:
-        return int(tracker.read_text())
-    except (FileNotFoundError, ValueError):
+        return int(read_tracker(directory / CHECKPOINTS) or 0)
+    except ValueError:
         return 0
 
 

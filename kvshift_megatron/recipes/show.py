@@ -15,6 +15,7 @@ from argparse import Namespace
 from kvshift_megatron.recipes import recipe, validate
 from kvshift_megatron.recipes.sizes import data_parallel_size
 from kvshift_megatron.recipes.toml_flags import option
+from kvshift_megatron.utils.flag_lines import to_line
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
@@ -57,5 +58,5 @@ def main(argv: list[str] | None = None) -> int:
     print(summary(run, args) + unchecked, file=sys.stderr)
     for name, value in run.flags.items():
         if words := option(name, value):
-            print(*words)
+            print(to_line(words))
     return 0

@@ -36,12 +36,14 @@ def parse_and_check() -> Namespace:
             f"own script on older releases): {error}"
         ) from error
     from kvshift_megatron.training.checkpoint_args import finished, take_the_rest
+    from kvshift_megatron.training.faults.places import check_places
     from kvshift_megatron.training.faults.settle import settle_checkpoint
 
     if "--kv-shift" in sys.argv:
         raise ValueError("kv_shift: this entry point shifts by default: drop --kv-shift")
     args = parse_args(_add_args)
     _check_flags(args)
+    check_places(args)
     settle_checkpoint(args)
     # Once more, as it may have added a flag that names another checkpoint.
     args, saved = finished(parse_args(_add_args) if args.use_checkpoint_args else args)
