@@ -1,8 +1,13 @@
 """Flags of a GPT small enough to train in seconds, on Megatron's own mock data."""
 
+from pathlib import Path
+
 
 def flags(**overrides: object) -> list[str]:
-    """Return command-line flags; an override of None drops a flag, True makes it a switch."""
+    """Return command-line flags; an override of None drops a flag, True makes it a switch.
+
+    A text is split at spaces, and a path is one word.
+    """
     values = {
         "num_layers": 2,
         "hidden_size": 64,
@@ -33,5 +38,5 @@ def flags(**overrides: object) -> list[str]:
             continue
         command.append("--" + name.replace("_", "-"))
         if value is not True:
-            command += str(value).split()
+            command += [str(value)] if isinstance(value, Path) else str(value).split()
     return command
