@@ -16,7 +16,7 @@ from megatron.core.utils import unwrap_model
 
 from kvshift_megatron.arguments import megatron_args
 from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
-from kvshift_megatron.checks.at_load import check_at_load, on_rank_0
+from kvshift_megatron.checks.every_load import check_at_load, on_rank_0
 from kvshift_megatron.checks.shapes import compare_shapes
 from kvshift_megatron.checks.stored_files import read_checkpoint
 from kvshift_megatron.checks.to_load import ToLoad, checkpoint_to_load

@@ -2,7 +2,7 @@
 
 The rules are those of `load_checkpoint` and `_load_base_checkpoint` in
 megatron.training.checkpointing, the same from 0.17 to 0.19. They are written down here because they
-are needed before Megatron can load; `at_load` compares the answer with what is loaded.
+are needed before Megatron can load; `every_load` compares the answer with what is loaded.
 
 Imports neither Megatron nor torch.
 """

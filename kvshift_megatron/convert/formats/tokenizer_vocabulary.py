@@ -54,7 +54,7 @@ def vocabulary_of_files(folder: Path) -> dict[Any, int]:
     Raises:
         ValueError: A file is damaged; the message names it.
     """
-    tokens: dict[Any, int] = {}
+    tokens: dict[Any, Any] = {}  # ids are checked below
     if (folder / "tokenizer.json").is_file():
         content = read_json(folder / "tokenizer.json")
         tokens = _of_fast_model(content.get("model"))

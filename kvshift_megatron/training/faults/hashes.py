@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvshift_megatron.checks import integrity
-from kvshift_megatron.checks.at_load import on_rank_0
+from kvshift_megatron.checks.every_load import on_rank_0
 from kvshift_megatron.upstream import faults_table, substitutions
 
 _installed = False
