@@ -53,7 +53,11 @@ class DryRank:
 
 
 def prepare() -> None:
-    """Import what every process needs, so that the children inherit it."""
+    """Import what every process needs, so that the children inherit it.
+
+    Raises:
+        ValueError: megatron-core is too old.
+    """
     # The CPU layer is forced even if there is a GPU: no part of a plan runs on one.
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -61,11 +65,14 @@ def prepare() -> None:
         import megatron.core.models.mimo
         import megatron.training.training  # noqa: F401
 
-        import kvshift_megatron.planning.kernels
-        import kvshift_megatron.planning.meta_device
-        import kvshift_megatron.pretrain
-        import kvshift_megatron.training.forward_step
-        import kvshift_megatron.training.gpt_builder  # noqa: F401
+        try:
+            import kvshift_megatron.planning.kernels
+            import kvshift_megatron.planning.meta_device
+            import kvshift_megatron.pretrain
+            import kvshift_megatron.training.forward_step
+            import kvshift_megatron.training.gpt_builder  # noqa: F401
+        except ImportError as error:
+            raise ValueError(f"a plan needs megatron-core 0.19: {error}") from error
 
 
 def count(ranks: list[DryRank], jobs: int = 2) -> list[dict]:

@@ -9,6 +9,7 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support import releases
 from tests.support.launch import PROJECT
 
 _TIMEOUT = 600  # seconds for one command; the longest takes 30 alone on two cores
@@ -87,7 +88,8 @@ def install(wheel: Path, folder: Path) -> Installation:
                      "--no-deps", "--no-index", wheel)  # fmt: skip
     # Added by a .pth file: Python does not read those folders' own .pth files then, one of which
     # would lead to this checkout.
-    shared = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    megatron = Path(releases.imported_from()[0]).parents[2]
+    shared = dict.fromkeys([megatron, *map(sysconfig.get_path, ("purelib", "platlib"))])
     packages = installation.python("import sysconfig; print(sysconfig.get_path('purelib'))")
-    Path(packages.strip(), "shared.pth").write_text("".join(f"{path}\n" for path in sorted(shared)))
+    Path(packages.strip(), "shared.pth").write_text("".join(f"{path}\n" for path in shared))
     return installation

@@ -1,12 +1,13 @@
 """Parts of a plan that need no model."""
 
 import copy
+import sys
 from argparse import Namespace
 
 import pytest
 import torch
 
-from kvshift_megatron.planning import gpus, kernels, meta_device
+from kvshift_megatron.planning import dry_run, gpus, kernels, meta_device
 from kvshift_megatron.planning.dry_run_flags import dry_run_flags
 from kvshift_megatron.planning.estimate import Assumptions, estimate
 from kvshift_megatron.planning.layout import Layout
@@ -276,3 +277,10 @@ def test_the_loop_of_a_dry_run_compiles_nothing_and_agrees_by_itself(monkeypatch
         training.set_jit_fusion_options(tp_size=1)  # Megatron's own would read its arguments
         assert training.logical_and_across_model_parallel_group(True, None) is True
     assert args.do_train and training.logical_and_across_model_parallel_group(True, None) is False
+
+
+def test_an_older_megatron_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kvshift_megatron.training.forward_step", None)
+    monkeypatch.setattr(dry_run.cpu, "enable", lambda force: None)
+    with pytest.raises(ValueError, match=r"^a plan needs megatron-core 0\.19: import of"):
+        dry_run.prepare()

@@ -238,7 +238,11 @@ def test_the_stand_in_has_the_names_and_values_of_the_real_module():
     import pynvml
 
     stand_in = fake_nvml([])
+    # Newer functions with an older one to fall back on; nvidia-ml-py 12.535 has only the latter.
+    newer = {"nvmlDeviceGetTemperatureV", "nvmlDeviceGetCurrentClocksEventReasons"}
     for name in fake.names_used():
+        if name in newer and not hasattr(pynvml, name):
+            continue
         assert hasattr(pynvml, name), name
         value = getattr(stand_in, name)
         if isinstance(value, int):
