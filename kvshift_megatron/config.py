@@ -17,7 +17,8 @@ class KVShiftConfig:
     Args:
         variant: What the parameters mean. ``free``: Each parameter is a tap. ``gate``: One
             parameter a per query group, with alpha_1 = sigmoid(a) and alpha_2 = 1 - alpha_1
-            (window 2 only). ``clamp``: Each tap is its parameter clamped to [0, 1].
+            (window 2 only). ``clamp``: Each tap is its parameter clamped to [0, 1]. No parameter
+            is ever without a gradient, however far it is from 0 and 1.
         window: Taps per key or value: 2, 3 or 4 (the token itself and those before it).
         shift_keys: Whether to shift keys; if not, they have no taps.
         shift_values: Whether to shift values; if not, they have no taps.
@@ -67,7 +68,7 @@ class KVShiftConfig:
         if self.variant == "clamp" and self.init == "uniform" and self.window > 2:
             raise ValueError(
                 f"init='uniform' with variant='clamp' and window={self.window} would start most of "
-                "the last taps below 0, where the clamp gives them no gradient: use "
+                "the last taps below 0, and the applied taps would not sum to 1: use "
                 "init='identity', window=2 or variant='free'"
             )
         if not (self.shift_keys or self.shift_values):

@@ -15,6 +15,9 @@ from kvshift_megatron.arguments import megatron_args
 from kvshift_megatron.config import KVShiftConfig
 
 _MEGATRON_DEFAULT_SEED = 1234
+# The least derivative of a gate by its logit. Beyond +-9.2 a sigmoid's own is smaller, and from +17
+# on it is 0 in fp32.
+FLATTEST_GATE = 1e-4
 _KEY = re.compile(r"\.self_attention\.((?:alpha|beta)_(?:\d+|logit))$")
 
 
@@ -107,12 +110,22 @@ def taps_from_parameters(kv_shift: KVShiftConfig, parameters: Tensor) -> Tensor:
     """
     if kv_shift.variant == "gate":
         gate = torch.sigmoid(parameters[0])
+        is_flat = (gate * (1.0 - gate)).detach() < FLATTEST_GATE
+        gate = torch.where(is_flat, _with_slope(gate, parameters[0], FLATTEST_GATE), gate)
         return torch.stack((gate, 1.0 - gate))
     if kv_shift.variant == "clamp":
-        # Not torch's clamp: it gives no gradient at exactly 0 or 1, where identity taps start.
-        inside = (parameters >= 0.0) & (parameters <= 1.0)
-        return torch.where(inside, parameters, parameters.detach().clamp(0.0, 1.0))
+        return _with_slope(parameters.clamp(0.0, 1.0), parameters, 1.0)
     return parameters
+
+
+def _with_slope(taps: Tensor, parameters: Tensor, slope: float) -> Tensor:
+    """Return `taps` to the bit, with the constant `slope` as their derivative by `parameters`.
+
+    A tap must learn wherever its parameter is. The derivative depends on the parameter alone, never
+    on the gradient: otherwise the sum over micro-batches and ranks would depend on how the batch is
+    cut (decision 36).
+    """
+    return taps.detach() + slope * (parameters - parameters.detach())
 
 
 def resolve_seed(kv_shift: KVShiftConfig) -> int:

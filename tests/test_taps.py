@@ -3,11 +3,13 @@
 import sys
 from argparse import Namespace
 from types import ModuleType
+from typing import get_args
 
 import pytest
 import torch
 
 from kvshift_megatron import KVShiftConfig
+from kvshift_megatron.config import Variant
 from kvshift_megatron.taps import initial_values, resolve_seed, tap_names, taps_from_parameters
 
 GROUPS = 64
@@ -132,13 +134,107 @@ def test_gate_taps_sum_to_one():
     assert parameters.grad.all()
 
 
-def test_clamped_taps_stay_in_zero_to_one_and_learn_at_the_ends():
-    parameters = torch.tensor([[-0.5, 0.0, 0.25], [1.0, 1.5, 0.75]], requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_clamped_taps_are_torchs_clamp_and_learn_everywhere(dtype):
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(2, 999, generator=generator, dtype=dtype) * 10.0 ** torch.arange(-3, 6)[
+        torch.arange(999) % 9
+    ].to(dtype)
+    values[:, :2] = torch.tensor([0.0, 1.0])
+    parameters = values.requires_grad_()
     taps = taps_from_parameters(KVShiftConfig(variant="clamp"), parameters)
-    assert torch.equal(taps, torch.tensor([[0.0, 0.0, 0.25], [1.0, 1.0, 0.75]]))
-    taps.sum().backward()
-    # A tap exactly at an end still has a gradient; one beyond it does not.
-    assert torch.equal(parameters.grad, torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]]))
+    assert torch.equal(taps, parameters.clamp(0.0, 1.0))
+    weight = torch.randn(taps.shape, generator=generator, dtype=dtype)
+    (taps * weight).sum().backward()
+    assert torch.equal(parameters.grad, weight)
+
+
+def test_a_gate_learns_at_any_logit():
+    logits = torch.tensor([[-200.0, -30.0, -9.3, -9.0, 0.3, 9.0, 9.3, 30.0, 200.0]])
+    logits.requires_grad_()
+    taps = taps_from_parameters(KVShiftConfig(variant="gate"), logits)
+    assert torch.equal(taps[0], torch.sigmoid(logits[0]))
+    assert torch.equal(taps[1], 1.0 - torch.sigmoid(logits[0]))
+    exact = torch.sigmoid(logits.detach().double())
+    expected = (exact * torch.sigmoid(-logits.detach().double())).clamp(min=1e-4)
+    for tap, sign in zip(taps, (1, -1), strict=True):
+        (grad,) = torch.autograd.grad(tap.sum(), logits, retain_graph=True)
+        torch.testing.assert_close(sign * grad.double(), expected, rtol=1e-3, atol=0)
+    # torch's own derivative, which is 0 at a logit of 30.
+    (grad,) = torch.autograd.grad(torch.sigmoid(logits).sum(), logits)
+    assert not grad[0, -2]
+
+
+# Parameters from which a tap must be able to come back. A new variant needs a row.
+FAR_OUT = {"free": (-3.0, 3.0), "gate": (-20.0, 20.0), "clamp": (-0.5, 1.5)}
+
+
+def train(taps_of, start: float, rows: int, optimizer: str) -> list[torch.Tensor]:
+    """Train parameters from `start` towards taps (0.3, 0.7); return the taps before and after.
+
+    Gradients are as small as in training, so that Adam's epsilon counts.
+    """
+    parameters = torch.full((rows, 4), start, requires_grad=True)
+    target = torch.tensor([[0.3], [0.7]])
+    adam = torch.optim.Adam([parameters], lr=0.05, betas=(0.9, 0.95), eps=1e-8)
+    chosen = adam if optimizer == "adam" else torch.optim.SGD([parameters], lr=0.05)
+    scale = 1e-3 if optimizer == "adam" else 1.0
+    before = taps_of(parameters).detach().clone()
+    for _ in range(1500):
+        chosen.zero_grad()
+        (scale * (taps_of(parameters) - target).square().sum()).backward()
+        chosen.step()
+    return [before, taps_of(parameters).detach(), target.expand(2, 4)]
+
+
+@pytest.mark.parametrize("end", [0, 1])
+@pytest.mark.parametrize(
+    ("variant", "optimizer"),
+    # SGD has no scale of its own: it climbs a sigmoid's slope in its time, not in a test's.
+    [*((variant, "adam") for variant in get_args(Variant)), ("free", "sgd"), ("clamp", "sgd")],
+)
+def test_no_variant_has_a_region_that_a_tap_cannot_leave(variant, end, optimizer):
+    kv_shift = KVShiftConfig(variant=variant)
+    rows = kv_shift.parameters_per_group // 2
+    start = FAR_OUT[variant][end]
+    before, after, target = train(
+        lambda parameters: taps_from_parameters(kv_shift, parameters), start, rows, optimizer
+    )
+    assert not torch.allclose(before, target, atol=0.2)
+    torch.testing.assert_close(after, target, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_a_dead_region_is_noticed(end):
+    """Train torch's own clamp and sigmoid: neither comes back."""
+    for taps_of, start, rows in (
+        (lambda p: p.clamp(0.0, 1.0), FAR_OUT["clamp"][end], 2),
+        (lambda p: torch.stack((p[0].sigmoid(), 1 - p[0].sigmoid())), FAR_OUT["gate"][end], 1),
+    ):
+        before, after, _ = train(taps_of, start, rows, "adam")
+        assert torch.allclose(before, after, atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", get_args(Variant))
+def test_a_gradient_does_not_depend_on_how_the_batch_is_cut(variant):
+    """Parts of a batch, on ranks or one after the other, may pull a tap in opposite directions."""
+    kv_shift = KVShiftConfig(variant=variant)
+    rows = kv_shift.parameters_per_group // 2
+    parts = torch.randn(8, 2, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for start in (*FAR_OUT[variant], 0.5):
+
+        def gradient(weight, start=start):
+            parameters = torch.full((rows, 5), start, dtype=torch.float64, requires_grad=True)
+            (taps_from_parameters(kv_shift, parameters) * weight).sum().backward()
+            return parameters.grad
+
+        torch.testing.assert_close(sum(map(gradient, parts)), gradient(parts.sum(0)))
+        if variant == "clamp" and start != 0.5:
+            # The planted error: let only those pass that point inwards.
+            outwards = 1 if start < 0 else -1
+            inwards = sum((outwards * gradient(p)).clamp(max=0) * outwards for p in parts)
+            at_once = (outwards * gradient(parts.sum(0))).clamp(max=0) * outwards
+            assert not torch.allclose(inwards, at_once)
 
 
 @pytest.fixture

@@ -15,6 +15,9 @@ from .configuration_kvshift import KVShiftLlamaConfig
 from .layers_kvshift import KVShiftRMSNorm, rotate
 from .plan_kvshift import ShiftPlan, pick
 
+# The least derivative of a gate by its logit: further out a sigmoid's own would stop it for good.
+FLATTEST_GATE = 1e-4
+
 
 class KVShiftLlamaAttention(nn.Module):
     """Grouped-query attention over shifted keys and values (arXiv 2411.19574, Eq. 4-6, App. F).
@@ -56,7 +59,7 @@ class KVShiftLlamaAttention(nn.Module):
         """Draw the paper's initial taps: all but the last ~ U(0, 1), the last is 1 minus their sum.
 
         ``clamp`` with a window above 2 starts as identity instead: most last taps would start below
-        0, and the clamp gives them no gradient there.
+        0, so that the applied taps would not sum to 1.
         """
         for names in self.tap_names.values():
             parameters = [getattr(self, name) for name in names]
@@ -74,11 +77,11 @@ class KVShiftLlamaAttention(nn.Module):
         parameters = torch.stack([getattr(self, name) for name in self.tap_names[kind]]).to(dtype)
         if self.config.kv_shift_variant == "gate":
             gate = torch.sigmoid(parameters[0])
+            is_flat = (gate * (1.0 - gate)).detach() < FLATTEST_GATE
+            gate = torch.where(is_flat, _with_slope(gate, parameters[0], FLATTEST_GATE), gate)
             return torch.stack((gate, 1.0 - gate))
         if self.config.kv_shift_variant == "clamp":
-            # Unlike torch's clamp, this keeps the gradient of a tap at exactly 0 or 1.
-            inside = (parameters >= 0.0) & (parameters <= 1.0)
-            return torch.where(inside, parameters, parameters.detach().clamp(0.0, 1.0))
+            return _with_slope(parameters.clamp(0.0, 1.0), parameters, 1.0)
         return parameters
 
     def shift(self, kind: str, extended: Tensor, plan: ShiftPlan) -> Tensor:
@@ -154,6 +157,14 @@ class KVShiftLlamaAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+
+def _with_slope(taps: Tensor, parameters: Tensor, slope: float) -> Tensor:
+    """Return `taps` to the bit, with the constant `slope` as their derivative by `parameters`.
+
+    A tap must learn wherever its parameter is: also outside a clamp, or far out in a sigmoid.
+    """
+    return taps.detach() + slope * (parameters - parameters.detach())
 
 
 def eager_attention(

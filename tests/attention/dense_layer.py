@@ -75,7 +75,8 @@ class DenseLayer:
         while (name := f"self_attention.{kind}_{len(taps) + 1}") in weights:
             tap = weights[name][group]
             if self.variant == "clamp":
-                tap = tap if 0 <= tap <= 1 else 0 * tap + (tap > 1)
+                # Clamped, with the derivative 1 everywhere.
+                tap = min(max(tap.item(), 0.0), 1.0) + (tap - tap.item())
             taps.append(tap)
         return taps or [torch.ones((), dtype=torch.float64)]
 

@@ -32,7 +32,7 @@ def taps_joined(tensors: dict) -> dict:
     """Join the alphas of a layer into one vector, and its betas.
 
     The gradient of one tap is a sum over all tokens. It can cancel to almost nothing, and then its
-    own relative error means nothing (with `clamp` it can be exactly zero).
+    own relative error means nothing.
     """
     joined = {}
     for name, tensor in tensors.items():

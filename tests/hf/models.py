@@ -81,10 +81,8 @@ def defined_taps(config, parameters: dict[str, Tensor], prefix: str, kind: str) 
         parameters[f"{prefix}{kind}_{j}"].double() for j in range(1, config.kv_shift_window + 1)
     ]
     if config.kv_shift_variant == "clamp":
-        taps = [
-            torch.where(t > 1, torch.ones_like(t), torch.where(t < 0, torch.zeros_like(t), t))
-            for t in taps
-        ]
+        # Clamped, with the derivative 1 everywhere.
+        taps = [t - (t - t.minimum(torch.ones(())).maximum(torch.zeros(()))).detach() for t in taps]
     return taps
 
 

@@ -5,8 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvshift_megatron import KVShiftConfig
 from kvshift_megatron.hf.attention_kvshift import KVShiftLlamaAttention
+from kvshift_megatron.hf.configuration_kvshift import VARIANTS as VARIANT_NAMES
 from kvshift_megatron.hf.plan_kvshift import ShiftPlan
+from kvshift_megatron.taps import taps_from_parameters
 from tests.hf.agreement import FLOAT64
 from tests.hf.models import (
     VARIANTS,
@@ -87,21 +90,45 @@ def test_gradients_are_those_of_the_definition(options):
     assert agrees(ours, reference, 1e-6)
     got = torch.autograd.grad((ours * weight).sum(), leaves.values())
     expected = torch.autograd.grad((reference * weight).sum(), leaves.values())
+    outside = config.kv_shift_variant != "clamp"
     for name, a, b in zip(leaves, got, expected):
         if config.kv_shift_variant == "clamp" and ("alpha" in name or "beta" in name):
-            outside = (leaves[name] < 0) | (leaves[name] > 1)
-            assert not a[outside].any()
-        assert a.abs().max() > 0 or "clamp" in config.kv_shift_variant, name
+            outside |= bool(((leaves[name] < 0) | (leaves[name] > 1)).any())
+        assert a.abs().max() > 0, name
         assert agrees(a, b, 1e-5), name
+    assert outside, "a test of the clamp needs taps outside it"
 
 
-def test_a_tap_at_the_edge_of_the_clamp_keeps_its_gradient():
+def test_a_tap_at_the_edge_of_the_clamp_or_outside_it_keeps_its_gradient():
     attention = random_attention(tiny_config(kv_shift_variant="clamp", attn_implementation="eager"))
-    with torch.no_grad():
-        attention.beta_1.fill_(1.0)
-        attention.beta_2.fill_(0.0)
-    run_attention(attention, torch.randn(1, 5, 32).double()).pow(2).sum().backward()
-    assert attention.beta_1.grad.abs().min() > 0 and attention.beta_2.grad.abs().min() > 0
+    for first, second in ((1.0, 0.0), (1.01, -0.01), (-9.0, 9.0)):
+        with torch.no_grad():
+            attention.beta_1.fill_(first)
+            attention.beta_2.fill_(second)
+        attention.zero_grad()
+        run_attention(attention, torch.randn(1, 5, 32).double()).pow(2).sum().backward()
+        assert attention.beta_1.grad.abs().min() > 0 and attention.beta_2.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("logit", [-100.0, -12.0, -3.0, 0.5, 12.0, 100.0])
+def test_the_taps_are_those_of_megatrons_layer_and_learn_alike(logit):
+    """Two files say the formulas, which must not drift apart: values and derivatives to the bit."""
+    for variant in VARIANT_NAMES:
+        config = tiny_config(kv_shift_variant=variant, attn_implementation="eager")
+        attention = random_attention(config).float()
+        with torch.no_grad():
+            for name in attention.tap_names["key"]:
+                getattr(attention, name).add_(logit)
+        parameters = [getattr(attention, name) for name in attention.tap_names["key"]]
+        ours = attention.taps("key", torch.float32)
+        weight = torch.randn(ours.shape)
+        shift = KVShiftConfig(variant=variant, window=config.kv_shift_window)
+        megatrons = taps_from_parameters(shift, torch.stack(parameters))
+        assert torch.equal(ours, megatrons)
+        grads = [
+            torch.autograd.grad((taps * weight).sum(), parameters) for taps in (ours, megatrons)
+        ]
+        assert all(map(torch.equal, *grads)) and all(grad.all() for grad in grads[0])
 
 
 @given(
