@@ -113,6 +113,12 @@ def _converted(
 ) -> Any:
     if not isinstance(kv_shift, KVShiftConfig):
         kv_shift = KVShiftConfig(**kv_shift)
+    transformer = getattr(config, "transformer", config)
+    if isinstance(spec, ModuleSpec) and transformer.heterogeneous_block_specs:
+        raise ValueError(
+            "heterogeneous_block_specs: every layer has a configuration of its own, but the spec "
+            "is one layer for all: use kv_shift_layer_spec"
+        )
     spec = convert_specs(spec, None, config, kv_shift, vp_stage)[0]
     # Builders that take a spec callable use Megatron's own layer for MTP if it returns no layer.
     is_empty = getattr(spec, "layer_specs", None) == []

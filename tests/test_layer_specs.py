@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from kvshift_megatron import KVShiftConfig, layer_specs
 from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
+from kvshift_megatron.attention.spec_check import LayerSpec
 from kvshift_megatron.layer_specs import (
     kv_shift_layer_spec,
     shifting,
@@ -105,7 +106,13 @@ def test_every_self_attention_is_replaced_and_the_spec_unchanged(build, count):
     assert {node.module for node in old} == {SelfAttention}
     for node, original in zip(new, old, strict=True):
         assert node.module is KVShiftSelfAttention
-        assert node.params == {"attn_mask_type": AttnMaskType.causal, "kv_shift": KV_SHIFT}
+        has_experts = node.params["layer_spec"].has_experts
+        assert has_experts in (False, build is moe_block_spec)
+        assert node.params == {
+            "attn_mask_type": AttnMaskType.causal,
+            "kv_shift": KV_SHIFT,
+            "layer_spec": LayerSpec(has_experts),
+        }
         assert node.submodules == original.submodules
         assert original.params == {"attn_mask_type": AttnMaskType.causal}
 

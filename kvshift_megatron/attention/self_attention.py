@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import NoneType
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from megatron.core.tensor_parallel import (
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -26,6 +24,7 @@ from kvshift_megatron.attention.context_parallel import (
 )
 from kvshift_megatron.attention.packed_sequences import physical_cu_seqlens
 from kvshift_megatron.attention.rope import RopeFusion, shift_and_rotate
+from kvshift_megatron.attention.spec_check import LayerSpec, check_norms
 from kvshift_megatron.attention.validation import check_at_start, refuse_call
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.stored.at_load import watch
@@ -49,6 +48,7 @@ class KVShiftSelfAttention(SelfAttention):
     Args:
         config, submodules, layer_number, **kwargs: As for SelfAttention.
         kv_shift: The taps; see KVShiftConfig.
+        layer_spec: The spec that this attention stands in, to compare it with the configuration.
 
     Raises:
         ValueError: KV shifting cannot honour the configuration; the message names the setting and
@@ -71,17 +71,14 @@ class KVShiftSelfAttention(SelfAttention):
         layer_number: int,
         *args: Any,
         kv_shift: KVShiftConfig = KVShiftConfig(),
+        layer_spec: LayerSpec = LayerSpec(),
         **kwargs: Any,
     ) -> None:
         check_at_start(config)
         watch(kv_shift)
+        layer_spec.check(config, layer_number)
         super().__init__(config, submodules, layer_number, *args, **kwargs)
-        if config.qk_layernorm and isinstance(self.q_layernorm, NoneType | IdentityOp):
-            raise ValueError(
-                "qk_layernorm is on, but the layer spec has no norm of queries and keys: use a "
-                "spec with it (kvshift_megatron.static_specs has both kinds), or drop "
-                "--qk-layernorm"
-            )
+        check_norms(config, (self.q_layernorm, self.k_layernorm))
         self.kv_shift = kv_shift
         self._tap_names = tap_names(kv_shift)
         self._call = _Call()

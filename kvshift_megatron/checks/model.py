@@ -51,7 +51,8 @@ def assert_kv_shift(
         ValueError: A layer has another attention or other taps, or no layer has any attention; the
             message holds the line. Raised on every pipeline stage.
     """
-    layers = gather_layers(model if isinstance(model, list) else [model])
+    chunks = model if isinstance(model, list) else [model]
+    layers = gather_layers(chunks)
     line = describe(layers)
     expected = f" ({kv_shift.describe()})" if kv_shift else ""
     if not layers or any(
@@ -61,6 +62,13 @@ def assert_kv_shift(
             f"KV shifting{expected} was asked for, but not every attention of the model has it "
             f"({line}): check the layer spec (--spec) and the specs of multi-token prediction; a "
             "script whose model builder ignores --kv-shift cannot shift"
+        )
+    mtp = getattr(get_attr_wrapped_model(chunks[0], "config"), "mtp_num_layers", None)
+    if mtp and not any(layer.is_mtp for layer in layers):
+        raise ValueError(
+            f"mtp_num_layers={mtp}, but the model has no layer of multi-token prediction ({line}): "
+            "pass GPTModel an mtp_block_spec, converted with with_kv_shift, or drop "
+            "--mtp-num-layers"
         )
     return line
 

@@ -1,13 +1,17 @@
 """Replace the attention in a Megatron spec by KV-shifting attention, or refuse the spec."""
 
 from dataclasses import replace as replace_fields
+from functools import partial
 from typing import Any
 
 from megatron.core.transformer.attention import Attention, CrossAttention, SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
+from kvshift_megatron.attention.spec_check import LayerSpec
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.specs.rewrite import module_class, rewrite
 
@@ -22,13 +26,16 @@ NO_ATTENTION = (
 _STACKS = ("HybridStackSubmodules", "MambaStackSubmodules")
 
 
-def with_kv_shift(spec: Any, kv_shift: KVShiftConfig = KVShiftConfig()) -> Any:
+def with_kv_shift(
+    spec: Any, kv_shift: KVShiftConfig = KVShiftConfig(), static: LayerSpec = LayerSpec()
+) -> Any:
     """Return a deep copy of a Megatron spec with KV-shifting attention for every SelfAttention.
 
     Args:
         spec: Any layer, block, hybrid-stack or multi-token-prediction spec: a ModuleSpec, a
             submodules dataclass, or a list or dict of these.
         kv_shift: The taps of every replaced layer.
+        static: The settings that the spec was made for, if it is made before there are any.
 
     Returns:
         The copy; `spec` itself does not change. A hybrid stack may list layer kinds whose attention
@@ -38,7 +45,7 @@ def with_kv_shift(spec: Any, kv_shift: KVShiftConfig = KVShiftConfig()) -> Any:
         ValueError: Nothing was replaced, or the spec holds an attention that is not exactly
             Megatron's SelfAttention and would not shift.
     """
-    conversion = _Conversion(kv_shift)
+    conversion = _Conversion(kv_shift, static)
     result = rewrite(spec, conversion.visit)
     if conversion.refused:
         names = ", ".join(sorted(set(conversion.refused)))
@@ -57,8 +64,8 @@ def with_kv_shift(spec: Any, kv_shift: KVShiftConfig = KVShiftConfig()) -> Any:
 class _Conversion:
     """The visitor for one `rewrite`."""
 
-    def __init__(self, kv_shift: KVShiftConfig) -> None:
-        self.kv_shift = kv_shift
+    def __init__(self, kv_shift: KVShiftConfig, static: LayerSpec) -> None:
+        self.params = {"kv_shift": kv_shift, "layer_spec": static}
         self.replaced = 0
         self.refused: list[str] = []
 
@@ -69,7 +76,7 @@ class _Conversion:
             return replace_fields(
                 node,
                 module=KVShiftSelfAttention,
-                params={**node.params, "kv_shift": self.kv_shift},
+                params={**node.params, **self.params},
             )
         if module is KVShiftSelfAttention:
             raise ValueError(
@@ -96,7 +103,11 @@ class _Conversion:
     def _layer(self, node: TransformerLayerSubmodules) -> TransformerLayerSubmodules:
         """Guard a layer whose self_attention is not a SelfAttention."""
         module = module_class(node.self_attention)
-        if module is KVShiftSelfAttention or module is None or module.__name__ in NO_ATTENTION:
+        if module is KVShiftSelfAttention:
+            return replace_fields(
+                node, self_attention=_with_experts(node.self_attention, _has_experts(node.mlp))
+            )
+        if module is None or module.__name__ in NO_ATTENTION:
             return node
         if not _is_other_attention(module):
             self.refused.append(module.__name__)
@@ -118,6 +129,19 @@ class RefusedAttention:
             "and values to shift: use attention (*), Mamba (M), MLP (-) and MoE (E) layers only, "
             "or train without KV shifting"
         )
+
+
+def _has_experts(mlp: Any) -> bool | None:
+    """Return whether a layer's MLP is a mixture of experts; None if it has no MLP."""
+    module = module_class(mlp)
+    if isinstance(module, type) and issubclass(module, MoELayer):
+        return True
+    return False if isinstance(mlp, ModuleSpec | partial) and module is not IdentityOp else None
+
+
+def _with_experts(attention: ModuleSpec, has_experts: bool | None) -> ModuleSpec:
+    layer_spec = replace_fields(attention.params["layer_spec"], has_experts=has_experts)
+    return replace_fields(attention, params={**attention.params, "layer_spec": layer_spec})
 
 
 def _is_other_attention(module: Any) -> bool:

@@ -57,8 +57,10 @@ class SDPACoreAttention(MegatronModule):
         softmax_type = getattr(config, "softmax_type", "vanilla")
         if softmax_type != "vanilla":
             raise ValueError(
-                f"softmax_type={softmax_type!r} needs Transformer Engine's attention: "
-                "use --softmax-type vanilla, or --transformer-impl transformer_engine on a GPU"
+                f"softmax_type={softmax_type!r} is not in the core attention of a static spec: use "
+                "--spec kvshift_megatron.layer_specs kv_shift_layer_spec or `python -m "
+                "kvshift_megatron.pretrain`, which keep Megatron's own for it, or --softmax-type "
+                "vanilla"
             )
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
