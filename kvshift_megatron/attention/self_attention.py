@@ -1,5 +1,6 @@
 """KVShiftSelfAttention: Megatron-Core's self-attention with shifted keys and values."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ from kvshift_megatron.attention.validation import check_at_start, refuse_call
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.stored.at_load import watch
 from kvshift_megatron.taps import initial_values, resolve_seed, tap_names, taps_by_kind
+
+_FORWARD = inspect.signature(SelfAttention.forward)
 
 
 @dataclass(slots=True)
@@ -117,16 +120,18 @@ class KVShiftSelfAttention(SelfAttention):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the taps in place; called again when a meta-device model gets its storage."""
-        values = initial_values(
+        for name, value in self._initial_values().items():
+            tap = getattr(self, name)
+            if not tap.is_meta:
+                tap.copy_(value[self.stored_groups])
+
+    def _initial_values(self) -> dict[str, Tensor]:
+        return initial_values(
             self.kv_shift,
             resolve_seed(self.kv_shift),
             self.layer_number,
             self.config.num_query_groups,
         )
-        for name, value in values.items():
-            tap = getattr(self, name)
-            if not tap.is_meta:
-                tap.copy_(value[self.stored_groups])
 
     def load_without_taps(self) -> None:
         """Leave the taps out of the next checkpoint load, which reads a vanilla model."""
@@ -144,7 +149,7 @@ class KVShiftSelfAttention(SelfAttention):
         """Load as Module does, but refuse attention weights without their taps, strict or not.
 
         Raises:
-            ValueError: The taps are missing, and they do not start as identity.
+            ValueError: The taps are missing, and they do not start as identity or no longer are.
         """
         taps = [prefix + name for names in self._tap_names.values() for name in names]
         missing = [key for key in taps if key not in state_dict]
@@ -157,23 +162,36 @@ class KVShiftSelfAttention(SelfAttention):
                 "start KV shifting from vanilla weights, set init='identity' "
                 "(--kv-shift-init identity); otherwise load a checkpoint with these taps"
             )
+        if has_weights and starts_from_vanilla and not self._taps_are_initial():
+            raise ValueError(
+                f"the state dict holds the attention {prefix!r} without its taps, which have been "
+                "trained here: add the taps to the state dict, or call reset_parameters() of the "
+                "attention first to start KV shifting from these weights"
+            )
         self._loads_without_taps = False
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, *rest
         )
         if has_weights and starts_from_vanilla:
-            self.reset_parameters()
             missing_keys[:] = [key for key in missing_keys if key not in taps]
 
+    def _taps_are_initial(self) -> bool:
+        """Return whether no tap differs from what this layer started with."""
+        return all(
+            tap.is_meta or torch.equal(tap, value[self.stored_groups].to(tap))
+            for name, value in self._initial_values().items()
+            for tap in (getattr(self, name),)
+        )
+
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any
+        self, hidden_states: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Run SelfAttention.forward; refuse calls that the shift does not support yet.
 
         Args:
             hidden_states: [s, b, h], with sequence parallelism [s / TP, b, h].
             attention_mask: As for SelfAttention.
-            **kwargs: As for SelfAttention.
+            *args, **kwargs: As for SelfAttention.
 
         Returns:
             SelfAttention's (output, in the shape and dtype of hidden_states; bias or None).
@@ -181,6 +199,10 @@ class KVShiftSelfAttention(SelfAttention):
         Raises:
             ValueError: There is an inference context, or a context-parallel group of the batch.
         """
+        if args:
+            # By name, as what follows reads them; a wrong number raises Python's TypeError.
+            bound = _FORWARD.bind(self, hidden_states, attention_mask, *args, **kwargs)
+            kwargs = dict(list(bound.arguments.items())[3:])
         refuse_call(**kwargs)
         if self._loads_without_taps:
             self._loads_without_taps = False

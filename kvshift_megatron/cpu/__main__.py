@@ -67,12 +67,12 @@ def _path_of(script: str) -> list[str]:
 
 
 def _check_spec(script: str, arguments: list[str]) -> None:
-    """Raise ValueError if `--spec` names a module that the script would not find."""
-    module, before = named_specs.spec_module(arguments), list(sys.path)
+    """Raise ValueError if `--spec` names a module or spec that the script would not find."""
+    named, before = named_specs.named_spec(arguments), list(sys.path)
     sys.path[:] = _path_of(script)
     try:
-        if module is not None and not named_specs.is_there(module):
-            raise ValueError(named_specs.sentence(module))
+        if named and (not named_specs.is_there(named[0]) or named_specs.is_no_spec(*named)):
+            raise ValueError(named_specs.sentence(*named))
     finally:
         sys.path[:] = before
 

@@ -71,6 +71,20 @@ def filled_arguments(original: Callable) -> Callable:
     return parse_args
 
 
+def split_sizes(original: Callable) -> Callable:
+    """Wrap `maybe_move_tensor_to_cpu` to return an array if asked for one, as for a GPU's tensor.
+
+    The counts of the all-to-all dispatcher come this way; no tensor is taken for them.
+    """
+
+    @functools.wraps(original)
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, *args: Any, **kw: Any) -> Any:
+        moved = original(tensor, as_numpy, *args, **kw)
+        return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+
+    return maybe_move_tensor_to_cpu
+
+
 def async_caller(original: type) -> type:
     """Derive a class that runs `--async-save`'s background process for tensors on the CPU."""
 

@@ -12,14 +12,25 @@ from typing import Any
 from kvshift_megatron.arguments import megatron_args
 
 _PACKAGE = __name__.partition(".")[0]
+# What --spec may name in this package.
+_NAMES = {
+    f"{_PACKAGE}.layer_specs": ("kv_shift_layer_spec", "vanilla_layer_spec"),
+    f"{_PACKAGE}.static_specs": (
+        "te_layer_spec",
+        "te_qk_layernorm_layer_spec",
+        "local_layer_spec",
+        "local_qk_layernorm_layer_spec",
+        "hybrid_stack_spec",
+    ),
+}
 
 
 class MisspeltSpec(RuntimeError):
-    """`--spec` names a module that this package lacks; no ImportError, which Megatron ignores."""
+    """`--spec` names what this package lacks; no ImportError, which Megatron ignores."""
 
 
 def refuse_misspelt(argv: Sequence[str]) -> None:
-    """Raise MisspeltSpec if `--spec` names a module that this package does not have.
+    """Raise MisspeltSpec if `--spec` names a module or a spec that this package does not have.
 
     Importing the package calls this, and Megatron's attempt to import such a module imports the
     package first. This package's own commands are exempt: they refuse such a module themselves.
@@ -30,21 +41,28 @@ def refuse_misspelt(argv: Sequence[str]) -> None:
     """
     if _is_own_command(argv):
         return
-    for module in (spec_module(argv), _parsed_spec_module()):
-        if module is not None and module.startswith(f"{_PACKAGE}.") and not is_there(module):
-            raise MisspeltSpec(sentence(module))
+    for named in (named_spec(argv), _parsed_spec()):
+        if named is None or not named[0].startswith(f"{_PACKAGE}."):
+            continue
+        if not is_there(named[0]) or is_no_spec(*named):
+            raise MisspeltSpec(sentence(*named))
 
 
-def spec_module(argv: Sequence[str]) -> str | None:
-    """Return the module of the last `--spec MODULE NAME` on a command line, or None.
+def named_spec(argv: Sequence[str]) -> tuple[str, str] | None:
+    """Return the last `--spec MODULE NAME` on a command line, or None.
 
     Megatron itself refuses `--spec` with fewer words after it, as in `--spec=MODULE`.
     """
     for position in range(len(argv) - 3, -1, -1):
         flag, module, name = argv[position : position + 3]
         if flag == "--spec" and not module.startswith("--") and not name.startswith("--"):
-            return module
+            return module, name
     return None
+
+
+def is_no_spec(module: str, name: str) -> bool:
+    """Return whether a module of this package that has specs has none of this name."""
+    return name not in _NAMES.get(module, (name,))
 
 
 def is_there(module: str) -> bool:
@@ -71,8 +89,13 @@ def is_there(module: str) -> bool:
     return True
 
 
-def sentence(module: str) -> str:
-    """Return a sentence that says what is wrong with the name and what to do."""
+def sentence(module: str, name: str) -> str:
+    """Return a sentence that says what is wrong with the names and what to do."""
+    if module in _NAMES:
+        return (
+            f"{module} has no {name}: correct the name after --spec {module}, which is one of "
+            f"{', '.join(_NAMES[module])}"
+        )
     if module.partition(".")[0] == _PACKAGE:
         return (
             f"there is no {module}: for --spec, {_PACKAGE}.layer_specs has kv_shift_layer_spec, "
@@ -93,8 +116,8 @@ def _is_own_command(argv: Sequence[str]) -> bool:
     return named.partition(".")[0] == _PACKAGE
 
 
-def _parsed_spec_module() -> str | None:
+def _parsed_spec() -> tuple[str, str] | None:
     spec: Any = getattr(megatron_args(), "spec", None)
     # A script may keep something else there, such as a static spec.
-    is_pair = isinstance(spec, list | tuple) and len(spec) == 2 and isinstance(spec[0], str)
-    return spec[0] if is_pair else None
+    is_pair = isinstance(spec, list | tuple) and len(spec) == 2
+    return tuple(spec) if is_pair and all(isinstance(word, str) for word in spec) else None

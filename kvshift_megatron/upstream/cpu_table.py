@@ -23,6 +23,7 @@ _NEW_METHODS = (
 
 _INITIALIZE = "megatron.training.initialize"
 _DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
 _ASYNC_CALLER = "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller"
 
 
@@ -103,6 +104,9 @@ def rows(
         *dataset_helpers.rows(),
         *_wrap("The defaults name Transformer Engine and NCCL.", h.filled_arguments,
                "megatron.training.arguments.parse_args"),
+        # Experts
+        *_wrap("It makes split sizes an array only if they come from a GPU, and gloo takes no "
+               "tensor.", h.split_sizes, f"{_DISPATCHER}.maybe_move_tensor_to_cpu"),
         # Checkpoints
         *_wrap("It expects the state of a GPU's fused Adam.", h.distributed_optimizer,
                _DISTRIBUTED_OPTIMIZER),

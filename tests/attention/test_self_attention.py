@@ -1,12 +1,14 @@
 """KVShiftSelfAttention on one rank, against vanilla attention with keys and values shifted here."""
 
 from functools import partial
+from inspect import signature
 
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import build_module
 
 from kvshift_megatron import KVShiftConfig
@@ -470,3 +472,51 @@ def test_it_is_a_self_attention():
     attention = build_attention(KVShiftConfig())
     assert isinstance(attention, KVShiftSelfAttention)
     assert attention.attention_type == "self"
+
+
+def test_forward_takes_the_positional_arguments_of_megatrons():
+    attention = build_attention(KVShiftConfig())
+    x, rotary = hidden_states(), (angles(8), angles(8))
+    expected, _ = attention(x, attention_mask=None, rotary_pos_emb=rotary)
+    assert torch.equal(attention(x, None, None, None, rotary)[0], expected)
+    positional = [name for name, parameter in signature(SelfAttention.forward).parameters.items()
+                  if parameter.kind == parameter.POSITIONAL_OR_KEYWORD]  # fmt: skip
+    # Behind them all, packed documents still reach the shift.
+    edges = torch.tensor([0, 3, TOKENS], dtype=torch.int32)
+    packed = PackedSeqParams("thd", edges, edges, None, None, TOKENS, TOKENS)
+    values = {"packed_seq_params": packed, "rotary_pos_emb": rotary}
+    given = [values.get(name) for name in positional[3:]]
+    one = x[:, :1]
+    expected, _ = attention(one, None, **values)
+    assert torch.equal(attention(one, None, *given)[0], expected)
+    assert not torch.equal(attention(one, None, rotary_pos_emb=rotary)[0], expected)
+    with pytest.raises(TypeError, match="too many positional"):
+        attention(one, None, *given, None)
+    with pytest.raises(TypeError, match="multiple values"):
+        attention(one, None, None, key_value_states=None)
+    with pytest.raises(ValueError, match="inference_context"):
+        attention(one, None, None, object())
+
+
+def test_trained_taps_survive_a_state_dict_without_taps():
+    kv_shift = KVShiftConfig(init="identity")
+    model = gpt_model(transformer_config(), kv_shift_layer_spec(transformer_config(),
+                      kv_shift=kv_shift), vocab_size=VOCABULARY)  # fmt: skip
+    whole = model.state_dict()
+    vanilla = {key: value for key, value in whole.items() if ".alpha_" not in key}
+    vanilla = {key: value for key, value in vanilla.items() if ".beta_" not in key}
+    # Untrained, it is the start from a vanilla model.
+    assert not model.load_state_dict(vanilla).missing_keys
+    randomize_taps(model)
+    trained = {key: value.clone() for key, value in model.state_dict().items() if "_1" in key}
+    for strict in (True, False):
+        with pytest.raises(ValueError, match=r"which have been trained here.*reset_parameters"):
+            model.load_state_dict(vanilla, strict=strict)
+    # Parts without the attention's weights leave taps alone, and are reported as torch does.
+    some = {key: value for key, value in vanilla.items() if "mlp" in key}
+    assert any("alpha_1" in key for key in model.load_state_dict(some, strict=False).missing_keys)
+    for key, value in trained.items():
+        assert torch.equal(model.state_dict()[key], value)
+    for layer in model.decoder.layers:
+        layer.self_attention.reset_parameters()
+    assert not model.load_state_dict(vanilla).missing_keys

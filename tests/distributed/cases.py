@@ -136,7 +136,7 @@ HYBRID = Model("hybrid", num_query_groups=2, hybrid=("*-", "*-"))
 
 # Models that are not a stack of equal, ordinary GPT layers.
 KINDS = (SLIDING, SCALED, NO_ROPE, MOE, MTP, HETEROGENEOUS, HYBRID)
-# On several ranks the other dispatcher passes counts to gloo that gloo does not accept.
+# MOE itself has the all-to-all dispatcher.
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
 UNEVEN = {"pipeline_model_parallel_layout": "Et|tt|t|L"}
 UNEVEN_MTP = {"pipeline_model_parallel_layout": "Ett|t|t|mL"}
@@ -185,6 +185,7 @@ _TWO = [
     *(Case(model, cp=2) for model in (SLIDING, SCALED, NO_ROPE, MOE, MTP)),
     Case(GQA2, pp=2, vpp=2, transformer=UNEVEN),
     Case(MTP, pp=2, vpp=2, transformer=UNEVEN_MTP),
+    Case(MOE, ep=2),
     Case(MOE, ep=2, transformer=ALLGATHER),
 ]
 _FOUR = [
@@ -202,6 +203,7 @@ _FOUR = [
     Case(MQA, tp=2, cp=2, sp=True, transformer=FULL_RECOMPUTE),
     Case(GQA, pp=2, cp=2),
     Case(WINDOW_3, pp=2, cp=2, transformer=FULL_RECOMPUTE),
+    Case(MOE, tp=2, ep=2, sp=True),
     Case(MOE, tp=2, ep=2, sp=True, transformer=ALLGATHER),
     Case(MTP, tp=2, pp=2, vpp=2, sp=True, transformer=UNEVEN_MTP),
     Case(SLIDING, tp=2, cp=2, sp=True),

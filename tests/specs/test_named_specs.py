@@ -4,18 +4,20 @@ import subprocess
 import sys
 
 import pytest
+from megatron.core.transformer.spec_utils import ModuleSpec
 
+from kvshift_megatron import layer_specs, static_specs
 from kvshift_megatron.cpu import __main__ as launcher
 from kvshift_megatron.specs import named_specs
 from tests.support.launch import PROJECT, python_path
 
 
 @pytest.mark.parametrize(
-    ("words", "module"),
+    ("words", "named"),
     [
-        (["--spec", "a.b", "c"], "a.b"),
-        (["x.py", "--bf16", "--spec", "a.b", "c", "--swiglu"], "a.b"),
-        (["--spec", "a.b", "c", "--spec", "d.e", "f"], "d.e"),
+        (["--spec", "a.b", "c"], ("a.b", "c")),
+        (["x.py", "--bf16", "--spec", "a.b", "c", "--swiglu"], ("a.b", "c")),
+        (["--spec", "a.b", "c", "--spec", "d.e", "f"], ("d.e", "f")),
         (["--spec", "local", "--bf16"], None),
         (["--spec", "local"], None),
         (["--spec=a.b", "c"], None),
@@ -23,8 +25,8 @@ from tests.support.launch import PROJECT, python_path
         ([], None),
     ],
 )
-def test_the_last_spec_counts(words, module):
-    assert named_specs.spec_module(words) == module
+def test_the_last_spec_counts(words, named):
+    assert named_specs.named_spec(words) == named
 
 
 @pytest.fixture
@@ -87,11 +89,40 @@ def test_the_launcher_refuses_a_module_that_does_not_exist(script, module, said,
     assert sys.path == before
 
 
-@pytest.mark.parametrize("module", ["kvshift_megatron.layer_specs", "package.inner.specs", "top"])
-def test_the_launcher_accepts_a_module_that_the_script_finds(script, module):
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("kvshift_megatron.layer_specs", "kv_shift_layer_spec"),
+        ("package.inner.specs", "name"),
+        ("top", "name"),
+    ],
+)
+def test_the_launcher_accepts_a_module_that_the_script_finds(script, module, name):
     before = list(sys.path)
-    assert launcher.main([script, "--spec", module, "name"]) == 0
+    assert launcher.main([script, "--spec", module, name]) == 0
     assert sys.path == before
+
+
+def test_a_misspelt_name_in_a_module_of_specs_is_one_sentence(script, capsys):
+    words = ["--spec", "kvshift_megatron.static_specs", "te_layer_spek"]
+    said = "kvshift_megatron.static_specs has no te_layer_spek: correct the name after --spec "
+    assert launcher.main([script, *words]) == 2
+    assert capsys.readouterr().err.startswith(f"kvshift-cpu: {said}")
+    with pytest.raises(named_specs.MisspeltSpec, match=said):
+        named_specs.refuse_misspelt(["pretrain_gpt.py", *words])
+    named_specs.refuse_misspelt(["pretrain_gpt.py", *words[:-1], "te_layer_spec"])
+
+
+def test_the_names_of_the_specs_are_all_there():
+    made = {name for name, spec in vars(static_specs).items() if isinstance(spec, ModuleSpec)}
+    assert made == set(named_specs._NAMES["kvshift_megatron.static_specs"])
+    callables = {
+        name
+        for name, function in vars(layer_specs).items()
+        if name.endswith("_layer_spec") and not name.startswith("_") and callable(function)
+        and function.__module__ == layer_specs.__name__
+    }  # fmt: skip
+    assert callables == set(named_specs._NAMES["kvshift_megatron.layer_specs"])
 
 
 def test_the_launcher_refuses_before_anything_else_does(tmp_path):
