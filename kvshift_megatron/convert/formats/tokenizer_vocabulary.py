@@ -57,7 +57,7 @@ def vocabulary_of_files(folder: Path) -> dict[Any, int]:
     tokens: dict[Any, Any] = {}  # ids are checked below
     if (folder / "tokenizer.json").is_file():
         content = read_json(folder / "tokenizer.json")
-        tokens = _of_fast_model(content.get("model"))
+        tokens.update(_of_fast_model(content.get("model")))
         for added in _objects(content.get("added_tokens")):
             tokens[added.get("content")] = added.get("id")
     elif (folder / "vocab.json").is_file():
