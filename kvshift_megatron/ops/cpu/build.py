@@ -1,56 +1,72 @@
-"""Compile a C file for this machine once, and keep the result in the user's cache.
+"""Compile a C file for this machine once, and keep the result where only this user can write.
 
 Machines may share the home directory that holds the cache, and many ranks may start at once. So a
 file's name depends on all that it was built from and for, it is renamed into place when complete,
-and no process waits for another: at worst, several ranks compile the same file.
+and one process compiles while the others wait. They wait for a lock that the system releases when
+its holder dies, and not for longer than a compilation may take.
 """
 
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-# The folder of compiled files; if not set, kvshift_megatron in the user's cache.
-VARIABLE = "KVSHIFT_CACHE_DIR"
+from kvshift_megatron.ops.cpu import folders
+from kvshift_megatron.ops.cpu.turns import BuildError, TooSlowError, turn
+from kvshift_megatron.utils.trusted_paths import (
+    make_private_folder,
+    why_not_ours,
+    why_not_trusted,
+)
+
+logger = logging.getLogger(__name__)
+
 _SECONDS = 120
 _NATIVE = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 
 
-class BuildError(RuntimeError):
-    """Compiling or loading failed; the message is a clause that says why."""
-
-
 def load(source: Path) -> ctypes.CDLL:
-    """Compile and load `source`, or load it from the cache if an undamaged file is there.
+    """Compile and load `source`, or load it from a cache if an undamaged file of ours is there.
 
     Raises:
-        BuildError: no compiler is found, it fails, or its output cannot be loaded.
+        BuildError: no compiler is found, it fails, or its output cannot be kept and loaded in any
+            folder of `folders.candidates`.
     """
     compiler = find_compiler()
     command = [*compiler, *_flags()]
     try:
         made_from = [source.read_text(), *command, _version(compiler), *_machine()]
-        key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:24]
-        folder, name = cache_folder(), f"{source.stem}-{key}.so"
-        try:
-            if not _is_whole(folder / name):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as building:
-                    os.replace(_compile(command, source, Path(building) / name), folder / name)
-            return _open(folder / name)
-        except OSError:
-            # The cache is not writable or forbids execution: compile for this process alone.
-            with tempfile.TemporaryDirectory(prefix="kvshift-") as building:
-                return _open(_compile(command, source, Path(building) / name))
     except OSError as error:
-        raise BuildError(f"{source.name} cannot be compiled and loaded: {error}") from error
+        raise BuildError(f"{source.name} cannot be read: {error}") from error
+    key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:24]
+    first: Exception | None = None
+    for folder in folders.candidates():
+        try:
+            library = _load_from(folder, f"{source.stem}-{key}.so", command, source)
+        except TooSlowError:
+            # Another folder would not make the compiler faster.
+            raise
+        except (OSError, BuildError) as error:
+            # Full, not writable, without execution, or not ours.
+            first = first or error
+            continue
+        if first:
+            logger.warning("kvshift_megatron: %s is kept in %s: %s", source.name, folder, first)
+        return library
+    if isinstance(first, BuildError):
+        raise first
+    raise BuildError(
+        f"{source.name} cannot be compiled and loaded: {first or 'there is no folder for it'}"
+    ) from first
 
 
 def find_compiler() -> list[str]:
@@ -65,12 +81,18 @@ def find_compiler() -> list[str]:
     raise BuildError("no C compiler is on PATH (cc, gcc or clang; or name one in CC)")
 
 
-def cache_folder() -> Path:
-    """Return KVSHIFT_CACHE_DIR, or kvshift_megatron in XDG_CACHE_HOME or ~/.cache."""
-    if asked := os.environ.get(VARIABLE):
-        return Path(asked)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "kvshift_megatron"
+def _load_from(folder: Path, name: str, command: Sequence[str], source: Path) -> ctypes.CDLL:
+    make_private_folder(folder)
+    if reason := why_not_trusted(folder):
+        raise PermissionError(f"{reason}, and what lies there would be run")
+    path = folder / name
+    if not _is_ours_and_whole(path):
+        with turn(folder / f".{name}.lock", _SECONDS):
+            if not _is_ours_and_whole(path):
+                with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as building:
+                    os.replace(_compile(command, source, Path(building) / name), path)
+    # The full path: the loader would search its own folders for a bare name.
+    return ctypes.CDLL(str(path.resolve()))
 
 
 def _flags() -> list[str]:
@@ -95,9 +117,9 @@ def _machine() -> tuple[str, ...]:
     return (platform.machine(), *platform.libc_ver(), *kept)
 
 
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def _run(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
     # Messages in English, for the search for "error: " below.
-    environment = {**os.environ, "LC_ALL": "C"}
+    environment = {**os.environ, "LC_ALL": "C", **environment}
     try:
         result = subprocess.run(
             command,
@@ -109,12 +131,14 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
             timeout=_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        raise BuildError(f"{shlex.join(command[:1])} took more than {_SECONDS} s") from None
+        raise TooSlowError(f"{shlex.join(command[:1])} took more than {_SECONDS} s") from None
     except OSError as error:
         raise BuildError(f"{shlex.join(command[:1])} cannot be run: {error}") from error
     if result.returncode:
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-        said = next((line for line in lines if "error: " in line), (lines or [""])[0])
+        # The linker says why in a line of its own, above GCC's error.
+        errors = (x for x in lines if "error: " in x and not x.startswith("collect2: "))
+        said = next(errors, (lines or [""])[0])
         raise BuildError(
             f"{shlex.join(command[:1])} failed with exit code {result.returncode}: {said[:300]}"
         )
@@ -122,25 +146,29 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _compile(command: Sequence[str], source: Path, target: Path) -> Path:
-    _run([*command, "-o", str(target), str(source)])
+    # The compiler's own temporary files too: another folder may be full, or others may read it.
+    _run([*command, "-o", str(target), str(source)], TMPDIR=str(target.parent))
     made = target.read_bytes()
     with target.open("ab") as file:
         # The loader does not read what follows the last section.
         file.write(hashlib.sha256(made).digest())
         file.flush()
         os.fsync(file.fileno())
+    target.chmod(0o700)  # whatever the umask is
     return target
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether the file ends in its own checksum: a truncated one would crash the loader."""
+def _is_ours_and_whole(path: Path) -> bool:
+    """Whether it is no link, nobody else could write to it, and it ends in its own checksum.
+
+    A truncated file would crash the loader.
+    """
     try:
-        content = path.read_bytes()
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode) or why_not_ours(path, found):
+                return False
+            content = file.read()
     except OSError:
         return False
     return hashlib.sha256(content[:-32]).digest() == content[-32:]
-
-
-def _open(path: Path) -> ctypes.CDLL:
-    # The full path: the loader would search its own folders for a bare name.
-    return ctypes.CDLL(str(path.resolve()))

@@ -1,66 +1,19 @@
 """Compiling the kernel for this machine: once, with any compiler, and the error without one."""
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from kvshift_megatron.ops.cpu import build, kernel
-
-TINY = "int answer(void) { return 42; }\n"
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    folder = tmp_path / "cache"
-    monkeypatch.setenv(build.VARIABLE, str(folder))
-    return folder
-
-
-@pytest.fixture
-def source(tmp_path):
-    path = tmp_path / "tiny.c"
-    path.write_text(TINY)
-    return path
-
-
-@pytest.fixture
-def calls(tmp_path, monkeypatch):
-    """Set CC to a compiler that counts its compilations; return a function that reads the count."""
-    log = tmp_path / "calls"
-    _program(
-        tmp_path / "noting-cc",
-        f'case "$*" in *--version) ;; *) echo >> {log}; sleep ${{SLOW:-0}} ;; esac\n'
-        f'exec {shutil.which("cc")} "$@"',
-    )
-    monkeypatch.setenv("CC", str(tmp_path / "noting-cc"))
-    return lambda: len(log.read_text()) if log.exists() else 0
-
-
-@pytest.fixture
-def nothing_cached_in_process():
-    caches = (kernel.why_not, kernel._entries)
-    for cached in caches:
-        cached.cache_clear()
-    yield
-    for cached in caches:
-        cached.cache_clear()
-
-
-def _program(path: Path, script: str) -> None:
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
+from kvshift_megatron.ops.cpu import build, folders, kernel
+from tests.ops.cpu.conftest import TINY, compiled_in, load_at_once
 
 
 def test_a_file_is_compiled_once(source, cache, calls):
     for _ in range(2):
         assert build.load(source).answer() == 42
     assert calls() == 1
-    assert [path.suffix for path in cache.iterdir()] == [".so"]
+    assert [path.suffix for path in compiled_in(cache)] == [".so"]
 
 
 def test_another_source_machine_or_compiler_is_another_file(source, cache, calls, monkeypatch):
@@ -71,16 +24,16 @@ def test_another_source_machine_or_compiler_is_another_file(source, cache, calls
     build.load(source)
     monkeypatch.setattr(build, "_version", lambda command: "cc 99")
     build.load(source)
-    assert calls() == len(list(cache.iterdir())) == 4
+    assert calls() == len(compiled_in(cache)) == 4
 
 
 @pytest.mark.parametrize("damage", ["cut short", "empty", "a bit flipped", "a folder"])
 def test_a_damaged_file_is_compiled_again(damage, source, cache, calls):
     # Compiled but not loaded: a loaded file must not be written to.
-    build.cache_folder().mkdir()
+    cache.mkdir()
     made = build._compile([*build.find_compiler(), *build._flags()], source, cache / "a")
     content = bytearray(made.read_bytes())
-    assert build._is_whole(made)
+    assert build._is_ours_and_whole(made)
     content[len(content) // 2] ^= 1
     damaged = {"cut short": content[:5000], "empty": b"", "a bit flipped": content}
     made.unlink()
@@ -92,60 +45,19 @@ def test_a_damaged_file_is_compiled_again(damage, source, cache, calls):
     before = calls()
     assert build.load(source).answer() == 42
     assert calls() > before
-    assert damage == "a folder" or build._is_whole(cache / name)
+    assert damage == "a folder" or build._is_ours_and_whole(cache / name)
 
 
 def _name_in_cache(source: Path, cache: Path) -> str:
     """Return the name of the compiled file, without loading it into this process."""
-    _loading_processes(source, cache.parent / "elsewhere", 1)
-    (made,) = (cache.parent / "elsewhere").iterdir()
+    elsewhere = cache.parent / "elsewhere"
+    load_at_once(source, 1, **{folders.VARIABLE: str(elsewhere)})
+    (made,) = compiled_in(elsewhere)
     return made.name
 
 
-def _loading_processes(source: Path, cache: Path, count: int) -> None:
-    # By its path: importing the package would import torch.
-    program = (
-        "import importlib.util as u, pathlib, sys"
-        "; spec = u.spec_from_file_location('c', sys.argv[1])"
-        "; c = u.module_from_spec(spec); spec.loader.exec_module(c)"
-        "; assert c.load(pathlib.Path(sys.argv[2])).answer() == 42"
-    )
-    command = [sys.executable, "-c", program, build.__file__, str(source)]
-    environment = {**os.environ, build.VARIABLE: str(cache)}
-    started = [subprocess.Popen(command, env=environment) for _ in range(count)]
-    assert [process.wait(timeout=60) for process in started] == [0] * count
-
-
-def test_several_ranks_may_compile_at_once(source, cache, calls, monkeypatch):
-    monkeypatch.setenv("SLOW", "1")
-    _loading_processes(source, cache, 3)
-    # The slow compiler makes them overlap; one complete file is left, and no partial one.
-    assert calls() > 1
-    (made,) = cache.iterdir()
-    assert build._is_whole(made)
-
-
-def test_without_a_cache_that_can_be_written_it_is_compiled_all_the_same(
-    source, tmp_path, monkeypatch
-):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv(build.VARIABLE, str(tmp_path / "file" / "cache"))
-    assert build.load(source).answer() == 42
-
-
-def test_the_cache_is_in_the_users_folder_unless_another_is_named(monkeypatch):
-    monkeypatch.setenv(build.VARIABLE, "/a")
-    assert build.cache_folder() == Path("/a")
-    monkeypatch.delenv(build.VARIABLE)
-    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert build.cache_folder() == Path("/b/kvshift_megatron")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/c")
-    assert build.cache_folder() == Path("/c/.cache/kvshift_megatron")
-
-
 def test_why_the_kernel_cannot_serve_is_said(
-    cache, tmp_path, monkeypatch, nothing_cached_in_process
+    cache, tmp_path, monkeypatch, nothing_cached_in_process, program
 ):
     def reason():
         kernel.why_not.cache_clear()
@@ -160,13 +72,13 @@ def test_why_the_kernel_cannot_serve_is_said(
     monkeypatch.setenv("CC", "nowhere-cc -m64")
     assert reason() == "CC='nowhere-cc -m64' is not a program on this machine"
     failing = 'echo note >&2; echo "a.c: error: no" >&2; exit 3'
-    _program(tmp_path / "cc", f'case "$*" in *--version) echo 1 ;; *) {failing} ;; esac')
+    program(tmp_path / "cc", f'case "$*" in *--version) echo 1 ;; *) {failing} ;; esac')
     monkeypatch.delenv("CC")
     assert reason() == "cc failed with exit code 3: a.c: error: no"
-    _program(tmp_path / "cc", 'for word; do [ "$last" != -o ] || echo no > $word; last=$word; done')
+    program(tmp_path / "cc", 'for word; do [ "$last" != -o ] || echo no > $word; last=$word; done')
     assert reason().startswith("kernel.c cannot be compiled and loaded: ")
     monkeypatch.setattr(build, "_SECONDS", 0.2)
-    _program(tmp_path / "cc", "exec /bin/sleep 60")
+    program(tmp_path / "cc", "exec /bin/sleep 60")
     assert reason() == "cc took more than 0.2 s"
     monkeypatch.setattr(kernel.platform, "machine", lambda: "riscv64")
     assert "not linux on riscv64" in reason()
