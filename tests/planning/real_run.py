@@ -12,23 +12,12 @@ from pathlib import Path
 from unittest import mock
 
 from megatron.training import training
-from torch.profiler import ProfilerActivity, profile
 
 from kvshift_megatron import pretrain
 from kvshift_megatron.planning.observe import StepObserver
-from kvshift_megatron.planning.traffic import group_of
-from tests.distributed.traffic import Recorder
+from tests.planning.between_ranks import BetweenRanks
 
 _WHICH_STEP = 2  # from 0; the first differs from all others
-
-
-class _BetweenRanks(Recorder):
-    """Leaves out messages of a rank to itself."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d" and group_of(args).size() == 1:
-            return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def main() -> None:
@@ -54,14 +43,14 @@ def _measured(real, result: dict):
         left = []
 
         def forward_step(*arguments):
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            with recorder.profiled() as profiler:
                 output = forward_step_func(*arguments)
             allocated = sum(event.self_cpu_memory_usage for event in profiler.events())
             # Autograd keeps the output only if the next operation does.
             left.append([allocated, output[0].nbytes])
             return output
 
-        with _BetweenRanks() as recorder:
+        with BetweenRanks() as recorder:
             answer = real(forward_step, data_iterator, model, optimizer, *rest, **keywords)
         result["left_allocated"] = left
         result["traffic"] = [[name, size] for name, _, size in recorder.log]
