@@ -12,7 +12,7 @@ import time
 
 from kvshift_megatron import cpu
 from kvshift_megatron.training import metrics
-from kvshift_megatron.training.run_config import model_config, parse_and_check
+from kvshift_megatron.training.run_config import check_implementation, model_config, parse_and_check
 
 
 def main() -> None:
@@ -26,6 +26,7 @@ def main() -> None:
         # Before parsing: without a GPU it also adds the flags that a CPU needs.
         cpu.enable()
         args = parse_and_check()
+        check_implementation(args)
     except ValueError as error:
         sys.exit(f"kvshift_megatron: {error}")
 

@@ -70,7 +70,7 @@ def shift_across_boundaries(
         chunks = ZigzagChunks(tokens, back, key.device)
     else:
         chunks = PackedZigzagChunks(cu_seqlens, tokens, cp_group.size(), back)
-    kernels, kept = SHIFT.prepare(inputs)
+    kernels, kept = SHIFT.prepare(inputs, back + 1)
     exchange = HaloExchange(cp_group)
     outputs = iter(ContextParallelShift.apply(kernels, chunks, exchange, *kept, *taps))
     return (

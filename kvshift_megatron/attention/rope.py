@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvshift_megatron.attention.packed_sequences import document_positions
 from kvshift_megatron.ops import kv_shift_rope
-from kvshift_megatron.ops.dispatch import implementation
+from kvshift_megatron.ops.dispatch import Shift, choose
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +32,25 @@ class RopeFusion:
     Args:
         config, layer_number: Those of the attention.
         is_spread: Whether sequences are split over context-parallel ranks.
+        window: Taps per key; 1 if keys are not shifted.
+
+    Attributes:
+        is_possible: Whether the configuration allows keys to be rotated in the pass.
 
     Raises:
         ValueError: KVSHIFT_ROPE is not one of CHOICES, or the configuration rules its value out.
     """
 
-    def __init__(self, config: TransformerConfig, layer_number: int, is_spread: bool) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, is_spread: bool, window: int = 2
+    ) -> None:
+        self.window = window
         wanted = os.environ.get(VARIABLE, "auto")
         if wanted not in CHOICES:
             raise ValueError(f"{VARIABLE} must be one of {', '.join(CHOICES)}, not {wanted!r}")
         self._is_forced = wanted == "fused"
         obstacle = _obstacle(config, is_spread)
-        if self._is_forced and obstacle:
-            raise ValueError(f"{VARIABLE}=fused: {obstacle}: set it to auto or separate")
+        self._refuse_if_forced(obstacle)
         if wanted == "separate":
             obstacle = f"{VARIABLE}=separate"
         if config.no_rope_freq and config.no_rope_freq[layer_number - 1]:
@@ -71,18 +77,33 @@ class RopeFusion:
             queries = keys = rotary_pos_emb
         if keys is None:
             return None, rotary_pos_emb
-        obstacle = None
-        if implementation(hidden_states) != "triton":
-            obstacle = "the shift does not run in Triton here"
-        elif keys.dtype != torch.float32 or keys.numel() != keys[:, 0].numel():
+        obstacle = self.why_not_fused(hidden_states.device, hidden_states.dtype)
+        if obstacle is None and (keys.dtype != torch.float32 or keys.numel() != keys[:, 0].numel()):
             obstacle = "the angles differ from sample to sample, or are not fp32"
         if obstacle is None:
             _log("in the pass that shifts keys")
             return keys, (queries, None)
-        if self._is_forced:
-            raise ValueError(f"{VARIABLE}=fused: {obstacle}: set it to auto or separate")
+        self._refuse_if_forced(obstacle)
         _log(f"by Megatron ({obstacle})")
         return None, rotary_pos_emb
+
+    def check_at_start(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Raise ValueError if KVSHIFT_ROPE=fused, and such keys cannot take the fused pass."""
+        if self._is_forced and self.is_possible:
+            self._refuse_if_forced(self.why_not_fused(device, dtype))
+
+    def why_not_fused(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return a clause that says why no kernel rotates such keys; None if one does."""
+        choice = choose(Shift(device, dtype, self.window, "rope_shift"))
+        if choice.name == "triton":
+            return None
+        if choose(Shift(device, dtype, self.window)).name == "triton":
+            return choice.obstacle
+        return "the shift does not run in Triton here"
+
+    def _refuse_if_forced(self, obstacle: str | None) -> None:
+        if self._is_forced and obstacle:
+            raise ValueError(f"{VARIABLE}=fused: {obstacle}: set it to auto or separate")
 
 
 def shift_and_rotate(

@@ -23,6 +23,7 @@ from kvshift_megatron.attention.context_parallel import (
     context_parallel_group,
     shift_across_boundaries,
 )
+from kvshift_megatron.attention.implementation import check_forced
 from kvshift_megatron.attention.packed_sequences import physical_cu_seqlens
 from kvshift_megatron.attention.rope import RopeFusion, shift_and_rotate
 from kvshift_megatron.attention.spec_check import LayerSpec, check_norms
@@ -86,7 +87,8 @@ class KVShiftSelfAttention(SelfAttention):
         self._tap_names = tap_names(kv_shift)
         self._call = _Call()
         self._cp_group = context_parallel_group(config, self.pg_collection)
-        self._rope = RopeFusion(config, layer_number, self._cp_group is not None)
+        window = kv_shift.window if kv_shift.shift_keys else 1
+        self.rope = RopeFusion(config, layer_number, self._cp_group is not None, window)
         self._loads_without_taps = False
         self.taps_are_sharded = config.num_query_groups >= self.world_size
         tp_rank = self.pg_collection.tp.rank()
@@ -97,6 +99,7 @@ class KVShiftSelfAttention(SelfAttention):
             self.stored_groups = slice(0, config.num_query_groups)
             self._own_group = tp_rank // (self.world_size // config.num_query_groups)
         self._register_taps()
+        check_forced(self, self.any_tap())
 
     def _register_taps(self) -> None:
         # None leaves the choice to an enclosing `torch.device`, as in Megatron's own layers.
@@ -132,6 +135,10 @@ class KVShiftSelfAttention(SelfAttention):
             self.layer_number,
             self.config.num_query_groups,
         )
+
+    def any_tap(self) -> Tensor:
+        """Return one of the taps: they are on the device and in the dtype of keys and values."""
+        return getattr(self, next(iter(self._tap_names.values()))[0])
 
     def load_without_taps(self) -> None:
         """Leave the taps out of the next checkpoint load, which reads a vanilla model."""
@@ -210,7 +217,7 @@ class KVShiftSelfAttention(SelfAttention):
         # recompute enters here again.
         call = self._call
         call.cu_seqlens = physical_cu_seqlens(kwargs.get("packed_seq_params"))
-        call.freqs, kwargs["rotary_pos_emb"] = self._rope.take(
+        call.freqs, kwargs["rotary_pos_emb"] = self.rope.take(
             kwargs.get("rotary_pos_emb"), hidden_states
         )
         try:

@@ -8,6 +8,7 @@ from megatron.core.transformer.attention import Attention, CrossAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import get_attr_wrapped_model
 
+from kvshift_megatron.attention.implementation import agree
 from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
 from kvshift_megatron.checks.checkpoint import check_checkpoint
 from kvshift_megatron.config import KVShiftConfig
@@ -106,24 +107,32 @@ class ModelCheck:
 def check_model(model: list[torch.nn.Module], kv_shift: KVShiftConfig | None) -> None:
     """Print on rank 0 which attention was built; raise if it is not what was asked for.
 
-    Also check the checkpoint that Megatron is about to load. Collective over all ranks.
+    Also settle which implementation of the shift runs, and check the checkpoint that Megatron is
+    about to load. Collective over all ranks.
 
     Args:
         model: This rank's chunks, before a checkpoint is loaded.
         kv_shift: The taps that were asked for; None for the baseline model.
 
     Raises:
-        ValueError: The model or the checkpoint is not what was asked for.
+        ValueError: The model or the checkpoint is not what was asked for, or an implementation was
+            asked for that cannot run.
     """
+    lines = []
     if kv_shift is not None:
-        line = assert_kv_shift(model, kv_shift)
+        lines.append(assert_kv_shift(model, kv_shift))
+        lines += agree(
+            module for _, module in _attentions(model) if isinstance(module, KVShiftSelfAttention)
+        )
     else:
         layers = gather_layers(model)
         line = describe(layers)
         if any(layer.kv_shift for layer in layers):
             raise ValueError(f"the baseline model was asked for, but the model shifts ({line})")
+        lines.append(line)
     if torch.distributed.get_rank() == 0:
-        print(f"kvshift_megatron: {line}", flush=True)
+        for line in lines:
+            print(f"kvshift_megatron: {line}", flush=True)
     check_checkpoint(model, kv_shift)
 
 

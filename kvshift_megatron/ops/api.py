@@ -8,7 +8,7 @@ from torch import Tensor
 from kvshift_megatron.ops.autograd import ROPE_SHIFT, SHIFT, ShiftOperator
 from kvshift_megatron.ops.checks import Taps, check_freqs, check_input, checked_index
 from kvshift_megatron.ops.dispatch import implementation
-from kvshift_megatron.ops.reference import rope_shift_ref
+from kvshift_megatron.ops.reference import rope_shift_ref, rotate, widened
 
 
 def kv_shift(
@@ -69,7 +69,8 @@ def kv_shift_rope(
 
     With the Triton kernels the keys cost what their rotation alone does: one read and one write.
     Sines and cosines are fp32, as in Transformer Engine's rotation; keys are rounded once, at the
-    end.
+    end. (If only the kernels that rotate fail their trial, the others shift, and keys are rounded
+    before the rotation too.)
 
     Args:
         key, value, alpha, beta, position: as in `kv_shift`.
@@ -95,8 +96,14 @@ def kv_shift_rope(
     check_freqs(key, freqs, freq_index)
     position = checked_index("position", position, key)
     freq_index = checked_index("freq_index", freq_index, key)
-    chosen = implementation(key)
+    window = 1 if alpha is None else len(alpha)
+    chosen = implementation(key, window, "rope_shift")
     if chosen != "triton":
+        if implementation(key, window) == "triton":
+            # Only the kernels that rotate cannot be used.
+            key, value = kv_shift(key, value, alpha, beta, position)
+            rotated = rotate(widened(key), freqs, freq_index, interleaved, mscale)
+            return rotated.to(key.dtype), value
         return rope_shift_ref(
             key, value, alpha, beta, freqs, position,
             freq_index=freq_index, interleaved=interleaved, mscale=mscale,

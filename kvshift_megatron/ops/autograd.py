@@ -69,13 +69,13 @@ class ShiftOperator:
             tensors, constants: the settings.
             chosen: the implementation, if the caller has already asked for it.
         """
-        chosen_kernels, inputs = self.prepare(inputs, chosen)
+        chosen_kernels, inputs = self.prepare(inputs, len(taps[0]), chosen)
         if chosen_kernels is self and torch.compiler.is_compiling():
             return self.forward(inputs, list(taps), *tensors, *constants)
         return list(_Shift.apply(chosen_kernels, tensors, constants, *inputs, *taps))
 
     def prepare(
-        self, inputs: Sequence[Tensor], chosen: str | None = None
+        self, inputs: Sequence[Tensor], window: int, chosen: str | None = None
     ) -> tuple["ModuleType | ShiftOperator", list[Tensor]]:
         """Choose the kernels for a forward pass and its backward pass.
 
@@ -89,7 +89,7 @@ class ShiftOperator:
             # The operator chooses when it runs. Tracing the choice here would trace the build of
             # the C kernel.
             return self, list(inputs)
-        chosen = chosen or implementation(x)
+        chosen = chosen or implementation(x, window)
         if chosen == "triton" and not on_cpu:
             # With few query groups, keys and values are a small part of mixed_qkv, which they would
             # keep alive alone: copies of them cost less memory. On a CPU the queries may still be
@@ -99,9 +99,9 @@ class ShiftOperator:
             return self, list(inputs)
         return kernels(self._name, chosen), list(inputs)
 
-    def _kernels_now(self, x: Tensor) -> ModuleType:
+    def _kernels_now(self, x: Tensor, taps: list[Tensor]) -> ModuleType:
         """Choose the kernels while the registered operator runs."""
-        chosen = implementation(x)
+        chosen = implementation(x, len(taps[0]), self._name)
         if chosen in MODULES[self._name]:
             return kernels(self._name, chosen)
         # torch.compile chose while it traced, before the trial of the kernels could run.
@@ -111,13 +111,13 @@ class ShiftOperator:
         )
 
     def _forward(self, inputs: list[Tensor], taps: list[Tensor], *settings: Any) -> list[Tensor]:
-        outputs = self._kernels_now(inputs[0]).forward(inputs, taps, *settings)
+        outputs = self._kernels_now(inputs[0], taps).forward(inputs, taps, *settings)
         return [x.contiguous() for x in outputs]
 
     def _backward(
         self, inputs: list[Tensor], taps: list[Tensor], *settings_and_grads: Any
     ) -> list[Tensor]:
-        grads = self._kernels_now(inputs[0]).backward(inputs, taps, *settings_and_grads)
+        grads = self._kernels_now(inputs[0], taps).backward(inputs, taps, *settings_and_grads)
         grads = [x.contiguous() for x in grads]
         # An operator's results may not share memory, and the taps' gradients may.
         return grads[: len(inputs)] + [grad.clone() for grad in grads[len(inputs) :]]

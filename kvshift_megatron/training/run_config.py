@@ -109,6 +109,23 @@ def _check_model(args: Namespace) -> None:
         check_transformer_config(Namespace(**{**vars(args), "num_query_groups": groups}))
 
 
+def check_implementation(args: Namespace) -> None:
+    """Refuse an implementation of the shift that is asked for by name and cannot run here.
+
+    Raises:
+        ValueError: KVSHIFT_IMPLEMENTATION does not exist, or does not fit the device, the dtype or
+            the window.
+    """
+    import torch
+
+    from kvshift_megatron.attention.implementation import check_named
+
+    kv_shift = kv_shift_config_from_args(args)
+    if kv_shift is not None:
+        dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
+        check_named(cpu.is_enabled(), dtype, kv_shift.window)
+
+
 def model_config(args: Namespace) -> "KVShiftGPTModelConfig":
     """Return Megatron's GPT model configuration with the taps that `args` ask for."""
     from megatron.training.argument_utils import gpt_config_from_args

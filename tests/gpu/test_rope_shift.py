@@ -8,7 +8,7 @@ from kvshift_megatron.ops import kv_shift_rope
 from kvshift_megatron.ops.dispatch import implementation
 from kvshift_megatron.ops.triton.self_check import self_check
 from tests.support.compare import relative_error
-from tests.support.rope_cases import CASES, assert_rope, rope_errors
+from tests.support.rope_cases import CASES, Case, assert_rope, rope_errors
 
 # Rounding to the dtype: at most half a unit in the last place of each element.
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
@@ -28,9 +28,16 @@ def test_values_and_every_gradient(name):
     assert_rope(rope_errors(case, "cuda"), ROUNDING[case.dtype])
 
 
+@pytest.mark.parametrize("operator", ["shift", "rope_shift"])
 @pytest.mark.parametrize("dtype", ROUNDING)
-def test_the_self_check_before_the_first_use_passes(dtype):
-    assert self_check("cuda", dtype) is None
+def test_the_self_check_before_the_first_use_passes(dtype, operator):
+    assert self_check("cuda", dtype, operator) is None
+
+
+@pytest.mark.parametrize("shape", [(3, 35_000, 2, 16), (3, 1, 70_000, 16)])
+def test_more_heads_than_two_axes_of_a_grid_can_count(shape):
+    case = Case(shape=shape, rotary=16)
+    assert_rope(rope_errors(case, "cuda"), ROUNDING[case.dtype])
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -56,6 +56,7 @@ typedef struct {
     int64_t is_bf16;
     int64_t past_caches;      // whether to bypass the caches when writing
     int64_t threads;
+    char *sums;               // backward: [threads, window, groups, LANES or more] floats
     Parallel *parallel;       // GOMP_parallel
     int (*thread)(void);      // omp_get_thread_num
     int (*team)(void);        // omp_get_num_threads
@@ -205,14 +206,13 @@ INLINE void mix(const int is_bf16, const int past_caches, const int backward, co
 // gradient of taps[j] is sum_i x_i dy_{i+j}. Both take tokens of the same document only: the others
 // are skipped, not multiplied by zero, as they may be Inf or NaN.
 INLINE void shift_block(const int is_bf16, const int past_caches, const int backward,
-                        const Call *call, const Side *side, int64_t index) {
+                        const Call *call, const Side *side, Floats *sums, int64_t index) {
     const int64_t window = call->window, groups = call->groups;
     const int64_t stride = backward ? side->dy_strides[0] : side->x_strides[0];
     int64_t start = index * call->block, end = start + call->block;
     if (end > call->tokens) end = call->tokens;
 
-    Floats sums[backward ? window * groups : 1];
-    if (backward) memset(sums, 0, sizeof sums);
+    if (backward) memset(sums, 0, window * groups * sizeof *sums);
 
     for (int64_t i = start; i < end; i++) {
         Terms terms = {0};
@@ -222,7 +222,7 @@ INLINE void shift_block(const int is_bf16, const int past_caches, const int back
             if (j && call->position && call->position[later] < j) continue;
             terms.offset[terms.terms] = other * stride;
             terms.taps[terms.terms] = side->taps + j * groups;
-            terms.sums[terms.terms++] = sums + (backward ? j * groups : 0);
+            terms.sums[terms.terms++] = backward ? sums + j * groups : NULL;
         }
 #define MIX(count) mix(is_bf16, past_caches, backward, count, call, side, i, &terms)
         switch (terms.terms) {
@@ -250,10 +250,10 @@ static int64_t block_count(const Call *call) {
 }
 
 INLINE void shift_blocks(const int is_bf16, const int past_caches, const int backward,
-                         const Call *call, int64_t first, int64_t last) {
+                         const Call *call, Floats *sums, int64_t first, int64_t last) {
     for (int64_t index = first; index < last; index++) {
         for (int64_t n = 0; n < call->count; n++) {
-            shift_block(is_bf16, past_caches, backward, call, &call->sides[n], index);
+            shift_block(is_bf16, past_caches, backward, call, &call->sides[n], sums, index);
         }
     }
 }
@@ -266,15 +266,16 @@ static void work(void *argument) {
     if (call->threads > 1) thread = call->thread(), team = call->team();
     const int64_t first = blocks * thread / team, last = blocks * (thread + 1) / team;
     const int backward = call->sides[0].dy != NULL;
+    Floats *sums = backward ? (Floats *)call->sums + thread * call->window * call->groups : NULL;
     switch ((call->is_bf16 ? 4 : 0) + (call->past_caches ? 2 : 0) + backward) {
-        case 0: shift_blocks(0, 0, 0, call, first, last); break;
-        case 1: shift_blocks(0, 0, 1, call, first, last); break;
-        case 2: shift_blocks(0, 1, 0, call, first, last); break;
-        case 3: shift_blocks(0, 1, 1, call, first, last); break;
-        case 4: shift_blocks(1, 0, 0, call, first, last); break;
-        case 5: shift_blocks(1, 0, 1, call, first, last); break;
-        case 6: shift_blocks(1, 1, 0, call, first, last); break;
-        case 7: shift_blocks(1, 1, 1, call, first, last); break;
+        case 0: shift_blocks(0, 0, 0, call, sums, first, last); break;
+        case 1: shift_blocks(0, 0, 1, call, sums, first, last); break;
+        case 2: shift_blocks(0, 1, 0, call, sums, first, last); break;
+        case 3: shift_blocks(0, 1, 1, call, sums, first, last); break;
+        case 4: shift_blocks(1, 0, 0, call, sums, first, last); break;
+        case 5: shift_blocks(1, 0, 1, call, sums, first, last); break;
+        case 6: shift_blocks(1, 1, 0, call, sums, first, last); break;
+        case 7: shift_blocks(1, 1, 1, call, sums, first, last); break;
     }
 #if defined(__SSE2__)
     if (call->past_caches) _mm_sfence();

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvshift_megatron.ops.autograd import empty
 from kvshift_megatron.ops.cpu import build
+from kvshift_megatron.ops.cpu.turns import BuildError
 
 SOURCE = Path(__file__).with_suffix(".c")
 # As in kernel.c.
@@ -21,7 +22,7 @@ MAX_WINDOW = 8
 _DTYPES = (torch.float32, torch.bfloat16)
 # Products in one fp32 sum, at most; the sums of all blocks are added in float64.
 _PRODUCTS = 512
-_LANES = 16
+_LANES = 16  # fp32 numbers of the longest vector
 # With fewer elements, waking other threads costs more than it saves; torch's own grain.
 _GRAIN = 32768
 # With more bytes of output, the caches would not hold them until they are read.
@@ -47,7 +48,7 @@ class _Call(ctypes.Structure):
                 *("block", "is_bf16", "past_caches", "threads"),
             )
         ),
-        *((name, ctypes.c_void_p) for name in ("parallel", "thread", "team")),
+        *((name, ctypes.c_void_p) for name in ("sums", "parallel", "thread", "team")),
     ]
 
 
@@ -67,7 +68,7 @@ def why_not() -> str | None:
         return f"the compiled kernel is for Linux on x86_64 and aarch64, not {' on '.join(machine)}"
     try:
         _entries()
-    except build.BuildError as error:
+    except BuildError as error:
         return str(error)
     return None
 
@@ -84,14 +85,15 @@ def _entries() -> tuple[Any, ...]:
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
         openmp = [ctypes.cast(getattr(torch_cpu, name), ctypes.c_void_p).value for name in names]
     except (OSError, AttributeError) as error:
-        raise build.BuildError(
-            f"torch has no OpenMP runtime to share threads with: {error}"
-        ) from error
+        raise BuildError(f"torch has no OpenMP runtime to share threads with: {error}") from error
     return kernel, *openmp
 
 
 def forward(
-    inputs: Sequence[Tensor], taps: Sequence[Tensor], position: Tensor | None
+    inputs: Sequence[Tensor],
+    taps: Sequence[Tensor],
+    position: Tensor | None,
+    past_caches: bool | None = None,
 ) -> list[Tensor]:
     """Return `shift_ref` of keys and values in one call, or of one of them; contiguous.
 
@@ -99,9 +101,10 @@ def forward(
         inputs: one or two [s, b, ng, hn] of the same shape and dtype (fp32 or bf16), any strides.
         taps: as many fp32 [window, ng], with a window of at most 8.
         position: int64 [s], or None.
+        past_caches: whether outputs bypass the caches; None for those that would not fit in them.
     """
     outputs = [empty(x) for x in inputs]
-    _run(inputs, taps, position, outputs)
+    _run(inputs, taps, position, outputs, past_caches=past_caches)
     return outputs
 
 
@@ -110,6 +113,7 @@ def backward(
     taps: Sequence[Tensor],
     position: Tensor | None,
     output_grads: Sequence[Tensor],
+    past_caches: bool | None = None,
 ) -> list[Tensor]:
     """Return the gradients of the inputs, then those of the taps (fp32 [window, ng]).
 
@@ -117,7 +121,7 @@ def backward(
     """
     input_grads = [empty(x) for x in inputs]
     tap_grads = [empty(tap) for tap in taps]
-    _run(inputs, taps, position, input_grads, output_grads, tap_grads)
+    _run(inputs, taps, position, input_grads, output_grads, tap_grads, past_caches)
     return [*input_grads, *tap_grads]
 
 
@@ -128,6 +132,7 @@ def _run(
     outputs: Sequence[Tensor],
     output_grads: Sequence[Tensor] = (),
     tap_grads: Sequence[Tensor] = (),
+    past_caches: bool | None = None,
 ) -> None:
     if reason := why_not():
         raise RuntimeError(f"the CPU kernel of the shift cannot run: {reason}")
@@ -144,6 +149,7 @@ def _run(
     block = min(tokens, max(1, _PRODUCTS * _LANES // (samples * head)))
     count = len(inputs)
     size = inputs[0].element_size()
+    threads = torch.get_num_threads() if count * elements > _GRAIN else 1
 
     # Keep references: the tensors made here have to outlive the call.
     inputs = [_with_rows(x) for x in inputs]
@@ -155,6 +161,8 @@ def _run(
         blocks = -(-tokens // block)
         size_of_sums = (count, blocks, window, groups)
         partial = torch.empty(size_of_sums, dtype=torch.float64, device="cpu")
+        # Not on the threads' stacks, which many groups would overrun.
+        sums = torch.empty(threads, window, groups, _LANES, device="cpu")
 
     call = _Call()
     for n, (x, tap, out) in enumerate(zip(inputs, taps, outputs)):
@@ -171,8 +179,11 @@ def _run(
     call.tokens, call.samples, call.groups, call.head = tokens, samples, groups, head
     call.is_bf16 = dtype == torch.bfloat16
     aligned = head * size % 64 == 0 and all(out.data_ptr() % 64 == 0 for out in outputs)
-    call.past_caches = aligned and count * elements * size >= _PAST_CACHES
-    call.threads = torch.get_num_threads() if count * elements > _GRAIN else 1
+    if past_caches is None:
+        past_caches = count * elements * size >= _PAST_CACHES
+    call.past_caches = aligned and past_caches
+    call.threads = threads
+    call.sums = sums.data_ptr() if output_grads else None
     call.parallel, call.thread, call.team = openmp
     kernel(ctypes.byref(call))
 

@@ -1,10 +1,11 @@
 """Triton kernels of the shift: one pass over keys and values forward, one backward.
 
-A program processes BLOCK_S tokens of one query group of one sample; keys and values share a launch
-(axis 2 of the grid). Each row is read with its `window - 1` neighbours, which are in cache by then,
-so device memory transfers every element once: 2 tensors forward, 3 backward. The arithmetic is in
-fp32. Each program stores its sums of the taps' gradients separately, to be added in a fixed order:
-no atomics, so the same inputs give the same bits.
+A program processes BLOCK_S tokens of one query group of one sample: axis 0 of the grid counts both,
+as only this axis may exceed 65535. Keys and values share a launch (axis 2). Each row is read with
+its `window - 1` neighbours, which are in cache by then, so device memory transfers every element
+once: 2 tensors forward, 3 backward. The arithmetic is in fp32. Each program stores its sums of the
+taps' gradients separately, to be added in a fixed order: no atomics, so the same inputs give the
+same bits.
 
 x, dy, out: [s, b, ng, hn] by their strides in elements; the last stride is 1.
 taps: fp32 [window, ng], contiguous. position: int [s]; ignored if PACKED is False.
@@ -47,13 +48,21 @@ def has_later(position, rows, j: tl.constexpr, tokens, PACKED: tl.constexpr):
 
 
 @triton.jit
+def program_place(tokens, HEADS: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Return (this program's block of tokens, its first head, the number of blocks)."""
+    blocks = tl.cdiv(tokens, BLOCK_S)
+    return tl.program_id(0) % blocks, tl.program_id(0) // blocks * HEADS, blocks
+
+
+@triton.jit
 def shift_heads(
     x, x_s, x_b, x_g, out, taps, position, tokens, samples, groups,
     HEAD: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out_i = sum_j taps[j] x_{i-j} over the tokens i - j of the same document."""
-    rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    block, first_head, _ = program_place(tokens, HEADS, BLOCK_S)
+    rows = block * BLOCK_S + tl.arange(0, BLOCK_S)
     is_row = rows < tokens
     before = rows
     if PACKED:
@@ -61,7 +70,7 @@ def shift_heads(
         before = tl.minimum(tl.load(position + rows, mask=is_row, other=0), rows)
     row = rows[:, None].to(tl.int64)  # offsets may exceed 32 bits
     for i in range(HEADS):
-        head = tl.program_id(1) * HEADS + i
+        head = first_head + i
         sample, group = (head // groups).to(tl.int64), head % groups
         shift_rows(
             x + sample * x_b + group * x_g + row * x_s, x_s,
@@ -77,13 +86,14 @@ def shift_heads_backward(
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dx_i = sum_j taps[j] dy_{i+j}; dtaps[j] = sum_i dy_{i+j} x_i, so each x is read once."""
-    rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    block, first_head, blocks = program_place(tokens, HEADS, BLOCK_S)
+    rows = block * BLOCK_S + tl.arange(0, BLOCK_S)
     channels = tl.arange(0, BLOCK_D)[None, :]
     is_row, is_channel = rows < tokens, channels < HEAD
     inside = is_row[:, None] & is_channel
     row = rows[:, None].to(tl.int64)
     for i in range(HEADS):
-        head = tl.program_id(1) * HEADS + i
+        head = first_head + i
         sample, group = (head // groups).to(tl.int64), head % groups
         own = x + sample * x_b + group * x_g + row * x_s + channels
         own = tl.load(own, mask=inside, other=0.0).to(tl.float32)
@@ -91,8 +101,8 @@ def shift_heads_backward(
         grad = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         result = tl.load(taps + group) * grad
         # dtaps: [window, groups, blocks of tokens, samples]
-        slot = (group * tl.num_programs(0) + tl.program_id(0)) * samples + sample
-        stride = groups * tl.num_programs(0) * samples
+        slot = (group * blocks + block) * samples + sample
+        stride = groups * blocks * samples
         tl.store(dtaps + slot, tl.sum(grad * own))
         for j in tl.static_range(1, WINDOW):
             has_next = has_later(position, rows, j, tokens, PACKED)[:, None] & is_channel
@@ -110,7 +120,7 @@ def shift_kernel(
     HEAD: tl.constexpr, WINDOW: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks of tokens, samples * groups, 2 for keys and values or 1 for k)."""
+    """Grid: (blocks of tokens * samples * groups, 1, 2 for keys and values or 1 for k)."""
     if tl.program_id(2) == 0:
         shift_heads(
             k, k_s, k_b, k_g, k_out, alpha,

@@ -47,7 +47,8 @@ def backward(
     """Return the gradients of the inputs, then those of the taps."""
     grads = [empty(x) for x in inputs]
     grid, sizes, constants = _launch(inputs, taps, position)
-    shape = (len(taps), *taps[0].shape, grid[0] * inputs[0].size(1))
+    # One sum of each block of tokens of each sample.
+    shape = (len(taps), *taps[0].shape, grid[0] // inputs[0].size(2))
     partial = torch.empty(shape, dtype=torch.float32, device=inputs[0].device)
     arguments = [
         (*strided(x), *strided(dy), dx, tap.contiguous(), dtap)
@@ -79,7 +80,7 @@ def _launch(
         "BLOCK_D": block_d,
         "num_warps": _WARPS,
     }
-    grid = (triton.cdiv(tokens, block_s), samples * groups, len(inputs))
+    grid = (triton.cdiv(tokens, block_s) * samples * groups, 1, len(inputs))
     return grid, (tokens, samples, groups), constants
 
 

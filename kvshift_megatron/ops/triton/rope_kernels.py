@@ -15,6 +15,7 @@ import triton.language as tl
 
 from kvshift_megatron.ops.triton.kernels import (
     has_later,
+    program_place,
     shift_heads,
     shift_heads_backward,
     shift_rows,
@@ -91,7 +92,8 @@ def _keys(
 ):  # fmt: skip
     """out_i = R_i sum_j taps[j] x_{i-j}; channels from ROTARY on are only shifted."""
     HALF: tl.constexpr = ROTARY // 2
-    rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    block, first_head, _ = program_place(tokens, HEADS, BLOCK_S)
+    rows = block * BLOCK_S + tl.arange(0, BLOCK_S)
     is_row = rows < tokens
     before = rows
     if PACKED:
@@ -103,7 +105,7 @@ def _keys(
         HALF, INTERLEAVED, INDEXED, BLOCK_S, BLOCK_H,
     )  # fmt: skip
     for i in range(HEADS):
-        head = tl.program_id(1) * HEADS + i
+        head = first_head + i
         sample, group = (head // groups).to(tl.int64), head % groups
         source = x + sample * x_b + group * x_g + row * x_s
         target = out + (row * samples + sample) * groups * HEAD + group * HEAD
@@ -138,7 +140,8 @@ def _keys_backward(
 ):  # fmt: skip
     """dx_i = sum_j taps[j] R_{i+j}^T dy_{i+j}; dtaps[j] = sum_i x_i . R_{i+j}^T dy_{i+j}."""
     HALF: tl.constexpr = ROTARY // 2
-    rows = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    block, first_head, blocks = program_place(tokens, HEADS, BLOCK_S)
+    rows = block * BLOCK_S + tl.arange(0, BLOCK_S)
     is_row = rows < tokens
     row = rows[:, None].to(tl.int64)
     inside = is_row[:, None]
@@ -154,14 +157,14 @@ def _keys_backward(
             mscale, HALF, INTERLEAVED, INDEXED, BLOCK_S, BLOCK_H,
         )  # fmt: skip
     for i in range(HEADS):
-        head = tl.program_id(1) * HEADS + i
+        head = first_head + i
         sample, group = (head // groups).to(tl.int64), head % groups
         own = x + sample * x_b + group * x_g + row * x_s
         source = dy + sample * dy_b + group * dy_g + row * dy_s
         target = dx + (row * samples + sample) * groups * HEAD + group * HEAD
         # dtaps: [window, groups, blocks of tokens, samples]
-        slot = (group * tl.num_programs(0) + tl.program_id(0)) * samples + sample
-        stride = groups * tl.num_programs(0) * samples
+        slot = (group * blocks + block) * samples + sample
+        stride = groups * blocks * samples
         xa, xb = _load_halves(own, inside, HALF, INTERLEAVED, BLOCK_S, BLOCK_H)
         dxa, dxb = tl.zeros_like(xa), tl.zeros_like(xb)
         if ROTARY < HEAD:
@@ -206,7 +209,7 @@ def rope_shift_kernel(
     PACKED: tl.constexpr, INDEXED: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks of tokens, samples * groups / HEADS, 2 for keys and values or 1 for k)."""
+    """Grid: (blocks of tokens * samples * groups / HEADS, 1, 2 for k and v or 1 for k)."""
     if tl.program_id(2) == 0:
         _keys(
             k, k_s, k_b, k_g, k_out, alpha, freqs, freq_s, positions, index, mscale,

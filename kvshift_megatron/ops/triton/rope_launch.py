@@ -62,7 +62,8 @@ def backward(
     """Return the gradients of the inputs, then those of the taps."""
     grads = [empty(x) for x in inputs]
     grid, constants = _launch(inputs, taps, position, freqs, freq_index, interleaved)
-    shape = (len(taps), *taps[0].shape, grid[0] * inputs[0].size(1))
+    # One sum of each block of tokens of each sample.
+    shape = (len(taps), *taps[0].shape, grid[0] * constants["HEADS"] // inputs[0].size(2))
     partial = torch.empty(shape, dtype=torch.float32, device=inputs[0].device)
     arguments = [
         (*strided(x), *strided(dy), dx, tap.contiguous(), dtap)
@@ -106,7 +107,8 @@ def _launch(
         "BLOCK_P": triton.next_power_of_2(max(1, head - rotary)),
         "num_warps": _WARPS,
     }
-    return (triton.cdiv(tokens, block_s), samples * groups // heads, len(inputs)), constants
+    grid = (triton.cdiv(tokens, block_s) * (samples * groups // heads), 1, len(inputs))
+    return grid, constants
 
 
 def _common(

@@ -1,12 +1,13 @@
 """The compiled shift on the CPU against the definition in float64, and against planted errors."""
 
 import os
+import re
 
 import pytest
 import torch
 
 from kvshift_megatron.ops import shift_ref
-from kvshift_megatron.ops.cpu import build, folders, kernel
+from kvshift_megatron.ops.cpu import build, folders, kernel, self_check
 from tests.support.compare import relative_error
 
 pytestmark = pytest.mark.slow
@@ -193,6 +194,34 @@ def test_the_comparison_sees_a_wrong_kernel(line, wrong, named, tmp_path, monkey
     monkeypatch.setattr(kernel, "_entries", lambda: (wrong_run, *right[1:]))
     with pytest.raises(AssertionError, match=named):
         check_case(*draw((300, 1, 2, 64), torch.float32, 2))
+    # The trial before the first use sees it too.
+    self_check.self_check.cache_clear()
+    try:
+        said = self_check.self_check(torch.float32)
+    finally:
+        self_check.self_check.cache_clear()
+    assert said and re.search(
+        r"are wrong on cpu in torch.float32: a trial on small .* is off", said
+    )
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_the_trial_before_the_first_use_passes_and_runs_every_version(dtype, monkeypatch):
+    ran, run = set(), kernel._run
+
+    def noted(inputs, taps, position, outputs, output_grads=(), tap_grads=(), past_caches=None):
+        ran.add((bool(output_grads), past_caches, position is not None))
+        run(inputs, taps, position, outputs, output_grads, tap_grads, past_caches)
+
+    monkeypatch.setattr(kernel, "_run", noted)
+    self_check.self_check.cache_clear()
+    assert self_check.self_check(dtype) is None
+    assert len(ran) == 8
+
+
+def test_more_groups_than_a_stack_has_room_for():
+    arguments = draw((2, 1, 70_000, 4), torch.float32, kernel.MAX_WINDOW, count=1)
+    check_case(*arguments)
 
 
 @pytest.mark.parametrize(

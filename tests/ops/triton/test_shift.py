@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kvshift_megatron.ops import kv_shift
+from kvshift_megatron.ops import kv_shift, trial
 from kvshift_megatron.ops.dispatch import implementation
-from kvshift_megatron.ops.triton import self_check
+from kvshift_megatron.ops.triton import launch, rope_launch, self_check
 from kvshift_megatron.ops.triton.launch import strided
 from tests.ops.triton.triton_worker import interpreted
 from tests.support.shift_cases import assert_right
@@ -67,12 +67,23 @@ def test_groups_too_far_apart_for_32_bits_are_moved_together():
     assert strided(far[:, :, :15])[3] == 2**27
 
 
+def test_no_axis_of_the_grid_but_the_first_counts_samples_groups_or_tokens():
+    """The others end at 65535."""
+    for shape in ((1, 70_000, 1, 8), (1, 1, 70_000, 8), (70_000, 1, 1, 8192)):
+        x, taps = torch.empty(shape, device="meta"), torch.empty(2, shape[2], device="meta")
+        freqs = torch.empty(shape[0], 8, device="meta")
+        grids = [launch._launch([x] * 2, [taps] * 2, None)[0]]
+        grids.append(rope_launch._launch([x] * 2, [taps] * 2, None, freqs, None, False)[0])
+        for grid in grids:
+            assert grid[0] >= 70_000 // 4 and grid[1:] == (1, 2)
+
+
 def test_the_trial_is_on_real_tensors_whatever_mode_is_on(monkeypatch):
     # A number cannot be read from a tensor without data.
-    monkeypatch.setattr(self_check, "_worst", lambda *_: float(torch.ones(3).sum()) - 3)
+    monkeypatch.setattr(trial, "largest_error", lambda *_: float(torch.ones(3).sum()) - 3)
     self_check._checked.cache_clear()
     try:
         with FakeTensorMode():
-            assert self_check.self_check("cpu", torch.float32) is None
+            assert self_check.self_check("cpu", torch.float32, "shift") is None
     finally:
         self_check._checked.cache_clear()

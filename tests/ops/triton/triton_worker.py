@@ -39,7 +39,12 @@ def interpreted() -> dict:
 
 def main() -> None:
     # The trial that precedes the first choice; below, again with faulty kernels.
-    checks = {name: self_check.self_check("cpu", dtype) for name, dtype in DTYPES.items()}
+    operators = ("shift", "rope_shift")
+    checks = {
+        f"{operator}, {name}": self_check.self_check("cpu", dtype, operator)
+        for name, dtype in DTYPES.items()
+        for operator in operators
+    }
     shift = {}
     for name, shape in SHAPES.items():
         for dtype, windows in {"fp32": (2, 3, 4), "fp16": (2,), "bf16": (2,)}.items():
@@ -57,10 +62,14 @@ def main() -> None:
     shift["planted"] = shift_errors(SHAPES["sbhd, odd sizes"], torch.float32, 3, "cpu")
     rope["planted"] = rope_errors(Case(), "cpu")
     self_check._checked.cache_clear()
-    checks["planted in the shift"] = self_check.self_check("cpu", torch.float32)
+    for operator in operators:
+        checks[f"{operator}, planted"] = self_check.self_check("cpu", torch.float32, operator)
     self_check._checked.cache_clear()
     launch._launch = right
-    checks["planted in the rotation"] = self_check.self_check("cpu", torch.float32)
+    # Only the rotation is wrong now.
+    for operator in operators:
+        name = f"{operator}, planted in the rotation"
+        checks[name] = self_check.self_check("cpu", torch.float32, operator)
     print(json.dumps({"shift": shift, "rope": rope, "self-check": checks}))
 
 
