@@ -73,6 +73,15 @@ class Config:
         return self.models[0].flags["vocab-size"]
 
 
+def file_of(name: str) -> Path:
+    """Return the file of a configuration, given by its name in configs/ or by its path.
+
+    Raises:
+        ValueError: There is no such file.
+    """
+    return megatron_flags.find(name, CONFIG_DIR, "--config")
+
+
 def load(name: str, steps: int | None = None) -> Config:
     """Read and check a configuration.
 
@@ -83,7 +92,7 @@ def load(name: str, steps: int | None = None) -> Config:
     Raises:
         ValueError: A field is missing, unknown or wrong; the message names it and the file.
     """
-    path = megatron_flags.find(name, CONFIG_DIR, "--config")
+    path = file_of(name)
     raw = megatron_flags.read(path)
     if steps is not None:
         if steps < 1:

@@ -59,6 +59,11 @@ def command(model: Model) -> list[str]:
     return launcher + entry + model.argv()
 
 
+def log_file(output: Path, model: Model) -> Path:
+    """Return the log file of one model."""
+    return output / f"{model.name}.log"
+
+
 def _environment(cpu: bool) -> dict[str, str]:
     defaults = {
         "OMP_NUM_THREADS": "1",  # one busy core per rank
@@ -99,7 +104,7 @@ def _start(model: Model, cpu: bool, output: Path, events: queue.Queue) -> _Child
         errors="replace",
         start_new_session=True,  # Ctrl-C reaches only this program, which then stops the launcher
     )
-    child = _Child(model, process, time.monotonic(), output / f"{model.name}.log")
+    child = _Child(model, process, time.monotonic(), log_file(output, model))
     threading.Thread(target=_read, args=(child, events), daemon=True).start()
     return child
 

@@ -21,6 +21,7 @@ sys.path.insert(0, str(HERE.parents[1]))  # run as a file: make `examples` impor
 from examples.induction import config as configuration  # noqa: E402 (needs the path above)
 from examples.induction import launch, report  # noqa: E402
 from examples.induction.logs import Evaluation  # noqa: E402
+from kvshift_megatron.utils.output_paths import check_outputs  # noqa: E402
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -49,6 +50,12 @@ def prepare_output(output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output {output}: {error.strerror}") from error
+
+
+def written(config: configuration.Config, output: Path) -> list[Path]:
+    """Return the files that `run` writes."""
+    logs = [launch.log_file(output, model) for model in config.models]
+    return [output / "results.json", output / "induction.png", *logs]
 
 
 def run(config: configuration.Config, output: Path) -> int:
@@ -94,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         config = configuration.load(arguments.config, arguments.steps)
+        check_outputs(written(config, arguments.output), [configuration.file_of(arguments.config)])
         prepare_output(arguments.output)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

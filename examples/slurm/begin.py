@@ -9,12 +9,15 @@ the container, where Slurm's commands are. Exit status: 0, or 2 if the job must 
 import shlex
 import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from examples.slurm import claim, settings, status
 from examples.slurm.settings import Settings
 from examples.slurm.status import Attempt, Status, attempt_directory
 from kvshift_megatron.utils.flag_lines import to_line
+from kvshift_megatron.training.files_read import files_read
+from kvshift_megatron.utils.output_paths import check_outputs
 
 
 def begin(job: Settings) -> Path:
@@ -78,6 +81,20 @@ def _check(job: Settings, earlier: list[Attempt], newest: int) -> None:
         )
 
 
+def check_places(job: Settings, flags: list[list[str]]) -> None:
+    """Refuse a run directory in which files would be written that the job reads.
+
+    Raises:
+        ValueError: A file of the run is, or lies inside, something that the job reads.
+    """
+    # The words after "python -m kvshift_megatron.recipes": MODEL LAYOUT, then options.
+    given = [text.split("=", 1) for text in job.show if "=" in text] + flags
+    values = {name.removeprefix("--").replace("-", "_"): words for name, *words in given}
+    read = [Path(name) for name in job.show[:2] if Path(name).is_file()]
+    written = [job.run / name for name in (status.FILE, "metrics.jsonl", status.CHECKPOINTS)]
+    check_outputs(written, [*read, *files_read(Namespace(**values))], look_inside=False)
+
+
 def own_flags(job: Settings) -> list[list[str]]:
     """Return what the script adds to the configuration: flags, each with its values."""
     checkpoints = str(job.run / status.CHECKPOINTS)
@@ -108,6 +125,7 @@ def main(argv: list[str]) -> int:
     try:
         job = settings.read(argv)
         flags = own_flags(job)
+        check_places(job, flags)
         directory = begin(job)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -24,7 +24,7 @@ from kvshift_megatron.convert.formats.tokenizer_files import (
     keep_token_ids,
     keep_trained_settings,
 )
-from kvshift_megatron.convert.formats.torch_dist import Location, TorchDistReader
+from kvshift_megatron.convert.formats.torch_dist import Location, TorchDistReader, find_checkpoint
 from kvshift_megatron.convert.hf_config import config_from_architecture
 from kvshift_megatron.convert.library_defaults import TOKEN_IDS, carried_fields
 from kvshift_megatron.convert.megatron_arguments import (
@@ -87,7 +87,7 @@ def megatron_to_hf(job: ToHF, verify: Callable[[Path], None] | None = None) -> A
         ValueError: The source cannot be converted, or not to that layout; nothing is written.
         OSError: The file system reports an error; nothing is left at the target.
     """
-    check_target(job.target, job.source, job.overwrite)
+    check_target(job.target, _inputs(job), job.overwrite)
     reader = TorchDistReader(job.source)
     tokenizer = tokenizer_folder(reader.arguments(), reader.path, job.tokenizer)
     architecture = read_architecture(reader, job.vocab_size, job.variant, job.tokenizer)
@@ -135,6 +135,12 @@ def megatron_to_hf(job: ToHF, verify: Callable[[Path], None] | None = None) -> A
         if verify is not None:
             verify(folder)
     return architecture
+
+
+def _inputs(job: ToHF) -> list[Path]:
+    # The tokenizer is beside the folder of an iteration, which may be all that the user gave.
+    read = [job.source, find_checkpoint(job.source).parent / SUBFOLDER]
+    return read if job.tokenizer is None else [*read, job.tokenizer]
 
 
 def read_architecture(

@@ -83,7 +83,7 @@ def hf_to_megatron(job: ToMegatron, verify: Callable[[Path], None] | None = None
         ValueError: The source is damaged or cannot be expressed in Megatron; nothing is written.
         OSError: The file system reports an error; nothing is left at the target.
     """
-    check_target(job.target, job.source, job.overwrite)
+    check_target(job.target, [job.source], job.overwrite)
     table = HFTable.open(job.source, job.kv_shift, job.divisible_by)
     written = table.architecture
     if job.dtype is not None:

@@ -16,6 +16,7 @@ from kvshift_megatron.hf.modeling_kvshift import (
     KVShiftLlamaPreTrainedModel,
 )
 from kvshift_megatron.utils import atomic_files
+from kvshift_megatron.utils.output_paths import check_outputs
 
 __all__ = [
     "AUTO_MAP",
@@ -35,11 +36,15 @@ def write_code(folder: str | Path) -> list[Path]:
 
     Returns:
         The files written.
+
+    Raises:
+        ValueError: The folder is this package's own; nothing is written.
     """
-    written = []
-    for path in sorted(Path(__file__).parent.glob("*_kvshift.py")):
-        written.append(Path(folder) / path.name)
-        atomic_files.replace(written[-1], partial(shutil.copyfile, path))
+    sources = sorted(Path(__file__).parent.glob("*_kvshift.py"))
+    written = [Path(folder) / path.name for path in sources]
+    check_outputs(written, [Path(__file__).parent])
+    for path, copy in zip(sources, written):
+        atomic_files.replace(copy, partial(shutil.copyfile, path))
     return written
 
 

@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from kvshift_megatron.utils.output_paths import check_outputs
 
 PATCHES = Path(__file__).with_name("patches")
 
@@ -242,6 +244,7 @@ def replace_files(root: Path, new: dict[str, bytes]) -> None:
         Refused: A file could not be written; all are as they were.
     """
     staged, saved, replaced = {}, {}, []
+    _refuse_links_out(root, new)
     try:
         for path, data in new.items():
             file = (root / path).resolve()
@@ -260,6 +263,20 @@ def replace_files(root: Path, new: dict[str, bytes]) -> None:
     finally:
         for copy in (*staged.values(), *saved.values()):
             copy.unlink(missing_ok=True)
+
+
+def _refuse_links_out(root: Path, paths: Iterable[str]) -> None:
+    """Raise Refused if a file is really somewhere else, where others may use it as released."""
+    for path in paths:
+        if not (file := (root / path).resolve()).is_relative_to(root.resolve()):
+            raise Refused(
+                f"{root / path} is a link to {file}, outside of {root}, so nothing was changed: "
+                "replace the link by a copy, or pass the folder that it leads to"
+            )
+    try:
+        check_outputs([root / path for path in paths], [PATCHES])
+    except ValueError as error:
+        raise Refused(str(error)) from error
 
 
 def _stage(file: Path, data: bytes) -> Path:

@@ -11,6 +11,7 @@ counted (memory, messages, FLOPs) and an estimate of the step's time. It needs n
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from argparse import Namespace
@@ -21,6 +22,7 @@ from kvshift_megatron.planning.estimate import Assumptions, estimate
 from kvshift_megatron.recipes import recipe, validate
 from kvshift_megatron.recipes.toml_flags import Flags, command_line
 from kvshift_megatron.utils.atomic_files import replace
+from kvshift_megatron.utils.output_paths import check_distinct, check_outputs
 
 _LISTED = 12
 _FINALISTS = 3
@@ -89,9 +91,13 @@ def _run(arguments: Namespace) -> int:
     assumed = Assumptions(
         **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Assumptions)}
     )
-    for path in (arguments.json, arguments.png):
-        if path is not None and not path.parent.is_dir():
+    log = os.environ.get("KVSHIFT_PLAN_LOG")
+    outputs = [path for path in (arguments.json, arguments.png, log and Path(log)) if path]
+    for path in outputs:
+        if not path.parent.is_dir():
             raise ValueError(f"{path}: there is no directory {path.parent}")
+    check_distinct(outputs)
+    check_outputs(outputs, recipe.files(arguments.model, arguments.layout))
     overrides = dict(recipe.parse_override(text) for text in arguments.set)
     run = recipe.load(arguments.model, arguments.layout, overrides, arguments.nproc)
     prepare()

@@ -57,6 +57,18 @@ def _names(directory: Path) -> str:
     return f"one of {', '.join(names)}, or a TOML file"
 
 
+def files(model: str, layout: str) -> tuple[Path, Path]:
+    """Return the files of a model and a layout, each given by its name or its path.
+
+    Raises:
+        ValueError: There is no such file.
+    """
+    return (
+        megatron_flags.find(model, MODELS, "model"),
+        megatron_flags.find(layout, LAYOUTS, "layout"),
+    )
+
+
 def load(model: str, layout: str, overrides: Flags | None = None, nproc: int | None = None) -> Run:
     """Read the two files and combine them.
 
@@ -69,8 +81,7 @@ def load(model: str, layout: str, overrides: Flags | None = None, nproc: int | N
     Raises:
         ValueError: A file, flag or table is missing, unknown or wrong; the message names it.
     """
-    model_path = megatron_flags.find(model, MODELS, "model")
-    layout_path = megatron_flags.find(layout, LAYOUTS, "layout")
+    model_path, layout_path = files(model, layout)
     model_tables = megatron_flags.read(model_path)
     layout_tables = megatron_flags.read(layout_path)
     _check_tables(model_path.name, model_tables, {"run", "flags"}, "tokens")

@@ -260,6 +260,17 @@ def test_hard_links_keep_their_contents(tree, tmp_path):
     assert (tmp_path / "cached").read_bytes() == before != (tree[0] / path).read_bytes()
 
 
+def test_a_link_to_another_installation_is_not_followed(tree, tmp_path, capsys):
+    """As uv makes them with --link-mode symlink: the file is that of every environment."""
+    path = next(iter(chosen_set(tree).unpatched))
+    (tree[0] / path).rename(tmp_path / "cached")
+    (tree[0] / path).symlink_to(tmp_path / "cached")
+    before = contents(tmp_path)
+    assert run("apply", tree) == 1
+    assert f"{path} is a link to {tmp_path / 'cached'}, outside of " in refusal(capsys)
+    assert contents(tmp_path) == before
+
+
 def test_the_command_line(tmp_path):
     def command(*words):
         script = str(trees.PROJECT / "tools" / "patch_megatron.py")

@@ -1,6 +1,7 @@
 """The command line of `python -m tools.benchmarks`."""
 
 import argparse
+import inspect
 import math
 import signal
 import sys
@@ -9,12 +10,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import kvshift_megatron
 from kvshift_megatron.utils.atomic_files import replace
+from kvshift_megatron.utils.output_paths import check_outputs
 from tools.benchmarks import machine, results, tables
 from tools.benchmarks.sections import SECTIONS, Section, SectionFailed, run
 from tools.benchmarks.settings import ReportProgress, Settings
 
 _SECONDS_BETWEEN_LINES = 1.0
+_FILES = ("benchmark.json", "benchmark.md", "benchmark.png")
+_MEASURED = Path(inspect.getfile(kvshift_megatron)).parent
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +31,12 @@ def main(argv: list[str] | None = None) -> int:
     # Treated as an interrupt, which ends child processes and removes temporary files.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen = [SECTIONS[name] for name in options.only]
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        check_outputs([options.output / name for name in _FILES], [_MEASURED])
+        options.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"benchmark: --output: {error}", file=sys.stderr)
+        return 1
     result: dict = {"quick": options.quick, "machine": machine.describe()}
     result |= {"sections": {}, "failed": {}}
     clock = _Clock(chosen, options.quick)

@@ -10,6 +10,8 @@ import json
 import os
 from pathlib import Path
 
+from kvshift_megatron.utils.output_paths import check_outputs
+
 # Compiling kernels would take longer than a few prompts. mlx reads this when it is imported.
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
@@ -28,9 +30,11 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("logits", type=Path)
     options = parser.parse_args()
+    requested = json.loads(options.runs.read_text())
+    check_outputs([options.logits], [options.runs, *(Path(run["folder"]) for run in requested)])
     mx.set_default_device(mx.cpu)
     results = []
-    for run in json.loads(options.runs.read_text()):
+    for run in requested:
         model, _ = load_model(Path(run["folder"]))
         model.set_dtype(mx.float32)
         for prompt in run["prompts"]:

@@ -8,16 +8,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from kvshift_megatron.utils.output_paths import check_outputs
 
-def check_target(target: Path, source: Path, overwrite: bool) -> None:
-    """Refuse a target that cannot be written, or whose replacement would destroy the source.
+_PACKAGE = Path(__file__).parents[2]  # its code is copied into exported folders
+
+
+def check_target(target: Path, inputs: list[Path], overwrite: bool) -> None:
+    """Refuse a target that cannot be written, or whose replacement would change an input.
 
     Raises:
-        ValueError: The target is, or contains, the source, it exists and `overwrite` is False, or
-            its parent folder is missing.
+        ValueError: The target is, contains or lies inside an input, it exists and `overwrite` is
+            False, or its parent folder is missing.
     """
-    if target.resolve() in (source.resolve(), *source.resolve().parents):
-        raise ValueError(f"{target} is, or contains, the source {source}: choose another target")
+    check_outputs([target], [*inputs, _PACKAGE])
     if target.exists() and not overwrite:
         raise ValueError(
             f"{target} exists: add --overwrite to replace it, or choose another target"

@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kvshift_megatron.training.files_read import files_read
 from kvshift_megatron.training.metrics.json_lines import JsonLines, read_lines, read_metrics
 from kvshift_megatron.upstream import metrics_table
 from kvshift_megatron.upstream.substitutions import Applied
+from kvshift_megatron.utils.output_paths import check_outputs
 
 __all__ = ["add_watching_args", "check_watching_args", "metrics_file", "read_lines", "read_metrics",
            "watch"]  # fmt: skip
+
+METRICS = "metrics.jsonl"
 
 
 def add_watching_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -54,6 +58,9 @@ def check_watching_args(args: Namespace) -> None:
     path = metrics_file(args)
     if path is not None and path.is_dir():
         raise ValueError(f"metrics_file={str(path)!r} is a folder: give --metrics-file a file")
+    # Megatron and this package write further files below these folders.
+    folders = [Path(folder) / METRICS for folder in (args.save, args.tensorboard_dir) if folder]
+    check_outputs([*folders, *([path] if path else [])], files_read(args), look_inside=False)
     if args.gpu_peak_tflops is not None and not args.gpu_peak_tflops > 0:
         raise ValueError(
             f"gpu_peak_tflops={args.gpu_peak_tflops} must be above 0: give --gpu-peak-tflops the "
@@ -71,7 +78,7 @@ def metrics_file(args: Namespace) -> Path | None:
     if args.metrics_file:
         return Path(args.metrics_file)
     folder = args.tensorboard_dir or args.save
-    return Path(folder) / "metrics.jsonl" if folder else None
+    return Path(folder) / METRICS if folder else None
 
 
 @contextlib.contextmanager
