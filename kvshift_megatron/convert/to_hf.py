@@ -11,6 +11,7 @@ from torch import Tensor
 from kvshift_megatron.config import Variant
 from kvshift_megatron.convert.architecture import Architecture
 from kvshift_megatron.convert.baichuan import export
+from kvshift_megatron.convert.casts import Casts
 from kvshift_megatron.convert.formats.output import (
     WriteProgress,
     check_free_space,
@@ -124,6 +125,7 @@ def megatron_to_hf(job: ToHF, verify: Callable[[Path], None] | None = None) -> A
 
     with complete_or_absent(job.target) as folder:
         write_safetensors(folder, groups, read, job.max_shard_size)
+        stored.casts.say()
         carry_tokenizer(tokenizer, folder)
         keep_trained_settings(folder, reader.arguments())
         ids = keep_token_ids(folder, written.vocab_size, {}, {})
@@ -213,6 +215,7 @@ class MegatronTable:
         dtype: torch.dtype | None = None,
     ):
         self.reader, self.architecture, self._dtype = reader, architecture, dtype
+        self.casts = Casts()  # what did not fit in the dtype, of all that was read
         self.rows: list[Row] = list(expand(layout, architecture))
         self._locations: list[tuple[Location, ...]] = [self._locate(row) for row in self.rows]
         aliases = {key for row in self.rows for name in row.megatron for key in name.stored}
@@ -258,7 +261,8 @@ class MegatronTable:
     def megatron(self, i: int) -> tuple[Tensor, ...]:
         """Read Megatron's tensors of row i."""
         return tuple(
-            self.reader.read(place).to(self._dtype_of(place)) for place in self._locations[i]
+            self.casts.cast(name.stored[0], self.reader.read(place), self._dtype_of(place))
+            for name, place in zip(self.rows[i].megatron, self._locations[i])
         )
 
     def _dtype_of(self, place: Location) -> torch.dtype:

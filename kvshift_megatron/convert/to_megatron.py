@@ -12,6 +12,7 @@ from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.convert.architecture import Architecture
 from kvshift_megatron.convert.baichuan import export
 from kvshift_megatron.convert.baichuan.norm_head_padding import FIELD, UnpaddedFolder
+from kvshift_megatron.convert.casts import Casts
 from kvshift_megatron.convert.formats.output import (
     WriteProgress,
     check_free_space,
@@ -91,13 +92,15 @@ def hf_to_megatron(job: ToMegatron, verify: Callable[[Path], None] | None = None
     fields = table.fields
     carried = carried_fields(fields, table.layout)
     arguments = arguments_from_architecture(written, job.divisible_by, carried)
-    pieces = table.pieces(job.dtype)
+    casts = Casts()
+    pieces = table.pieces(job.dtype, casts)
     total = sum(math.prod(piece.shape) * piece.dtype.itemsize for piece in pieces)
     check_free_space(job.target, total)
     progress = WriteProgress(total, job.progress)
     with complete_or_absent(job.target) as folder:
         counted = [replace(piece, read=_counting(piece, progress)) for piece in pieces]
         write_torch_dist(folder, counted, extra_states(written), arguments)
+        casts.say()
         carry_tokenizer(job.source, folder / SUBFOLDER)
         keep_token_ids(
             folder / SUBFOLDER,
@@ -231,15 +234,20 @@ class HFTable:
     def _dtype_of(self, row: Row) -> torch.dtype:
         return self.architecture.dtype if self._is_new(row) else self.folder.dtype(row.hf[0])
 
-    def pieces(self, dtype: torch.dtype | None) -> list[Piece]:
-        """Return everything to write, in the table's order, with layers stacked as by Megatron."""
+    def pieces(self, dtype: torch.dtype | None, casts: Casts) -> list[Piece]:
+        """Return everything to write, in the table's order, with layers stacked as by Megatron.
+
+        Args:
+            dtype: Of all pieces; None keeps each tensor's.
+            casts: Counts what does not fit in the dtype, when the pieces are read.
+        """
         pieces = []
         for i, row in enumerate(self.rows):
             written = dtype or self._dtype_of(row)
             for j, name in enumerate(row.megatron):
 
                 def read(i: int = i, j: int = j, dtype: torch.dtype = written) -> Tensor:
-                    return self.read(i)[j].to(dtype)
+                    return casts.cast(self.rows[i].megatron[j].te, self.read(i)[j], dtype)
 
                 for key in name.written:
                     layer, stacked = split_layer(key)

@@ -86,7 +86,7 @@ def test_wrong_index(folder, capsys):
     edit_json(folder / INDEX, weight_map={**weight_map, "x": "part-9.safetensors"})
     refused(capsys, "hf-to-megatron", folder, "lists part-9.safetensors, but that file is missing")
     edit_json(folder / INDEX, weight_map={**weight_map, "x": "../part-0.safetensors"})
-    refused(capsys, "hf-to-megatron", folder, "outside of its folder")
+    refused(capsys, "hf-to-megatron", folder, "which is not a file in its folder")
     (folder / INDEX).write_text("{not json")
     refused(capsys, "hf-to-megatron", folder, f"{INDEX} is not valid JSON")
 

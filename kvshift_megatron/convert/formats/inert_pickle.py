@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
 
 _METADATA_MODULES = {
     "torch.distributed.checkpoint.metadata": {
@@ -77,16 +76,17 @@ class _MetadataUnpickler(pickle.Unpickler):
         )
 
 
-def load_metadata(stream: io.BufferedIOBase) -> Metadata:
-    """Read the `.metadata` file of a distributed checkpoint.
+def load_metadata(stream: io.BufferedIOBase) -> Any:
+    """Read the `.metadata` file of a distributed checkpoint; the caller checks what it holds.
 
     Raises:
-        pickle.UnpicklingError: It holds something other than PyTorch's description of a checkpoint.
+        pickle.UnpicklingError: It names something that has no place in a checkpoint's description.
+        Exception: It is damaged.
     """
     return _MetadataUnpickler(stream).load()
 
 
-def load_common(source: Path | io.BytesIO, name: str) -> dict:
+def load_common(source: Path | io.BytesIO, name: str) -> Any:
     """Read Megatron's common state (`common.pt`, or the shard that replaced it).
 
     Args:
@@ -106,7 +106,10 @@ def load_common(source: Path | io.BytesIO, name: str) -> dict:
         plain = [cls for cls in _COMMON_CLASSES if cls not in known]
         with torch.serialization.safe_globals([*plain, *inert]):
             return torch.load(source, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    # A damaged pickle can raise anything.
+    except Exception as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), None)
         reason = reason or str(error).strip().partition("\n")[0]
         raise ValueError(

@@ -16,25 +16,14 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from kvshift_megatron.convert.formats.safetensors_header import DTYPES, Entry, read_header
+from kvshift_megatron.convert.formats.strict_json import read_json
+
+__all__ = ["INDEX", "SINGLE", "Planned", "SafetensorsFolder", "read_json", "write_all",
+           "write_safetensors"]  # fmt: skip
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
-
-
-@dataclass(frozen=True)
-class _Entry:
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int  # in bytes, from the beginning of the file
-    length: int  # in bytes
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class SafetensorsFolder:
@@ -47,9 +36,9 @@ class SafetensorsFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         for file, listed in _files(path).items():
-            found = _header(file)
+            found = read_header(file)
             if listed is not None and set(found) != listed:
                 disputed = sorted(set(found) ^ listed)
                 raise ValueError(
@@ -101,8 +90,11 @@ def _files(path: Path) -> Mapping[Path, set[str] | None]:
             raise ValueError(f"{index} has no weight_map: copy the folder again")
         listed: dict[Path, set[str]] = {}
         for tensor, name in weight_map.items():
-            if Path(name).name != name:
-                raise ValueError(f"{index} names the file {name!r}, which is outside of its folder")
+            if not isinstance(name, str) or not name or Path(name).name != name:
+                raise ValueError(
+                    f"{index}: weight_map names {name!r:.200} for {tensor!r}, which is not a file "
+                    "in its folder: copy the folder again"
+                )
             listed.setdefault(path / name, set()).add(tensor)
         for file in listed:
             if not file.is_file():
@@ -116,47 +108,6 @@ def _files(path: Path) -> Mapping[Path, set[str] | None]:
             "safetensors (save_pretrained of Transformers does)"
         )
     raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}")
-
-
-def _header(file: Path) -> dict[str, _Entry]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-            raise ValueError(f"{file} is truncated, or not a safetensors file: copy it again")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            entries = {
-                name: _entry(file, name, fields, 8 + length) for name, fields in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, _DtypeError):
-                raise
-            raise ValueError(f"{file} has a damaged header ({error}): copy it again") from error
-    end = max((entry.start + entry.length for entry in entries.values()), default=0)
-    if size < end:
-        raise ValueError(
-            f"{file} is truncated: it has {size} bytes, but its header says {end}: copy it again"
-        )
-    return entries
-
-
-class _DtypeError(ValueError):
-    pass
-
-
-def _entry(file: Path, name: str, fields: dict, base: int) -> _Entry:
-    if fields["dtype"] not in _DTYPES:
-        raise _DtypeError(
-            f"{file}: {name} has dtype {fields['dtype']}, but only {', '.join(_DTYPES)} can be "
-            "converted: dequantize quantized weights first"
-        )
-    dtype, shape = _DTYPES[fields["dtype"]], tuple(fields["shape"])
-    start, end = fields["data_offsets"]
-    if end - start != math.prod(shape) * dtype.itemsize or min(start, *shape, 0) < 0:
-        raise ValueError(f"wrong size of {name}")
-    return _Entry(file, dtype, shape, base + start, end - start)
 
 
 @dataclass(frozen=True)
@@ -251,20 +202,3 @@ def write_all(stream: BinaryIO, data: bytes | memoryview) -> None:
 def _bytes(tensor: Tensor) -> memoryview:
     """Return a contiguous tensor's memory. Not through numpy, which would pin its storage."""
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
-
-
-def read_json(file: Path) -> dict:
-    """Read a JSON object from a file.
-
-    Raises:
-        ValueError: The file is missing or does not hold a JSON object; the message names it.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{file} is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object")
-    return content

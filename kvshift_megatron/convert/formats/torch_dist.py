@@ -5,7 +5,6 @@ Megatron stacks the layers, it reads one layer's slice at a time.
 """
 
 import io
-import pickle
 import re
 import sys
 from argparse import Namespace
@@ -36,6 +35,8 @@ from kvshift_megatron.checks.checkpoint_paths import (
     read_tracker,
 )
 from kvshift_megatron.convert.formats import inert_pickle
+from kvshift_megatron.convert.formats.dcp_metadata import first_line, read_metadata
+from kvshift_megatron.convert.formats.safetensors_header import DTYPES
 
 _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)\.(.*)$")
 _COMMON_KEY = "common_state/shard_0_1"
@@ -113,13 +114,19 @@ class TorchDistReader:
     def __init__(self, path: Path):
         self.path = find_checkpoint(Path(path))
         self._reader = FileSystemReader(self.path)
-        self._metadata = self._read_metadata()
+        self._metadata = read_metadata(self.path / ".metadata")
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._tensors = {
             key: entry
             for key, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and not _NO_WEIGHT.search(key)
         }
+        for key, entry in self._tensors.items():
+            if entry.properties.dtype not in DTYPES.values():
+                raise ValueError(
+                    f"{self.path}: {key!r} has dtype {entry.properties.dtype}, but only "
+                    f"{', '.join(map(str, DTYPES.values()))} can be converted"
+                )
 
     def compare_hashes(self) -> None:
         """Compare all files with the hashes that were written when they were saved.
@@ -204,6 +211,10 @@ class TorchDistReader:
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(key, entry, [chunk])
         covered = sum(item.lengths.numel() for item in items)
+        if _overlap(items):
+            raise ValueError(
+                f"{self.path}: shards of {key} overlap: .metadata is damaged, copy it again"
+            )
         target = torch.empty(sizes, dtype=entry.properties.dtype)
         if covered != target.numel():
             raise ValueError(
@@ -221,19 +232,14 @@ class TorchDistReader:
                 f"{self.path}: the file {Path(error.filename).name} of {key} is missing: copy the "
                 "checkpoint again with all its files"
             ) from error
-        except (RuntimeError, EOFError, KeyError, AssertionError, pickle.UnpicklingError) as error:
+        except OSError:
+            raise
+        # A damaged file can raise anything.
+        except Exception as error:
             raise ValueError(
                 f"{self.path}: {key} cannot be read: a .distcp file is truncated or damaged "
-                f"({_first_line(error)})"
+                f"({first_line(error)})"
             ) from error
-
-    def _read_metadata(self) -> Metadata:
-        file = self.path / ".metadata"
-        try:
-            with file.open("rb") as stream:
-                return inert_pickle.load_metadata(stream)
-        except (EOFError, pickle.UnpicklingError, AttributeError, IndexError, KeyError) as error:
-            raise ValueError(f"{file} cannot be read: {_first_line(error)}") from error
 
     def _shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._tensors[key].size)
@@ -246,10 +252,12 @@ class TorchDistReader:
         """
         file = self.path / "common.pt"
         if file.is_file():
-            common = inert_pickle.load_common(file, file.name)
+            common = inert_pickle.load_common(file, str(file))
         elif _COMMON_KEY in self._metadata.state_dict_metadata:
             # megatron-core 0.19 stores it as one more shard.
-            common = inert_pickle.load_common(self._read_bytes(_COMMON_KEY), _COMMON_KEY)[0]
+            name = f"{_COMMON_KEY} of {self.path}"
+            shard = inert_pickle.load_common(self._read_bytes(_COMMON_KEY), name)
+            common = shard[0] if isinstance(shard, list) and shard else {}
         else:
             common = {}
         arguments = common.get("args") if isinstance(common, dict) else None
@@ -265,6 +273,20 @@ class TorchDistReader:
         planner = _IntoBytes()
         self._read_data(key, _byte_items(key, entry), planner)
         return planner.stream
+
+
+def _overlap(items: list[ReadItem]) -> bool:
+    """Return whether two pieces go to the same part of the target."""
+    boxes = sorted((tuple(item.dest_offsets), tuple(item.lengths)) for item in items)
+    for i, (start, length) in enumerate(boxes):
+        for other, other_length in boxes[i + 1 :]:
+            if not start or other[0] >= start[0] + length[0]:
+                break
+            if all(
+                a < b + m and b < a + n for a, n, b, m in zip(start, length, other, other_length)
+            ):
+                return True
+    return False
 
 
 class _IntoTensor(LoadPlanner):
@@ -305,8 +327,3 @@ def _byte_items(key: str, entry: Any) -> list[ReadItem]:
     planner = DefaultLoadPlanner()
     planner.set_up_planner({key: io.BytesIO()}, Metadata({key: entry}), is_coordinator=True)
     return planner.create_local_plan().items
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no further detail'}"
