@@ -15,8 +15,8 @@ from pathlib import Path
 from examples.slurm import claim, settings, status
 from examples.slurm.settings import Settings
 from examples.slurm.status import Attempt, Status, attempt_directory
-from kvshift_megatron.utils.flag_lines import to_line
 from kvshift_megatron.training.files_read import files_read
+from kvshift_megatron.utils.flag_lines import to_line
 from kvshift_megatron.utils.output_paths import check_outputs
 
 

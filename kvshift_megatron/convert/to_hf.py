@@ -20,6 +20,7 @@ from kvshift_megatron.convert.formats.output import (
 )
 from kvshift_megatron.convert.formats.safetensors_files import Planned, write_safetensors
 from kvshift_megatron.convert.formats.tokenizer_files import (
+    SUBFOLDER,
     carry_tokenizer,
     has_tokenizer,
     keep_token_ids,

@@ -78,12 +78,11 @@ def _is_tensor(entry: TensorStorageMetadata) -> bool:
 
 
 def _is_chunk(chunk: Any, size: torch.Size) -> bool:
-    offsets, sizes = (getattr(chunk, name, None) for name in ("offsets", "sizes"))
+    offsets, sizes = getattr(chunk, "offsets", None), getattr(chunk, "sizes", None)
     return (
         isinstance(chunk, ChunkStorageMetadata)
-        and _is_size(offsets)
-        and _is_size(sizes)
-        and len(offsets) == len(sizes) == len(size)
+        and all(map(_is_size, (offsets, sizes)))
+        and len(chunk.offsets) == len(chunk.sizes) == len(size)
     )
 
 
