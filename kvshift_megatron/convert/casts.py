@@ -35,8 +35,9 @@ class Casts:
         name, total = next(iter(self._overflows)), sum(self._overflows.values())
         dtype, largest = str(self._dtype).removeprefix("torch."), torch.finfo(self._dtype).max
         return (
-            f"{total} numbers above {largest:.4g}, the largest of {dtype}, were written as infinity, "
-            f"in {len(self._overflows)} tensors, the first of them {name}; choose another --dtype"
+            f"numbers above {largest:.4g}, the largest of {dtype}, were written as infinity: "
+            f"{total}, in tensors: {len(self._overflows)}, the first of them {name}; choose "
+            "another --dtype"
         )
 
     def say(self) -> None:

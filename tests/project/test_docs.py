@@ -28,7 +28,7 @@ PAGES = [
 
 # Flags of other programs that resemble one of ours.
 FOREIGN = {
-    "Megatron": {"verify-integrity"},
+    "Megatron": {"tokenizer-model", "verify-integrity"},
     "torchrun": {"nproc-per-node"},
     "sbatch": {"gpus-per-node"},
 }

@@ -71,6 +71,7 @@ def _is_tensor(entry: TensorStorageMetadata) -> bool:
     return (
         isinstance(properties, TensorProperties)
         and isinstance(getattr(properties, "dtype", None), torch.dtype)
+        and isinstance(size, torch.Size)
         and _is_size(size)
         and isinstance(chunks, list)
         and all(_is_chunk(chunk, size) for chunk in chunks)
