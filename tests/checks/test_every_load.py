@@ -8,7 +8,7 @@ from megatron.core import dist_checkpointing
 from megatron.training import checkpointing
 
 from kvshift_megatron import KVShiftConfig
-from kvshift_megatron.checks import at_load, checkpoint
+from kvshift_megatron.checks import checkpoint, every_load
 from kvshift_megatron.checks.checkpoint import check_checkpoint
 from kvshift_megatron.checks.checkpoint_paths import TRACKER, iteration_folder
 from kvshift_megatron.layer_specs import kv_shift_layer_spec, vanilla_layer_spec
@@ -95,7 +95,7 @@ def test_another_choice_of_megatrons_ends_the_run(tmp_path, arguments, monkeypat
     args = arguments(load=save(tmp_path / "taps", 2, FREE))
     model = build(FREE)
     check_checkpoint([model], FREE)
-    monkeypatch.setattr(at_load, "checkpoint_in", lambda *_: None)
+    monkeypatch.setattr(every_load, "checkpoint_in", lambda *_: None)
     with pytest.raises(
         ValueError, match=r"Megatron loads .*iter_0000002, and .* was checked is none"
     ):
@@ -106,9 +106,9 @@ def test_a_model_that_is_gone_is_no_obstacle(tmp_path, arguments):
     args = arguments(load=save(tmp_path / "taps", 2, FREE))
     model = build(FREE)
     check_checkpoint([model], FREE)
-    assert not at_load._watch.is_over()
+    assert not every_load._watch.is_over()
     del model
-    assert at_load._watch.is_over()
+    assert every_load._watch.is_over()
     vanilla = save(tmp_path / "vanilla", 2, None)
     assert load(vanilla, args)[0]["iteration"] == 2
     assert torch.distributed.is_initialized()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kvshift_megatron.checks.integrity import write_manifest
 from kvshift_megatron.convert import command_line
 from kvshift_megatron.convert.formats import output
 from kvshift_megatron.convert.to_megatron import ToMegatron, hf_to_megatron
@@ -185,11 +186,13 @@ def test_damaged_megatron_shards(checkpoint, capsys):
 
 
 def edit_arguments(checkpoint: Path, **changes):
+    """Change the saved arguments, as if they had been saved so."""
     common = checkpoint / "release" / "common.pt"
     content = torch.load(common, weights_only=False)
     arguments = {**vars(content["args"]), **changes}
     content["args"] = Namespace(**{k: v for k, v in arguments.items() if v is not ...})
     torch.save(content, common)
+    write_manifest(common.parent)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
+from kvshift_megatron.checks.integrity import write_manifest
 from kvshift_megatron.convert import command_line
 from kvshift_megatron.convert.casts import Casts
 from kvshift_megatron.convert.formats.safetensors_header import read_header
@@ -127,6 +128,7 @@ def test_shards_of_a_checkpoint_that_overlap_are_refused(folder, capsys):
     half = ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([entry.size[0] // 2, entry.size[1]]))
     entry.chunks = [half, half]
     file.write_bytes(pickle.dumps(metadata))
+    write_manifest(file.parent)
     parts = ("shards of embedding.word_embeddings.weight overlap", "copy it again")
     refused(capsys, "megatron-to-hf", folder.parent / "megatron", *parts)
 

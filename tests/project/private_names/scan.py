@@ -34,6 +34,7 @@ _NAMED_ELSEWHERE = {
     "upstream/substitutions.py": "the tables, whose rows are uses by themselves",
     "upstream/on_import.py": "the tables, likewise",
     "specs/rewrite.py": "dataclasses.fields",
+    "arguments.py": "parsed arguments",
 }
 _IN_STRINGS = ("torch", "megatron", "triton", "mlx_lm", "transformers")
 _UNKNOWN = "?"
