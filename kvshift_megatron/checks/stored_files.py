@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron.core import dist_checkpointing
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from kvshift_megatron.checks.to_load import CONFIG, stored_format
+from kvshift_megatron.utils import inert_pickle
 
 # Only Megatron's torch_dist holds an object of this name (in older releases a file, common.pt).
 _COMMON_STATE = "common_state"
@@ -75,12 +75,19 @@ def read_checkpoint(directory: Path) -> StoredModel | None:
             _REMEDY,
         )
     try:
-        metadata = FileSystemReader(directory).read_metadata()
+        # torch's reader, which Megatron uses next, would run whatever somebody has put there.
+        with (directory / ".metadata").open("rb") as stream:
+            metadata = inert_pickle.load_metadata(stream)
         if not isinstance(metadata, Metadata):
             raise TypeError(f"it holds a {type(metadata).__name__}")
     except OSError as error:
         raise ValueError(
             f"load: the checkpoint {directory} cannot be read ({error}): check the file system"
+        ) from error
+    except inert_pickle.ForbiddenNameError as error:
+        raise ValueError(
+            f"load: .metadata of the checkpoint {directory} is not what Megatron saves: {error} "
+            "(nothing of it was run): find out who wrote it, and load another checkpoint"
         ) from error
     # A damaged pickle can raise anything.
     except Exception as error:

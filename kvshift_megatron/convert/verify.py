@@ -186,7 +186,8 @@ def mlx_logits(runs: list[Run]) -> list[list[Tensor]]:
         request.write_text(
             json.dumps([{**run._asdict(), "folder": str(run.folder.resolve())} for run in runs])
         )
-        command = [sys.executable, "-m", "kvshift_megatron.convert.baichuan.mlx_logits"]
+        # -P: anybody may have put modules into the working directory.
+        command = [sys.executable, "-P", "-m", "kvshift_megatron.convert.baichuan.mlx_logits"]
         path = [*map(str, own_path()), os.environ.get("PYTHONPATH", "")]
         done = subprocess.run(
             [*command, str(request), str(answer)],

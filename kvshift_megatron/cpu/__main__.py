@@ -19,6 +19,9 @@ from kvshift_megatron.specs import named_specs
 
 _USAGE = "usage: kvshift-cpu [--nproc-per-node N] SCRIPT ARGS..."
 _SECONDS_TO_LEAVE = 10
+# Keeps `python -m` from looking for modules in the working directory first.
+_SAFE_PATH = "PYTHONSAFEPATH"
+_SET_HERE = "kvshift-cpu"
 
 
 def _fail(sentence: str) -> int:
@@ -49,6 +52,8 @@ def _parse(argv: list[str]) -> tuple[int, str | None, list[str]]:
 
 def _run_worker(script: str, arguments: list[str]) -> None:
     """Run the script in this process as ``python SCRIPT ARGS...`` would."""
+    if os.environ.get(_SAFE_PATH) == _SET_HERE:
+        del os.environ[_SAFE_PATH]  # what the script starts is its own business
     sys.path[:] = _path_of(script)
     sys.argv = [script, *arguments]
     cpu.enable(force=True)
@@ -102,6 +107,11 @@ def _launch(processes: int, script: str, arguments: list[str]) -> int:
     from torch.distributed.run import main as torchrun
 
     options = ["--standalone", "--nproc-per-node", str(processes), "-m", "kvshift_megatron.cpu"]
+    # The ranks import what this process would import. A command on PATH does not look into the
+    # working directory, where anybody may have put a torch.py.
+    is_command = sys.path[0] not in ("", os.getcwd()) and _SAFE_PATH not in os.environ
+    if is_command:
+        os.environ[_SAFE_PATH] = _SET_HERE
     try:
         torchrun([*options, script, *arguments])
     except ChildFailedError as error:
@@ -110,6 +120,9 @@ def _launch(processes: int, script: str, arguments: list[str]) -> int:
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
         return 128 + int(error.sigval)
+    finally:
+        if is_command:
+            del os.environ[_SAFE_PATH]
     return 0
 
 

@@ -14,6 +14,7 @@ import torch
 from kvshift_megatron import cpu
 from kvshift_megatron.cpu.layer import Layer
 from kvshift_megatron.upstream.substitutions import resolve
+from tests.support.launch import python_path
 
 pytestmark = [
     pytest.mark.slow,
@@ -415,3 +416,24 @@ def test_a_script_runs_as_main_and_its_ranks_end_with_the_launcher(tmp_path):
     assert exits_7.returncode == 7, errors
     assert output.count("total 1.0") == 1
     assert output.count("kvshift_megatron: CPU device layer on") == 1
+
+
+def test_the_command_runs_nothing_that_lies_in_the_working_directory(tmp_path, monkeypatch):
+    """As the installed command: unlike with -m, modules there are not found by it."""
+    script = tmp_path / "scripts" / "worker.py"
+    script.parent.mkdir()
+    script.write_text("import os, torch\nprint('safe', os.environ.get('PYTHONSAFEPATH'))\n")
+    (tmp_path / "torch.py").write_text("raise SystemExit('the wrong torch')\n")
+    program = "from kvshift_megatron.cpu.__main__ import main; import sys; sys.exit(main())"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "kvshift-cpu").write_text(program)
+    run = subprocess.run(
+        [sys.executable, tmp_path / "bin" / "kvshift-cpu", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": python_path()},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "safe None" in run.stdout

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from kvshift_megatron.convert.formats import inert_pickle
+from kvshift_megatron.utils import inert_pickle
 
 _LARGEST = 2**62  # elements or bytes
 

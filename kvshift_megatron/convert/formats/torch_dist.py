@@ -34,9 +34,9 @@ from kvshift_megatron.checks.checkpoint_paths import (
     iteration_folder,
     read_tracker,
 )
-from kvshift_megatron.convert.formats import inert_pickle
 from kvshift_megatron.convert.formats.dcp_metadata import first_line, read_metadata
 from kvshift_megatron.convert.formats.safetensors_header import DTYPES
+from kvshift_megatron.utils import inert_pickle
 
 _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)\.(.*)$")
 _COMMON_KEY = "common_state/shard_0_1"

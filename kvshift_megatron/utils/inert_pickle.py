@@ -63,15 +63,21 @@ def _inert(name: str) -> type:
     return type(name.rpartition(".")[2], (_Inert,), {})
 
 
+class ForbiddenNameError(pickle.UnpicklingError):
+    """A pickle asks for something that has no place in it; nothing of it was run."""
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if module == "pathlib._local":  # Python 3.13's name
+            module = "pathlib"
         if name in _METADATA_MODULES.get(module, ()):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if module.startswith(_INERT_IN_METADATA):
             return _inert(name)
-        raise pickle.UnpicklingError(
+        raise ForbiddenNameError(
             f"it wants to load {module}.{name}, which has no place in a checkpoint's metadata"
         )
 
@@ -80,8 +86,8 @@ def load_metadata(stream: io.BufferedIOBase) -> Any:
     """Read the `.metadata` file of a distributed checkpoint; the caller checks what it holds.
 
     Raises:
-        pickle.UnpicklingError: It names something that has no place in a checkpoint's description.
-        Exception: It is damaged.
+        ForbiddenNameError: It names something that has no place in a checkpoint's description.
+        Exception: Of any kind, if it is damaged.
     """
     return _MetadataUnpickler(stream).load()
 
