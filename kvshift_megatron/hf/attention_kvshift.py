@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .callers_kvshift import SHARDED
 from .compatibility_kvshift import Cache, attention_function, init, update
 from .configuration_kvshift import KVShiftLlamaConfig
 from .layers_kvshift import KVShiftRMSNorm, rotate
@@ -122,7 +123,13 @@ class KVShiftLlamaAttention(nn.Module):
 
         Returns:
             Output [b, s, hidden], and weights [b, h, s, t] or None, as the implementation does.
+
+        Raises:
+            ValueError: accelerate's context parallelism splits the sequence.
         """
+        if "is_causal" in kwargs:
+            # Put there by a hook of accelerate, which also takes the mask away. The model does not.
+            raise ValueError(SHARDED.format("cp_size above 1 (accelerate's context parallelism)"))
         shape = hidden_states.shape[:-1]
         query, key, value = (
             projection(hidden_states).view(*shape, -1, self.head_dim)

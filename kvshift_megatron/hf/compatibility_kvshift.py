@@ -127,6 +127,15 @@ def attention_function(name: str, eager: Callable) -> Callable:
     return eager if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
 
 
+def shards_sequences(name: str) -> bool:
+    """Check whether DeepSpeed has put its sequence parallelism in the place of an implementation.
+
+    It keeps the name; the function is then one of DeepSpeed's module for Ulysses.
+    """
+    module = getattr(ALL_ATTENTION_FUNCTIONS.get(name), "__module__", None) or ""
+    return module.startswith("deepspeed.") and "sequence" in module
+
+
 __all__ = [
     "ACT2FN",
     "CACHE_NAME",
@@ -146,5 +155,6 @@ __all__ = [
     "causal_mask",
     "init",
     "max_length",
+    "shards_sequences",
     "update",
 ]

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .attention_kvshift import KVShiftLlamaAttention
 from .cache_kvshift import take_over
+from .callers_kvshift import check_attention
 from .compatibility_kvshift import (
     CACHE_NAME,
     FORGETS_TIES,
-    POSITIONS_ARE_PASSED,
     BaseModelOutputWithPast,
     Cache,
     CausalLMOutputWithPast,
@@ -37,7 +37,7 @@ from .layers_kvshift import (
     KVShiftRotaryEmbedding,
     KVShiftSparseMLP,
 )
-from .plan_kvshift import make_plan
+from .plan_kvshift import make_plan, place_tokens
 from .stored_kvshift import StoredTaps
 
 
@@ -76,8 +76,14 @@ class KVShiftLlamaPreTrainedModel(StoredTaps, PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
-    # Backends with their own key-value store have no place for unshifted keys and values.
+    # Backends with their own key-value store have no place for unshifted keys and values, and
+    # sharded sequences no previous token at the start of a shard.
     _supports_attention_backend = False
+    _supports_context_parallel = False
+
+    def __init__(self, config: KVShiftLlamaConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        check_attention(config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -135,6 +141,7 @@ class KVShiftLlamaModel(KVShiftLlamaPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        starts_anywhere: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """Compute the hidden states of the new tokens.
@@ -148,12 +155,15 @@ class KVShiftLlamaModel(KVShiftLlamaPreTrainedModel):
                 which token is the previous one.
             position_ids: int64 [1 or b, s]. As in the library's models, packed sequences are
                 recognized by positions that do not increase by one (without attention_mask, with
-                use_cache=False); the shift stops at the start of each sequence.
+                use_cache=False); the shift stops at the start of each sequence. If only
+                `cu_seq_lens_q` is passed, positions are counted from it.
             past_key_values: DynamicCache or StaticCache, empty or in use by this model.
             inputs_embeds: [b, s, hidden]; or pass input_ids.
             cache: The same as past_key_values, by its name since Transformers 5.24.
             use_cache, output_attentions, output_hidden_states, return_dict: By default the
                 configuration's.
+            starts_anywhere: Sequences may start at positions above 0: the caller says that there
+                are no tokens before. Otherwise they are missing, and the call is refused.
             **kwargs: For the attention implementation. Transformers before 5.4 also passes
                 `cache_position`, the places of the new tokens in the cache (int64 [s]).
 
@@ -181,14 +191,23 @@ class KVShiftLlamaModel(KVShiftLlamaPreTrainedModel):
         take_over(cache, config)
 
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        plan = make_plan(config, hidden_states, attention_mask, position_ids, cache, kwargs)
-        if position_ids is None or (POSITIONS_ARE_PASSED and cache_position is None):
-            past = 0 if cache is None else cache.get_seq_length()
-            places = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-            cache_position = places + past if cache_position is None else cache_position
-            position_ids = cache_position[None] if position_ids is None else position_ids
+        given, position_ids, cache_position = place_tokens(
+            hidden_states, position_ids, cache_position, cache, kwargs
+        )
         mask = causal_mask(
             config, hidden_states, attention_mask, cache, position_ids, cache_position
+        )
+        if mask is None and "flash" in str(config._attn_implementation):
+            # Flash attention drops a mask without padding, and sees packed sequences then.
+            attention_mask = None
+        plan = make_plan(
+            config,
+            hidden_states,
+            attention_mask,
+            position_ids if given else None,
+            cache,
+            kwargs,
+            starts_anywhere,
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
 
@@ -218,12 +237,9 @@ class KVShiftLlamaModel(KVShiftLlamaPreTrainedModel):
         return output if _either(return_dict, config, "return_dict") else output.to_tuple()
 
     def _refuse(self, attention_mask: Any, kwargs: dict[str, Any]) -> None:
-        if str(self.config._attn_implementation).startswith("paged"):
-            raise ValueError(
-                "paged attention (continuous batching) has no place for the unshifted keys and "
-                "values that KV shifting needs: use generate() with a dynamic or static cache"
-            )
-        if kwargs.get("is_causal") is False:
+        check_attention(self.config)
+        # Causal is the default. A layer that finds the word got it from a hook of accelerate.
+        if kwargs.pop("is_causal", None) is False:
             raise ValueError("is_causal=False: KV shifting is defined for causal attention only")
         if attention_mask is not None and (
             not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2
@@ -277,6 +293,7 @@ class KVShiftLlamaForCausalLM(KVShiftLlamaPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        starts_anywhere: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Compute the logits [b, s, v] of the new tokens.
@@ -298,6 +315,7 @@ class KVShiftLlamaForCausalLM(KVShiftLlamaPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             return_dict=True,
+            starts_anywhere=starts_anywhere,
             **kwargs,
         )
         places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -1,8 +1,5 @@
 """Find each token's previous tokens, given padding, packed sequences and a cache.
 
-The shift must see the same sequence boundaries as attention. If a call's arguments leave them open,
-the call is refused here.
-
 Letters in shapes: b batch, g KV heads, w window, s new tokens, d head_dim.
 """
 
@@ -12,8 +9,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .compatibility_kvshift import Cache, max_length
+from .compatibility_kvshift import POSITIONS_ARE_PASSED, Cache, max_length
 from .configuration_kvshift import KVShiftLlamaConfig
+from .documents_kvshift import check_padded, documents, is_fresh, positions_from_lengths
 
 
 class ShiftPlan(NamedTuple):
@@ -33,6 +31,46 @@ class ShiftPlan(NamedTuple):
     real: Tensor | None = None
 
 
+def place_tokens(
+    inputs: Tensor,
+    position_ids: Tensor | None,
+    cache_position: Tensor | None,
+    cache: Cache | None,
+    kwargs: dict[str, Any],
+) -> tuple[bool, Tensor, Tensor | None]:
+    """Find the positions of the new tokens.
+
+    Args:
+        inputs: [b, s] or [b, s, hidden].
+        position_ids: int [1 or b, s], or None.
+        cache_position: int64 [s], their places in the cache, or None.
+        cache: The tokens before them.
+        kwargs: Other arguments of the call, of which `cu_seq_lens_q` is read.
+
+    Returns:
+        Whether the caller gave positions, in any of these ways; position_ids; and cache_position,
+        or None for releases whose caches count tokens themselves.
+
+    Raises:
+        ValueError: position_ids have another shape.
+    """
+    batch, length = inputs.shape[:2]
+    if position_ids is None:
+        position_ids = positions_from_lengths(kwargs, batch, length)
+    elif tuple(position_ids.shape) not in ((1, length), (batch, length)):
+        raise ValueError(
+            f"position_ids has the shape {list(position_ids.shape)} for {batch} rows of {length} "
+            f"tokens: pass [{batch}, {length}] or [1, {length}]"
+        )
+    given = position_ids is not None or cache_position is not None
+    if position_ids is None or (POSITIONS_ARE_PASSED and cache_position is None):
+        past = 0 if cache is None else cache.get_seq_length()
+        places = torch.arange(length, device=inputs.device)
+        cache_position = places + past if cache_position is None else cache_position
+        position_ids = cache_position[None] if position_ids is None else position_ids
+    return given, position_ids, cache_position
+
+
 def make_plan(
     config: KVShiftLlamaConfig,
     inputs: Tensor,
@@ -40,16 +78,18 @@ def make_plan(
     position_ids: Tensor | None,
     cache: Cache | None,
     kwargs: dict[str, Any],
+    starts_anywhere: bool = False,
 ) -> ShiftPlan:
     """Make the plan of one forward pass.
 
     Args:
         config: The model's configuration.
         inputs: [b, s] or [b, s, hidden].
-        attention_mask: [b, past + s], 0 for padding.
-        position_ids: int64 [1 or b, s], as the caller gave them.
+        attention_mask: [b, past + s], 0 for padding; None if attention does not see the caller's.
+        position_ids: int64 [1 or b, s]; None if they only count the tokens of the cache and these.
         cache: The tokens before the new ones.
-        kwargs: Other arguments of the call, of which `cu_seq_lens_q` is read.
+        kwargs: Other arguments of the call, for attention.
+        starts_anywhere: Sequences may start at positions above 0.
 
     Raises:
         ValueError: Attention and the shift would see different sequence boundaries.
@@ -57,7 +97,10 @@ def make_plan(
     batch, length = inputs.shape[:2]
     before = config.kv_shift_window - 1
     if attention_mask is not None:
-        real = _mask_of_new_tokens(attention_mask, length, cache).to(inputs.device).bool()
+        new = _mask_of_new_tokens(attention_mask, length, cache).to(inputs.device)
+        if is_fresh(cache):
+            check_padded(new, position_ids, kwargs, starts_anywhere)
+        real = new.bool()
         # Before the new tokens are real ones, or zeros at the start of a sequence.
         everything = torch.cat([real.new_ones(batch, before), real], 1)
         places, count = real_places(everything)
@@ -65,7 +108,9 @@ def make_plan(
         # Negative for masked tokens only.
         earlier = places.gather(1, rank.clamp(min=0).flatten(1)).view(batch, length, before)
         return ShiftPlan(earlier, last_tokens(everything, before), real)
-    document = _documents(config, batch, length, position_ids, cache, kwargs)
+    if position_ids is None:
+        return ShiftPlan()
+    document = documents(config, (batch, length), position_ids, cache, kwargs, starts_anywhere)
     if document is None:
         return ShiftPlan()
     # One more place: the previous tokens of a next token are those that a cache keeps.
@@ -99,57 +144,6 @@ def _mask_of_new_tokens(attention_mask: Tensor, length: int, cache: Cache | None
     return attention_mask[:, past : past + length]
 
 
-def _documents(
-    config: KVShiftLlamaConfig,
-    batch: int,
-    length: int,
-    position_ids: Tensor | None,
-    cache: Cache | None,
-    kwargs: dict[str, Any],
-) -> Tensor | None:
-    """Return the number of each token's packed sequence, [b, s]; None if nothing is packed."""
-    starts = kwargs.get("cu_seq_lens_q")
-    if position_ids is None:
-        if starts is not None:
-            raise ValueError(
-                "cu_seq_lens_q comes without position_ids, which tell the shift where sequences "
-                "start: pass both (DataCollatorWithFlattening does)"
-            )
-        return None
-    compiling = torch.compiler.is_compiling()
-    if length == 1 or (compiling and cache is not None):
-        return None
-    # As in attention's masks, a sequence starts where positions do not increase by one.
-    documents = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
-    documents = documents.expand(batch, -1)
-    if compiling:
-        return documents
-    if not documents[:, -1].any():
-        return None
-    flash = "flash" in str(config._attn_implementation)
-    if cache is not None and not (flash and cache.get_seq_length() == 0):
-        raise ValueError(
-            "position_ids do not increase by one: packed sequences need use_cache=False (and no "
-            "past_key_values), and padding needs an attention_mask"
-        )
-    if flash and batch > 1:
-        raise ValueError(
-            "position_ids hold packed sequences in a batch of several rows, but flash attention "
-            "would take each row for one sequence: pack them into one row"
-        )
-    if flash or starts is not None:
-        ours = (documents.diff(dim=-1)[0] > 0).nonzero().flatten() + 1
-        if starts is None:
-            starts = (position_ids[0] == position_ids.min()).nonzero().flatten()
-        if not torch.equal(ours, starts[(starts > 0) & (starts < length)].to(ours)):
-            raise ValueError(
-                "position_ids do not increase by one, but attention would not take every jump for "
-                "the start of a sequence: let the positions start at 0 in each sequence, in "
-                "agreement with cu_seq_lens_q"
-            )
-    return documents
-
-
 def pick(states: Tensor, index: Tensor) -> Tensor:
     """Take states [b, g, t, d] at index int64 [b, i]: [b, g, i, d]."""
     b, g, _, d = states.shape
@@ -178,4 +172,4 @@ def last_tokens(real: Tensor, how_many: int) -> Tensor:
     return places.gather(1, count[:, -1:] - how_many + torch.arange(how_many, device=real.device))
 
 
-__all__ = ["ShiftPlan", "last_tokens", "make_plan", "pick", "real_places"]
+__all__ = ["ShiftPlan", "last_tokens", "make_plan", "pick", "place_tokens", "real_places"]

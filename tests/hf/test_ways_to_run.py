@@ -2,76 +2,52 @@
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from kvshift_megatron.hf.plan_kvshift import make_plan
+from tests.hf import flash
 from tests.hf.models import VARIANTS, agrees, full_logits, named, tiny_model, tokens
 from tests.hf.test_decoding import in_steps, new_cache
 
 pytestmark = pytest.mark.slow
 
-SEEN = []
-
-
-def stand_in_for_flash(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attend like flash attention: without a mask, or to the real tokens of a 2-D mask."""
-    SEEN.append((None if attention_mask is None else attention_mask.shape, sorted(kwargs)))
-    b, heads, s, _ = query.shape
-    past_and_new = key.shape[2]
-    key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
-    visible = torch.ones(s, past_and_new).tril(past_and_new - s).bool()[None, None]
-    if attention_mask is not None:
-        assert attention_mask.shape == (b, past_and_new)
-        visible = visible & attention_mask[:, None, None, :].bool()
-    scores = (query @ key.transpose(-1, -2) * scaling).masked_fill(~visible, float("-inf"))
-    weights = torch.softmax(scores, -1).nan_to_num()
-    return (weights @ value).transpose(1, 2), None
-
 
 @pytest.fixture
-def flash():
-    """Register the function above as an attention implementation with flash attention's masks."""
-    name = "flash_attention_2"
-    attention, masks = AttentionInterface(), AttentionMaskInterface()
-    AttentionInterface.register("flash_attention_stand_in", stand_in_for_flash)
-    AttentionMaskInterface.register("flash_attention_stand_in", ALL_MASK_ATTENTION_FUNCTIONS[name])
-    SEEN.clear()
-    yield "flash_attention_stand_in"
-    for interface in (attention, masks):
-        interface._global_mapping.pop("flash_attention_stand_in", None)
+def on_flash():
+    """Register the stand-in for flash attention."""
+    with flash.registered() as name:
+        yield name
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=named)
-def test_flash_attention_is_called_with_shifted_keys(options, flash):
+def test_flash_attention_is_called_with_shifted_keys(options, on_flash):
     model, ids = tiny_model(**options, attn_implementation="eager"), tokens(3, 8)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     mask[1, 6:] = 0
     real = mask.bool()
     plain, padded = full_logits(model, ids), full_logits(model, ids, attention_mask=mask)
-    model.config._attn_implementation = flash
+    model.config._attn_implementation = on_flash
     assert agrees(full_logits(model, ids), plain)
     assert agrees(full_logits(model, ids, attention_mask=mask)[real], padded[real])
-    assert SEEN[0][0] is None and SEEN[-1][0] == (3, 8)
+    assert flash.SEEN[0][0] is None and flash.SEEN[-1][0] == (3, 8)
     # The library's arguments are passed on, but ours is not.
-    assert "position_ids" in SEEN[0][1] and "plan" not in SEEN[0][1]
+    assert "position_ids" in flash.SEEN[0][1] and "plan" not in flash.SEEN[0][1]
     assert agrees(in_steps(model, ids, [3, 1, 4], new_cache("dynamic", model)), plain)
 
 
-def test_flash_attention_and_packed_sequences(flash):
+def test_flash_attention_and_packed_sequences(on_flash):
     model = tiny_model(kv_shift_window=4, attn_implementation="eager")
     ids = tokens(1, 9)
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3]])
     alone = make_plan(model.config, ids, None, positions, None, {})
-    model.config._attn_implementation = flash
+    model.config._attn_implementation = on_flash
     with_empty_cache = make_plan(
         model.config, ids, None, positions, new_cache("dynamic", model), {}
     )
     assert torch.equal(alone.earlier, with_empty_cache.earlier)
     assert with_empty_cache.last.tolist() == [[9, 10, 11]]
     for wrong, how in (
-        ({"position_ids": positions + torch.tensor([0, 0, 0, 1, 1, 0, 0, 0, 0])}, "every jump"),
+        ({"position_ids": positions + torch.tensor([0, 0, 0, 1, 1, 0, 0, 0, 0])}, "above 0"),
         ({"position_ids": positions, "cu_seq_lens_q": torch.tensor([0, 4, 9])}, "every jump"),
     ):
         with pytest.raises(ValueError, match=how):
