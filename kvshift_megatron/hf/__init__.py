@@ -1,17 +1,26 @@
 """The Transformers model. It does not need Megatron.
 
-Importing this package registers it with AutoConfig, AutoModel and AutoModelForCausalLM.
+Importing this package registers it with AutoConfig, AutoModel, AutoModelForCausalLM,
+AutoModelForSequenceClassification and AutoModelForTokenClassification.
 """
 
 import shutil
 from functools import partial
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from kvshift_megatron.hf.configuration_kvshift import AUTO_MAP, KVShiftLlamaConfig
 from kvshift_megatron.hf.modeling_kvshift import (
     KVShiftLlamaForCausalLM,
+    KVShiftLlamaForSequenceClassification,
+    KVShiftLlamaForTokenClassification,
     KVShiftLlamaModel,
     KVShiftLlamaPreTrainedModel,
 )
@@ -22,6 +31,8 @@ __all__ = [
     "AUTO_MAP",
     "KVShiftLlamaConfig",
     "KVShiftLlamaForCausalLM",
+    "KVShiftLlamaForSequenceClassification",
+    "KVShiftLlamaForTokenClassification",
     "KVShiftLlamaModel",
     "KVShiftLlamaPreTrainedModel",
     "write_code",
@@ -51,8 +62,14 @@ def write_code(folder: str | Path) -> list[Path]:
 AutoConfig.register(KVShiftLlamaConfig.model_type, KVShiftLlamaConfig)
 AutoModel.register(KVShiftLlamaConfig, KVShiftLlamaModel)
 AutoModelForCausalLM.register(KVShiftLlamaConfig, KVShiftLlamaForCausalLM)
+AutoModelForSequenceClassification.register(
+    KVShiftLlamaConfig, KVShiftLlamaForSequenceClassification
+)
+AutoModelForTokenClassification.register(KVShiftLlamaConfig, KVShiftLlamaForTokenClassification)
 
 # Makes save_pretrained write the source and the auto_map, too.
 KVShiftLlamaConfig.register_for_auto_class()
 KVShiftLlamaModel.register_for_auto_class("AutoModel")
 KVShiftLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+KVShiftLlamaForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+KVShiftLlamaForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

@@ -108,6 +108,7 @@ class KVShiftLlamaAttention(nn.Module):
         plan: ShiftPlan,
         cache: Cache | None = None,
         cache_position: Tensor | None = None,
+        key_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend to the new tokens and those of the cache.
@@ -119,6 +120,8 @@ class KVShiftLlamaAttention(nn.Module):
             plan: From KVShiftLlamaModel.forward.
             cache: With the layers of cache_kvshift.py.
             cache_position: int64 [s]; see compatibility_kvshift.update.
+            key_embeddings: Cosines and sines of all tokens, [1, t, d] each, for a cache that holds
+                keys and values before shift and rotation (export_kvshift.py); None for others.
             **kwargs: For the attention implementation.
 
         Returns:
@@ -139,18 +142,22 @@ class KVShiftLlamaAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
 
+        before = self.config.kv_shift_window - 1
         states = {"key": key, "value": value}
+        if cache is not None and key_embeddings is not None:
+            everything = update(cache, key, value, self.layer_idx, cache_position)
+            states = dict(zip(states, everything))
         new = {kind: states[kind] for kind in self.tap_names}
-        if cache is not None:
+        if cache is not None and key_embeddings is None:
             extended = cache.layers[self.layer_idx].extend(new, plan)
         else:
-            before = self.config.kv_shift_window - 1
             extended = {k: nn.functional.pad(x, (0, 0, before, 0)) for k, x in new.items()}
         states |= {kind: self.shift(kind, x, plan) for kind, x in extended.items()}
 
-        query, key = (rotate(x, *position_embeddings) for x in (query, states["key"]))
+        query = rotate(query, *position_embeddings)
+        key = rotate(states["key"], *(key_embeddings or position_embeddings))
         value = states["value"]
-        if cache is not None:
+        if cache is not None and key_embeddings is None:
             key, value = update(cache, key, value, self.layer_idx, cache_position)
         attend = attention_function(self.config._attn_implementation, eager_attention)
         output, weights = attend(

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NoReturn
 
+import torch
 import transformers
 from torch import Tensor
 
@@ -43,7 +44,12 @@ try:
     from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
     from transformers.masking_utils import create_causal_mask
     from transformers.modeling_layers import GradientCheckpointingLayer
-    from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+    from transformers.modeling_outputs import (
+        BaseModelOutputWithPast,
+        CausalLMOutputWithPast,
+        SequenceClassifierOutputWithPast,
+        TokenClassifierOutput,
+    )
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 except ImportError as error:
     _refuse(f"it lacks a name that the model needs ({error}): pip install 'transformers=={NEWEST}'")
@@ -66,6 +72,9 @@ POSITIONS_ARE_PASSED = "cache_kwargs" in inspect.signature(Cache.update).paramet
 
 # This release leaves the output layer of a tied custom model uninitialized.
 FORGETS_TIES = transformers.__version__.startswith("5.3.")
+
+
+TELLS_EXPORTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
 
 def causal_mask(
@@ -118,6 +127,17 @@ def max_length(cache: Cache) -> int:
     return cache.get_max_cache_shape()
 
 
+def is_exporting() -> bool:
+    """Check for torch.export, which torch.compile is not.
+
+    Releases of PyTorch before 2.14 answer yes under torch.compile, too; there, only exports that do
+    not trace with Dynamo (strict=False) are recognized.
+    """
+    if not getattr(torch.compiler, "is_exporting", bool)():
+        return False
+    return TELLS_EXPORTS or not torch.compiler.is_dynamo_compiling()
+
+
 def attention_function(name: str, eager: Callable) -> Callable:
     """Return the attention implementation of that name; `eager` is the model's own.
 
@@ -150,10 +170,13 @@ __all__ = [
     "GradientCheckpointingLayer",
     "PreTrainedConfig",
     "PreTrainedModel",
+    "SequenceClassifierOutputWithPast",
     "StaticLayer",
+    "TokenClassifierOutput",
     "attention_function",
     "causal_mask",
     "init",
+    "is_exporting",
     "max_length",
     "shards_sequences",
     "update",

@@ -35,6 +35,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_kvshift.KVShiftLlamaConfig",
     "AutoModel": "modeling_kvshift.KVShiftLlamaModel",
     "AutoModelForCausalLM": "modeling_kvshift.KVShiftLlamaForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_kvshift.KVShiftLlamaForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_kvshift.KVShiftLlamaForTokenClassification",
 }
 
 

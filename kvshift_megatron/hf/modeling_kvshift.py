@@ -30,6 +30,8 @@ from .compatibility_kvshift import (
     max_length,
 )
 from .configuration_kvshift import KVShiftLlamaConfig
+from .export_kvshift import holds_raw_states, mask_of_all, whole_length
+from .heads_kvshift import SequenceScores, TokenScores
 from .layers_kvshift import (
     KVShiftExperts,
     KVShiftMLP,
@@ -188,7 +190,9 @@ class KVShiftLlamaModel(KVShiftLlamaPreTrainedModel):
             cache, use_cache = None, False
         if cache is None and use_cache:
             cache = DynamicCache()
-        take_over(cache, config)
+        raw = holds_raw_states(cache)
+        if not raw:
+            take_over(cache, config)
 
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         given, position_ids, cache_position = place_tokens(
@@ -200,15 +204,24 @@ class KVShiftLlamaModel(KVShiftLlamaPreTrainedModel):
         if mask is None and "flash" in str(config._attn_implementation):
             # Flash attention drops a mask without padding, and sees packed sequences then.
             attention_mask = None
-        plan = make_plan(
-            config,
-            hidden_states,
-            attention_mask,
-            position_ids if given else None,
-            cache,
-            kwargs,
-            starts_anywhere,
-        )
+        key_embeddings = None
+        if raw:
+            total = whole_length(cache, hidden_states.shape[1])
+            places = torch.arange(total, device=hidden_states.device)[None]
+            key_embeddings = self.rotary_emb(hidden_states, places)
+            real = mask_of_all(attention_mask, position_ids if given else None, total)
+            everything = places.expand(len(hidden_states), -1)
+            plan = make_plan(config, everything, real, None, None, kwargs)
+        else:
+            plan = make_plan(
+                config,
+                hidden_states,
+                attention_mask,
+                position_ids if given else None,
+                cache,
+                kwargs,
+                starts_anywhere,
+            )
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
 
         states, weights = [hidden_states], []
@@ -220,6 +233,7 @@ class KVShiftLlamaModel(KVShiftLlamaPreTrainedModel):
                 plan=plan,
                 cache=cache,
                 cache_position=cache_position,
+                key_embeddings=key_embeddings,
                 position_ids=position_ids,
                 **kwargs,
             )
@@ -357,6 +371,42 @@ class KVShiftLlamaForCausalLM(KVShiftLlamaPreTrainedModel, GenerationMixin):
         )
 
 
+class KVShiftLlamaForSequenceClassification(SequenceScores, KVShiftLlamaPreTrainedModel):
+    """Token ids to one score per label, as reward models need them."""
+
+    def __init__(self, config: KVShiftLlamaConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = KVShiftLlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embed_tokens = value
+
+
+class KVShiftLlamaForTokenClassification(TokenScores, KVShiftLlamaPreTrainedModel):
+    """Token ids to one score per label and token."""
+
+    def __init__(self, config: KVShiftLlamaConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = KVShiftLlamaModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embed_tokens = value
+
+
 def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
     if cache is not None and past_key_values is not None:
         raise ValueError(
@@ -370,4 +420,10 @@ def _either(given: bool | None, config: KVShiftLlamaConfig, name: str) -> bool:
     return getattr(config, name) if given is None else given
 
 
-__all__ = ["KVShiftLlamaForCausalLM", "KVShiftLlamaModel", "KVShiftLlamaPreTrainedModel"]
+__all__ = [
+    "KVShiftLlamaForCausalLM",
+    "KVShiftLlamaForSequenceClassification",
+    "KVShiftLlamaForTokenClassification",
+    "KVShiftLlamaModel",
+    "KVShiftLlamaPreTrainedModel",
+]

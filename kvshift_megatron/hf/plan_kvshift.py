@@ -160,7 +160,11 @@ def real_places(real: Tensor) -> tuple[Tensor, Tensor]:
         places int64 [b, t], those of the real tokens in order, then those of the others.
         count int64 [b, t], the number of real tokens up to and including each place.
     """
-    return torch.argsort((~real).to(torch.int8), dim=-1, stable=True), real.cumsum(-1)
+    # Each place's rank in that order. (A stable sort would do, but ONNX has none.)
+    count, others = real.long().cumsum(-1), (~real).long().cumsum(-1)
+    rank = torch.where(real, count, count[:, -1:] + others) - 1
+    order = torch.arange(real.shape[1], device=real.device).expand_as(rank)
+    return torch.zeros_like(rank).scatter(1, rank, order), count
 
 
 def last_tokens(real: Tensor, how_many: int) -> Tensor:

@@ -28,6 +28,7 @@ def use(folder: Path, prompt: torch.Tensor, expected: dict) -> None:
         AutoConfig,
         AutoModel,
         AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
         AutoTokenizer,
         DynamicCache,
         StaticCache,
@@ -57,6 +58,9 @@ def use(folder: Path, prompt: torch.Tensor, expected: dict) -> None:
         base = AutoModel.from_pretrained(folder, **remote).eval()
         states = base(everything).last_hidden_state
         tried("AutoModel", near(model.lm_head(states), logits))
+        scores = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, **remote)
+        score = scores.eval().score(states[:1, -1])
+        tried("sequence classification", near(scores(everything[:1]).logits, score))
         for cache in (
             DynamicCache(),
             DynamicCache(config=model.config),

@@ -13,7 +13,7 @@ from tests.hf import export
 
 pytestmark = pytest.mark.slow
 
-WAYS = 15
+WAYS = 16
 
 
 @pytest.fixture(scope="module")
