@@ -44,7 +44,9 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 @pytest.fixture
 def reachable(tmp_path):
     """Let every user reach the test's folder, whose parents pytest keeps to this one."""
-    modes = {folder: folder.stat().st_mode for folder in [tmp_path, *tmp_path.parents][:3]}
+    # pytest-xdist puts a folder of its own between.
+    closed = [folder for folder in (tmp_path, *tmp_path.parents) if not folder.stat().st_mode & 1]
+    modes = {folder: folder.stat().st_mode for folder in closed}
     for folder in modes:
         folder.chmod(0o755)
     yield tmp_path
