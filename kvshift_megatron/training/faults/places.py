@@ -19,12 +19,14 @@ def check_places(args: Namespace) -> None:
     Args:
         args: Megatron's, as parsed.
     """
-    places = {name: getattr(args, name, None) for name in _FOLDERS}
-    agreement.decided_by_rank_0(
-        "places to write to",
-        lambda: _refuse({name: place for name, place in places.items() if place}),
-        timedelta(minutes=args.distributed_timeout_minutes),
-    )
+    named = {name: getattr(args, name, None) for name in _FOLDERS}
+    places = {name: place for name, place in named.items() if place}
+    if places:  # the same on every rank
+        agreement.decided_by_rank_0(
+            "places to write to",
+            lambda: _refuse(places),
+            timedelta(minutes=args.distributed_timeout_minutes),
+        )
 
 
 def _refuse(places: dict[str, str]) -> None:
