@@ -77,7 +77,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("--moe-permute-fusion", _TE, _DROP),
     Refusal("--moe-router-fusion", _TE, _DROP),
     Refusal("--moe-token-dispatcher-type", "DeepEP or HybridEP GPU kernels",
-            "use --moe-token-dispatcher-type alltoall", ("flex",)),
+            "use --moe-token-dispatcher-type allgather", ("flex",)),
     Refusal("--moe-enable-deepep", "DeepEP GPU kernels", _DROP),
     Refusal("--cuda-graph-impl", _GRAPHS, "use --cuda-graph-impl none",
             ("local", "transformer_engine", "full_iteration")),

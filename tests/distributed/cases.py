@@ -136,7 +136,8 @@ HYBRID = Model("hybrid", num_query_groups=2, hybrid=("*-", "*-"))
 
 # Models that are not a stack of equal, ordinary GPT layers.
 KINDS = (SLIDING, SCALED, NO_ROPE, MOE, MTP, HETEROGENEOUS, HYBRID)
-# MOE itself has the all-to-all dispatcher.
+# MOE itself has the all-to-all dispatcher. With tensor-parallel experts it gathers unequal numbers
+# of tokens, which gloo refuses.
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
 UNEVEN = {"pipeline_model_parallel_layout": "Et|tt|t|L"}
 UNEVEN_MTP = {"pipeline_model_parallel_layout": "Ett|t|t|mL"}
@@ -203,7 +204,6 @@ _FOUR = [
     Case(MQA, tp=2, cp=2, sp=True, transformer=FULL_RECOMPUTE),
     Case(GQA, pp=2, cp=2),
     Case(WINDOW_3, pp=2, cp=2, transformer=FULL_RECOMPUTE),
-    Case(MOE, tp=2, ep=2, sp=True),
     Case(MOE, tp=2, ep=2, sp=True, transformer=ALLGATHER),
     Case(MTP, tp=2, pp=2, vpp=2, sp=True, transformer=UNEVEN_MTP),
     Case(SLIDING, tp=2, cp=2, sp=True),

@@ -26,6 +26,7 @@ DISTRIBUTIONS = {
     "numpy": "numpy",
     "packaging": "packaging",
     "pynvml": "nvidia-ml-py",
+    "sentencepiece": "sentencepiece",
     "tensorboard": "tensorboard",
     "torch": "torch",
     "transformers": "transformers",

@@ -147,7 +147,8 @@ def test_a_restart_repeats_the_unbroken_run_to_the_bit(resumed, root, name):
 
 def test_files_of_an_earlier_save_are_gone(resumed, root):
     names = sorted(path.name for path in (root / "killed-writing" / "iter_0000006").iterdir())
-    assert names == [".metadata", "__0_0.distcp", "__1_0.distcp", "metadata.json"]
+    files = ["__0_0.distcp", "__1_0.distcp", "integrity.json", "metadata.json"]
+    assert names == [".metadata", *files]
 
 
 def test_a_truncated_checkpoint_falls_back_with_a_warning(resumed, root):
