@@ -41,6 +41,10 @@ BEGINS_IN = {
         "GPTModelConfig",
     ),
     "tests/checks/test_model.py::test_the_spec_callable_hooks": ("0.19", "GPTModelConfig"),
+    "tests/checks/test_stored_settings.py::test_a_checkpoint_that_cannot_be_read_is_named": (
+        "0.19",
+        "arguments that are read through .metadata",
+    ),
     "tests/cpu/test_flags.py::test_table_names_flags_of_the_installed_megatron": (
         "0.19",
         "some of the flags that a CPU refuses",
