@@ -12,6 +12,7 @@ from kvshift_megatron.ops.triton.kernels import shift_backward_kernel, shift_ker
 
 # Elements and warps of a program's tile: for bf16, each thread issues 4 loads of 16 bytes.
 _TILE, _WARPS = 4096, 4
+_LONGEST_AXIS = 65535  # of a grid, but for the first one
 
 
 def forward(
@@ -48,7 +49,7 @@ def backward(
     grads = [empty(x) for x in inputs]
     grid, sizes, constants = _launch(inputs, taps, position)
     # One sum of each block of tokens of each sample.
-    shape = (len(taps), *taps[0].shape, grid[0] // inputs[0].size(2))
+    shape = (len(taps), *taps[0].shape, grid[0] * grid[1] // inputs[0].size(2))
     partial = torch.empty(shape, dtype=torch.float32, device=inputs[0].device)
     arguments = [
         (*strided(x), *strided(dy), dx, tap.contiguous(), dtap)
@@ -72,16 +73,28 @@ def _launch(
     tokens, samples, groups, head = inputs[0].shape
     block_d = triton.next_power_of_2(head)
     block_s = max(1, _TILE // block_d)
+    grid, one_axis = grid_of(triton.cdiv(tokens, block_s), samples * groups, len(inputs))
     constants = {
         "HEAD": head,
         "WINDOW": len(taps[0]),
         "PACKED": position is not None,
         "BLOCK_S": block_s,
         "BLOCK_D": block_d,
+        "ONE_AXIS": one_axis,
         "num_warps": _WARPS,
     }
-    grid = (triton.cdiv(tokens, block_s) * samples * groups, 1, len(inputs))
     return grid, (tokens, samples, groups), constants
+
+
+def grid_of(blocks: int, heads: int, tensors: int) -> tuple[tuple[int, int, int], bool]:
+    """Return (a grid, whether its first axis counts heads too, the kernels' ONE_AXIS).
+
+    Only the first axis may be longer than _LONGEST_AXIS. Kernels that have to divide its index need
+    a few registers more, which some GPUs lack.
+    """
+    if heads <= _LONGEST_AXIS:
+        return (blocks, heads, tensors), False
+    return (blocks * heads, 1, tensors), True
 
 
 def strided(x: Tensor) -> tuple[Tensor, int, int, int]:

@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 
 from kvshift_megatron.ops.triton.kernels import (
+    block_count,
+    block_index,
+    first_head,
     has_later,
-    program_place,
     shift_heads,
     shift_heads_backward,
     shift_rows,
@@ -88,12 +90,11 @@ def _keys(
     position, tokens, samples, groups,
     HEAD: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, WINDOW: tl.constexpr,
     PACKED: tl.constexpr, INDEXED: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, ONE_AXIS: tl.constexpr,
 ):  # fmt: skip
     """out_i = R_i sum_j taps[j] x_{i-j}; channels from ROTARY on are only shifted."""
     HALF: tl.constexpr = ROTARY // 2
-    block, first_head, _ = program_place(tokens, HEADS, BLOCK_S)
-    rows = block * BLOCK_S + tl.arange(0, BLOCK_S)
+    rows = block_index(tokens, BLOCK_S, ONE_AXIS) * BLOCK_S + tl.arange(0, BLOCK_S)
     is_row = rows < tokens
     before = rows
     if PACKED:
@@ -105,7 +106,7 @@ def _keys(
         HALF, INTERLEAVED, INDEXED, BLOCK_S, BLOCK_H,
     )  # fmt: skip
     for i in range(HEADS):
-        head = first_head + i
+        head = first_head(tokens, HEADS, BLOCK_S, ONE_AXIS) + i
         sample, group = (head // groups).to(tl.int64), head % groups
         source = x + sample * x_b + group * x_g + row * x_s
         target = out + (row * samples + sample) * groups * HEAD + group * HEAD
@@ -136,12 +137,11 @@ def _keys_backward(
     freqs, freq_s, positions, index, mscale, position, tokens, samples, groups,
     HEAD: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, WINDOW: tl.constexpr,
     PACKED: tl.constexpr, INDEXED: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, ONE_AXIS: tl.constexpr,
 ):  # fmt: skip
     """dx_i = sum_j taps[j] R_{i+j}^T dy_{i+j}; dtaps[j] = sum_i x_i . R_{i+j}^T dy_{i+j}."""
     HALF: tl.constexpr = ROTARY // 2
-    block, first_head, blocks = program_place(tokens, HEADS, BLOCK_S)
-    rows = block * BLOCK_S + tl.arange(0, BLOCK_S)
+    rows = block_index(tokens, BLOCK_S, ONE_AXIS) * BLOCK_S + tl.arange(0, BLOCK_S)
     is_row = rows < tokens
     row = rows[:, None].to(tl.int64)
     inside = is_row[:, None]
@@ -157,13 +157,15 @@ def _keys_backward(
             mscale, HALF, INTERLEAVED, INDEXED, BLOCK_S, BLOCK_H,
         )  # fmt: skip
     for i in range(HEADS):
-        head = first_head + i
+        head = first_head(tokens, HEADS, BLOCK_S, ONE_AXIS) + i
         sample, group = (head // groups).to(tl.int64), head % groups
         own = x + sample * x_b + group * x_g + row * x_s
         source = dy + sample * dy_b + group * dy_g + row * dy_s
         target = dx + (row * samples + sample) * groups * HEAD + group * HEAD
         # dtaps: [window, groups, blocks of tokens, samples]
-        slot = (group * blocks + block) * samples + sample
+        blocks = block_count(tokens, BLOCK_S, ONE_AXIS)
+        slot = group * blocks + block_index(tokens, BLOCK_S, ONE_AXIS)
+        slot = slot * samples + sample
         stride = groups * blocks * samples
         xa, xb = _load_halves(own, inside, HALF, INTERLEAVED, BLOCK_S, BLOCK_H)
         dxa, dxb = tl.zeros_like(xa), tl.zeros_like(xb)
@@ -208,18 +210,20 @@ def rope_shift_kernel(
     HEAD: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, WINDOW: tl.constexpr,
     PACKED: tl.constexpr, INDEXED: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
+    ONE_AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks of tokens * samples * groups / HEADS, 1, 2 for k and v or 1 for k)."""
+    """Grid: `launch.grid_of` of the blocks of tokens, and of samples * groups / HEADS."""
     if tl.program_id(2) == 0:
         _keys(
             k, k_s, k_b, k_g, k_out, alpha, freqs, freq_s, positions, index, mscale,
             position, tokens, samples, groups, HEAD, ROTARY, INTERLEAVED, WINDOW,
-            PACKED, INDEXED, HEADS, BLOCK_S, BLOCK_H, BLOCK_P,
+            PACKED, INDEXED, HEADS, BLOCK_S, BLOCK_H, BLOCK_P, ONE_AXIS,
         )  # fmt: skip
     else:
         shift_heads(
             v, v_s, v_b, v_g, v_out, beta,
             position, tokens, samples, groups, HEAD, WINDOW, PACKED, HEADS, BLOCK_S, BLOCK_D,
+            ONE_AXIS,
         )  # fmt: skip
 
 
@@ -231,6 +235,7 @@ def rope_shift_backward_kernel(
     HEAD: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, WINDOW: tl.constexpr,
     PACKED: tl.constexpr, INDEXED: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
+    ONE_AXIS: tl.constexpr,
 ):  # fmt: skip
     """Grid: as rope_shift_kernel's."""
     if tl.program_id(2) == 0:
@@ -238,9 +243,11 @@ def rope_shift_backward_kernel(
             k, k_s, k_b, k_g, dk, dk_s, dk_b, dk_g, k_grad, alpha, dalpha,
             freqs, freq_s, positions, index, mscale, position, tokens, samples, groups,
             HEAD, ROTARY, INTERLEAVED, WINDOW, PACKED, INDEXED, HEADS, BLOCK_S, BLOCK_H, BLOCK_P,
+            ONE_AXIS,
         )  # fmt: skip
     else:
         shift_heads_backward(
             v, v_s, v_b, v_g, dv, dv_s, dv_b, dv_g, v_grad, beta, dbeta,
             position, tokens, samples, groups, HEAD, WINDOW, PACKED, HEADS, BLOCK_S, BLOCK_D,
+            ONE_AXIS,
         )  # fmt: skip

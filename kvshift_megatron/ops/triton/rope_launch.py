@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from kvshift_megatron.ops.autograd import empty
-from kvshift_megatron.ops.triton.launch import strided
+from kvshift_megatron.ops.triton.launch import grid_of, strided
 from kvshift_megatron.ops.triton.rope_kernels import rope_shift_backward_kernel, rope_shift_kernel
 
 _WARPS = 4
@@ -63,7 +63,7 @@ def backward(
     grads = [empty(x) for x in inputs]
     grid, constants = _launch(inputs, taps, position, freqs, freq_index, interleaved)
     # One sum of each block of tokens of each sample.
-    shape = (len(taps), *taps[0].shape, grid[0] * constants["HEADS"] // inputs[0].size(2))
+    shape = (len(taps), *taps[0].shape, grid[0] * grid[1] * constants["HEADS"] // inputs[0].size(2))
     partial = torch.empty(shape, dtype=torch.float32, device=inputs[0].device)
     arguments = [
         (*strided(x), *strided(dy), dx, tap.contiguous(), dtap)
@@ -93,6 +93,8 @@ def _launch(
     block_d, block_h = triton.next_power_of_2(head), triton.next_power_of_2(rotary // 2)
     block_s = max(1, min(_HALF_TILE // block_h, _TILE // block_d))
     heads = math.gcd(samples * groups, _HEADS)
+    blocks = triton.cdiv(tokens, block_s)
+    grid, one_axis = grid_of(blocks, samples * groups // heads, len(inputs))
     constants = {
         "HEAD": head,
         "ROTARY": rotary,
@@ -105,9 +107,9 @@ def _launch(
         "BLOCK_D": block_d,
         "BLOCK_H": block_h,
         "BLOCK_P": triton.next_power_of_2(max(1, head - rotary)),
+        "ONE_AXIS": one_axis,
         "num_warps": _WARPS,
     }
-    grid = (triton.cdiv(tokens, block_s) * (samples * groups // heads), 1, len(inputs))
     return grid, constants
 
 

@@ -20,7 +20,8 @@ ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 def test_every_output_and_gradient_is_the_rotated_shift():
     found = interpreted()["rope"]
-    assert found.keys() == {*CASES, "planted"}
+    assert found.keys() == {*CASES, "one axis", "planted"}
+    assert_rope(found["one axis"], ROUNDING[torch.float32])
     for name, case in CASES.items():
         assert len(found[name]) == 5 + len(case.kinds), name
         assert_rope(found[name], ROUNDING[case.dtype])

@@ -20,7 +20,7 @@ ROUNDING = {"fp32": 1e-6, "fp16": 2**-10, "bf16": 2**-7}
 def test_every_output_and_gradient_is_the_definition():
     found = interpreted()["shift"]
     cases = {name: errors for name, errors in found.items() if name != "planted"}
-    assert len(cases) == 4 * (3 + 1 + 1) + 2
+    assert len(cases) == 4 * (3 + 1 + 1) + 2 + 1
     for name, errors in cases.items():
         dtype = name.split(", ")[-2] if "window" in name else "fp32"
         assert len(errors) == (4 if "alone" in name else 8)
@@ -67,15 +67,17 @@ def test_groups_too_far_apart_for_32_bits_are_moved_together():
     assert strided(far[:, :, :15])[3] == 2**27
 
 
-def test_no_axis_of_the_grid_but_the_first_counts_samples_groups_or_tokens():
-    """The others end at 65535."""
-    for shape in ((1, 70_000, 1, 8), (1, 1, 70_000, 8), (70_000, 1, 1, 8192)):
+def test_no_axis_of_the_grid_but_the_first_is_longer_than_65535():
+    for shape in ((1, 70_000, 1, 8), (1, 1, 280_000, 8), (70_000, 1, 1, 8192), (9, 2, 3, 8)):
         x, taps = torch.empty(shape, device="meta"), torch.empty(2, shape[2], device="meta")
         freqs = torch.empty(shape[0], 8, device="meta")
-        grids = [launch._launch([x] * 2, [taps] * 2, None)[0]]
-        grids.append(rope_launch._launch([x] * 2, [taps] * 2, None, freqs, None, False)[0])
-        for grid in grids:
-            assert grid[0] >= 70_000 // 4 and grid[1:] == (1, 2)
+        grid, _, plain = launch._launch([x] * 2, [taps] * 2, None)
+        fused, rope = rope_launch._launch([x] * 2, [taps] * 2, None, freqs, None, False)
+        for (first, second, third), constants in ((grid, plain), (fused, rope)):
+            programs = -(-shape[0] // constants["BLOCK_S"]) * shape[1] * shape[2]
+            assert first * second * constants.get("HEADS", 1) == programs
+            assert second <= 65535 and third == 2
+            assert constants["ONE_AXIS"] is (second == 1 < shape[1] * shape[2])
 
 
 def test_the_trial_is_on_real_tensors_whatever_mode_is_on(monkeypatch):
