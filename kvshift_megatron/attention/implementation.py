@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvshift_megatron.ops.dispatch import Shift, choose, give_up, requested
+from kvshift_megatron.utils.ranks import of_all_ranks
 
 if TYPE_CHECKING:
     from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
@@ -77,11 +78,7 @@ def agree(layers: Iterable["KVShiftSelfAttention"]) -> list[str]:
             all of them.
     """
     own = _find(layers)
-    everyone: list[Any] = [own]
-    # A dry run has no other ranks to ask.
-    if torch.distributed.get_backend() != "fake":
-        everyone = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, own)
+    everyone = of_all_ranks(own)
     for rank, found in enumerate(everyone):
         if found.refusal:
             raise ValueError(own.refusal or f"on rank {rank}: {found.refusal}")

@@ -16,12 +16,13 @@ from megatron.core.utils import unwrap_model
 
 from kvshift_megatron.arguments import megatron_args
 from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
-from kvshift_megatron.checks.every_load import check_at_load, on_rank_0
+from kvshift_megatron.checks.every_load import check_at_load
 from kvshift_megatron.checks.shapes import compare_shapes
 from kvshift_megatron.checks.stored_files import read_checkpoint
 from kvshift_megatron.checks.to_load import ToLoad, checkpoint_to_load
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.taps import tap_in_key, tap_names, taps_among
+from kvshift_megatron.utils.ranks import on_rank_0
 
 
 def check_checkpoint(model: list[torch.nn.Module], kv_shift: KVShiftConfig | None) -> None:

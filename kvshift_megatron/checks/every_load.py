@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from kvshift_megatron.checks.to_load import ToLoad, checkpoint_in
-from kvshift_megatron.upstream import checks_table, substitutions
+from kvshift_megatron.upstream import loading_table, substitutions
+from kvshift_megatron.utils.ranks import on_rank_0
 
 # Collective over all ranks; raises ValueError for a checkpoint that the model must not load.
 Check = Callable[[ToLoad, list[torch.nn.Module]], None]
@@ -65,23 +66,7 @@ def check_at_load(model: list[torch.nn.Module], check: Check, checked: Path | No
     is_first = _watch is None
     _watch = _Watch(model, check, checked)
     if is_first:
-        substitutions.apply(checks_table.load(_checked))
-
-
-def on_rank_0(ask: Callable[[], Any]) -> Any:
-    """Call `ask` on rank 0; return its answer, or raise its ValueError, on every rank."""
-    if torch.distributed.get_backend() == "fake":  # a dry run has no other ranks to ask
-        return ask()
-    found: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            found[0] = ask()
-        except ValueError as error:
-            found[1] = str(error)
-    torch.distributed.broadcast_object_list(found, src=0)
-    if found[1] is not None:
-        raise ValueError(found[1])
-    return found[0]
+        substitutions.apply(loading_table.load(_checked))
 
 
 def _checked(original: Callable) -> Callable:

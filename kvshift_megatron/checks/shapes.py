@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.utils import unwrap_model
 
 from kvshift_megatron.checks.stored_files import StoredModel
+from kvshift_megatron.utils.ranks import of_all_ranks
 
 _LAYER = re.compile(r"^(.*?\blayers)\.(\d+)\.")
 _REMEDY = (
@@ -43,9 +44,7 @@ def compare_shapes(
         for key, tensor in sorted(needed.items())
         if key in stored.shapes or not may_lack_keys
     ]
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    mine = [text for text in misfits if text], _layers(needed)
-    torch.distributed.all_gather_object(found, mine)
+    found = of_all_ranks(([text for text in misfits if text], _layers(needed)))
     texts = list(dict.fromkeys(text for misfits, _ in found for text in misfits))
     layers = {layer for _, layers in found for layer in layers}
     kinds = {kind for kind, _ in layers}

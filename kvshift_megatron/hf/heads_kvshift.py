@@ -18,8 +18,8 @@ from .compatibility_kvshift import (
 )
 
 
-class SequenceScores:
-    """One score per label for each row, at its last token that is not padding."""
+class Scores:
+    """What the classes share: the model's hidden states, then scores and loss of the subclass."""
 
     config: Any
     model: Any
@@ -36,11 +36,12 @@ class SequenceScores:
         labels: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast | tuple:
-        """Compute the scores [b, n].
+    ) -> SequenceClassifierOutputWithPast | TokenClassifierOutput | tuple:
+        """Compute the scores, [b, n] or [b, s, n].
 
         Args (besides those of KVShiftLlamaModel.forward):
-            labels: int64 [b]; float [b] for one label, float [b, n] for several at once.
+            labels: For rows: int64 [b]; float [b] for one label, float [b, n] for several at once.
+                For tokens: int64 [b, s]; -100 marks tokens that do not count.
 
         Raises:
             ValueError: The last token of each row is unknown, as pad_token_id is not set; or as
@@ -55,6 +56,21 @@ class SequenceScores:
             return_dict=True,
             **kwargs,
         )
+        output = self._output(hidden, input_ids, labels)
+        output.hidden_states, output.attentions = hidden.hidden_states, hidden.attentions
+        as_output = self.config.return_dict if return_dict is None else return_dict
+        return output if as_output else output.to_tuple()
+
+    def _output(self, hidden: Any, input_ids: Tensor | None, labels: Tensor | None) -> Any:
+        raise NotImplementedError
+
+
+class SequenceScores(Scores):
+    """One score per label for each row, at its last token that is not padding."""
+
+    def _output(
+        self, hidden: Any, input_ids: Tensor | None, labels: Tensor | None
+    ) -> SequenceClassifierOutputWithPast:
         states, padding = hidden.last_hidden_state, self.config.pad_token_id
         if padding is None and len(states) > 1:
             raise ValueError(
@@ -72,64 +88,21 @@ class SequenceScores:
             loss = self.loss_function(
                 logits=logits, labels=labels, pooled_logits=logits, config=self.config
             )
-        output = SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=hidden.hidden_states,
-            attentions=hidden.attentions,
-            **{CACHE_NAME: getattr(hidden, CACHE_NAME)},
-        )
-        as_output = self.config.return_dict if return_dict is None else return_dict
-        return output if as_output else output.to_tuple()
+        cache = {CACHE_NAME: getattr(hidden, CACHE_NAME)}
+        return SequenceClassifierOutputWithPast(loss=loss, logits=logits, **cache)
 
 
-class TokenScores:
+class TokenScores(Scores):
     """One score per label for each token."""
 
-    config: Any
-    model: Any
     dropout: nn.Dropout
-    score: nn.Linear
-    loss_function: Any
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> TokenClassifierOutput | tuple:
-        """Compute the scores [b, s, n].
-
-        Args (besides those of KVShiftLlamaModel.forward):
-            labels: int64 [b, s]; -100 marks tokens that do not count.
-
-        Raises:
-            ValueError: As KVShiftLlamaModel.forward.
-        """
-        hidden = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            return_dict=True,
-            **kwargs,
-        )
+    def _output(
+        self, hidden: Any, input_ids: Tensor | None, labels: Tensor | None
+    ) -> TokenClassifierOutput:
         logits = self.score(self.dropout(hidden.last_hidden_state))
         loss = None if labels is None else self.loss_function(logits, labels, self.config)
-        output = TokenClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=hidden.hidden_states,
-            attentions=hidden.attentions,
-        )
-        as_output = self.config.return_dict if return_dict is None else return_dict
-        return output if as_output else output.to_tuple()
+        return TokenClassifierOutput(loss=loss, logits=logits)
 
 
 __all__ = ["SequenceScores", "TokenScores"]

@@ -265,7 +265,19 @@ class KVShiftLlamaModel(KVShiftLlamaPreTrainedModel):
             )
 
 
-class KVShiftLlamaForCausalLM(KVShiftLlamaPreTrainedModel, GenerationMixin):
+class _Joined(KVShiftLlamaPreTrainedModel):
+    """A model with something on top of it."""
+
+    model: KVShiftLlamaModel
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embed_tokens = value
+
+
+class KVShiftLlamaForCausalLM(_Joined, GenerationMixin):
     """Token ids to logits, loss and text."""
 
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -276,12 +288,6 @@ class KVShiftLlamaForCausalLM(KVShiftLlamaPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
@@ -371,7 +377,7 @@ class KVShiftLlamaForCausalLM(KVShiftLlamaPreTrainedModel, GenerationMixin):
         )
 
 
-class KVShiftLlamaForSequenceClassification(SequenceScores, KVShiftLlamaPreTrainedModel):
+class KVShiftLlamaForSequenceClassification(SequenceScores, _Joined):
     """Token ids to one score per label, as reward models need them."""
 
     def __init__(self, config: KVShiftLlamaConfig):
@@ -381,14 +387,8 @@ class KVShiftLlamaForSequenceClassification(SequenceScores, KVShiftLlamaPreTrain
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
-
-
-class KVShiftLlamaForTokenClassification(TokenScores, KVShiftLlamaPreTrainedModel):
+class KVShiftLlamaForTokenClassification(TokenScores, _Joined):
     """Token ids to one score per label and token."""
 
     def __init__(self, config: KVShiftLlamaConfig):
@@ -399,12 +399,6 @@ class KVShiftLlamaForTokenClassification(TokenScores, KVShiftLlamaPreTrainedMode
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.embed_tokens = value
 
 
 def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:

@@ -13,7 +13,7 @@ from typing import Any
 from kvshift_megatron.arguments import megatron_args, set_field
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.stored.settings import MEANING, meaning, refuse_others, stored_settings
-from kvshift_megatron.upstream import stored_table, substitutions
+from kvshift_megatron.upstream import loading_table, substitutions
 
 # Megatron's arguments, and the settings of the layers that were built since they were set.
 _recorded: tuple[Namespace, KVShiftConfig] | None = None
@@ -41,7 +41,7 @@ def watch(kv_shift: KVShiftConfig) -> None:
         args.kv_shift_mixed = True
     if not _is_watching:
         _is_watching = True
-        substitutions.apply(stored_table.load(_compared))
+        substitutions.apply(loading_table.load(_compared))
 
 
 def _compared(original: Callable) -> Callable:

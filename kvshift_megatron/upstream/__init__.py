@@ -6,7 +6,7 @@ table's subject as arguments. Nothing here imports another part of the package.
 
     cpu_table           the CPU device layer (`cpu`); waits for Megatron's imports
     faults_table        failed saves, lost ranks, NaN (`training.faults`); never undone
-    stored_table        the settings of what is loaded (`stored`); never undone
+    loading_table       checks of what is loaded (`checks`, `stored`); never undone
     metrics_table       the log and TensorBoard (`training.metrics`); for the length of a run
     builder_table       Megatron's GPT builder (`training.gpt_builder`); while a model is built
     planning_table      counted steps and dry runs (`planning`)

@@ -5,14 +5,11 @@ import json
 import random
 
 import pytest
+from megatron.core.dist_checkpointing import validation
 
 from kvshift_megatron.checks import integrity
 from kvshift_megatron.checks.integrity import MANIFEST, difference, write_manifest
 
-validation = pytest.importorskip("megatron.core.dist_checkpointing.validation")
-NEEDS_MEGATRONS = pytest.mark.skipif(
-    not hasattr(validation, "save_integrity_manifest"), reason="Megatron's own begins with 0.19"
-)
 FILES = {".metadata": 900, "__0_0.distcp": 300_000, "__1_0.distcp": 7, "common.pt": 0}
 
 
@@ -25,7 +22,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-@NEEDS_MEGATRONS
 def test_the_file_is_megatrons_to_the_byte(folder):
     write_manifest(folder)
     ours = (folder / MANIFEST).read_bytes()

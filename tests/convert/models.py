@@ -12,6 +12,16 @@ from kvshift_megatron.convert.megatron_model import build_model, fill_model, meg
 from kvshift_megatron.convert.to_hf import MegatronTable, fitting_layout, read_architecture
 
 FREE = KVShiftConfig(init="identity")
+# A small configuration of any of Transformers' classes.
+SMALL = {
+    "vocab_size": 59,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
 PROMPTS = [[3], [0, 58, 58, 58, 1], [7, 50, 12, 9, 31, 2, 44, 7, 50, 12, 13]]
 
 

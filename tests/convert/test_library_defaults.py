@@ -18,15 +18,7 @@ from tests.convert import models
 
 FILE = Path("config.json")
 # Positions beyond every default window, and a layer that has one if windows are used.
-SMALL = {
-    "vocab_size": 59,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 8192,
-}
+SMALL = {**models.SMALL, "max_position_embeddings": 8192}
 OWN: dict[str, dict] = {
     "kvshift": {"num_local_experts": 4},
     "llama": {},

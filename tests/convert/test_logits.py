@@ -52,15 +52,6 @@ def test_an_exported_megatron_model_agrees(changes, tmp_path):
     assert largest_difference(ours, theirs) < TOLERANCE
 
 
-SMALL = {
-    "vocab_size": 59,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 50_000.0,
@@ -70,16 +61,18 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 STARTING_POINTS = {
-    "llama": lambda: transformers.LlamaConfig(**SMALL),
-    "llama, biases": lambda: transformers.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
-    "llama 3": lambda: transformers.LlamaConfig(
-        **SMALL, rope_parameters=LLAMA3, tie_word_embeddings=True
+    "llama": lambda: transformers.LlamaConfig(**models.SMALL),
+    "llama, biases": lambda: transformers.LlamaConfig(
+        **models.SMALL, attention_bias=True, mlp_bias=True
     ),
-    "mistral": lambda: transformers.MistralConfig(**SMALL, sliding_window=None),
-    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
-    "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=16),
+    "llama 3": lambda: transformers.LlamaConfig(
+        **models.SMALL, rope_parameters=LLAMA3, tie_word_embeddings=True
+    ),
+    "mistral": lambda: transformers.MistralConfig(**models.SMALL, sliding_window=None),
+    "qwen2": lambda: transformers.Qwen2Config(**models.SMALL),
+    "qwen3": lambda: transformers.Qwen3Config(**models.SMALL, head_dim=16),
     "mixtral": lambda: transformers.MixtralConfig(
-        **SMALL, num_local_experts=4, sliding_window=None
+        **models.SMALL, num_local_experts=4, sliding_window=None
     ),
 }
 

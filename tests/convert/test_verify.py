@@ -10,7 +10,7 @@ from kvshift_megatron.convert import command_line, hf_config
 from kvshift_megatron.convert.transforms import SeparateQKV
 from kvshift_megatron.convert.verify import edge_case_prompts, longest_window, verify
 from tests.convert import models
-from tests.convert.test_logits import SMALL
+from tests.convert.models import SMALL
 from tests.convert.test_round_trips import random_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("megatron_rank")]

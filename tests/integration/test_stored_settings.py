@@ -1,8 +1,5 @@
 """The settings that a checkpoint was trained with decide what its taps mean, in Megatron's loop."""
 
-import json
-from typing import NamedTuple
-
 import pytest
 
 from kvshift_megatron import KVShiftConfig
@@ -11,7 +8,7 @@ from kvshift_megatron.convert.to_megatron import ToMegatron, hf_to_megatron
 from tests.convert import models
 from tests.convert.test_round_trips import random_folder
 from tests.integration.tiny_gpt import flags
-from tests.support.launch import ranks
+from tests.support.forked_runs import Run, run_plan
 
 pytestmark = pytest.mark.slow
 
@@ -94,12 +91,6 @@ def _plan(root) -> dict[str, dict]:
     }
 
 
-class Run(NamedTuple):
-    code: int
-    output: str
-    losses: list[str]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Run]:
     directory = tmp_path_factory.mktemp("stored-settings")
@@ -108,25 +99,7 @@ def runs(tmp_path_factory) -> dict[str, Run]:
     # The same learning-rate schedule for all, including those that resume.
     common = {"train_iters": 2 * _STEPS, "exit_interval": _STEPS, "lr": 3e-2}
     plan = {name: flags(**{**common, **given}) for name, given in _plan(directory).items()}
-    (directory / "plan.json").write_text(json.dumps(plan))
-    launch = ranks(
-        1,
-        "tests.support.forked_runs",
-        [str(directory / "plan.json")],
-        timeout=400,
-        forks=True,
-        # Compiling takes longer than running a few steps.
-        TORCHDYNAMO_DISABLE="1",
-    )
-    assert launch.returncode == 0, launch.stdout[-5000:]
-    return {
-        name: Run(
-            int((directory / f"{name}.exit").read_text()),
-            (directory / f"{name}.log").read_text(errors="replace"),
-            json.loads((directory / f"{name}.json").read_text()),
-        )
-        for name in plan
-    }
+    return run_plan(directory, plan)
 
 
 def trained(run: Run) -> list[str]:

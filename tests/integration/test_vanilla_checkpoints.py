@@ -1,13 +1,10 @@
 """Vanilla checkpoints for KV shifting and the reverse, through Megatron's own loop."""
 
-import json
-from typing import NamedTuple
-
 import pytest
 
 from kvshift_megatron.checks.checkpoint import stored_taps
 from tests.integration.tiny_gpt import flags
-from tests.support.launch import ranks
+from tests.support.forked_runs import Run, run_plan
 from tests.support.odd_names import ODD
 
 pytestmark = pytest.mark.slow
@@ -75,12 +72,6 @@ def _plan(root) -> dict[str, dict]:
     }
 
 
-class Run(NamedTuple):
-    code: int
-    output: str
-    losses: list[str]
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return tmp_path_factory.mktemp(ODD)  # every path of these runs
@@ -91,25 +82,7 @@ def runs(directory) -> dict[str, Run]:
     # The same learning-rate schedule for all, including those that resume.
     common = {"train_iters": 2 * _STEPS, "exit_interval": _STEPS}
     plan = {name: flags(**common, **overrides) for name, overrides in _plan(directory).items()}
-    (directory / "plan.json").write_text(json.dumps(plan))
-    launch = ranks(
-        1,
-        "tests.support.forked_runs",
-        [str(directory / "plan.json")],
-        timeout=400,
-        forks=True,
-        # Compiling takes longer than running a few steps.
-        TORCHDYNAMO_DISABLE="1",
-    )
-    assert launch.returncode == 0, launch.stdout[-5000:]
-    return {
-        name: Run(
-            int((directory / f"{name}.exit").read_text()),
-            (directory / f"{name}.log").read_text(errors="replace"),
-            json.loads((directory / f"{name}.json").read_text()),
-        )
-        for name in plan
-    }
+    return run_plan(directory, plan)
 
 
 def trained(run: Run) -> list[str]:

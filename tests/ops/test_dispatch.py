@@ -122,7 +122,6 @@ def trials(monkeypatch):
         return trials.found.get(operator)
 
     trials = Trials()
-    pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: trials.is_capturing)
     monkeypatch.setattr("kvshift_megatron.ops.triton.self_check.why_wrong", why_wrong)

@@ -1,6 +1,6 @@
 """Run kvshift_megatron.pretrain several times on one rank, importing everything once.
 
-torchrun --nproc-per-node 1 ... -m tests.support.forked_runs PLAN.json
+`run_plan` launches it: torchrun --nproc-per-node 1 ... -m tests.support.forked_runs PLAN.json
 
 PLAN.json: {name: command line}. Next to it each run leaves NAME.log (its output), NAME.json (its
 losses, as from record_losses.py) and NAME.exit (its exit code).
@@ -11,10 +11,41 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from kvshift_megatron import cpu
 from tests.integration import record_losses
 from tests.support.forked_process import run_and_exit
+from tests.support.launch import ranks
+
+
+class Run(NamedTuple):
+    code: int
+    output: str
+    losses: list[str]
+
+
+def run_plan(directory: Path, plan: dict[str, list[str]]) -> dict[str, Run]:
+    """Run command lines one after the other, in a folder that gets their files."""
+    (directory / "plan.json").write_text(json.dumps(plan))
+    launch = ranks(
+        1,
+        "tests.support.forked_runs",
+        [str(directory / "plan.json")],
+        timeout=400,
+        forks=True,
+        # Compiling takes longer than running a few steps.
+        TORCHDYNAMO_DISABLE="1",
+    )
+    assert launch.returncode == 0, launch.stdout[-5000:]
+    return {
+        name: Run(
+            int((directory / f"{name}.exit").read_text()),
+            (directory / f"{name}.log").read_text(errors="replace"),
+            json.loads((directory / f"{name}.json").read_text()),
+        )
+        for name in plan
+    }
 
 
 def main(plan: Path) -> None:

@@ -41,6 +41,7 @@ BEGINS_IN = {
         "GPTModelConfig",
     ),
     "tests/checks/test_model.py::test_the_spec_callable_hooks": ("0.19", "GPTModelConfig"),
+    "tests/checks/test_integrity.py::test_the_file_is_megatrons": ("0.19", "hashes"),
     "tests/checks/test_stored_settings.py::test_a_checkpoint_that_cannot_be_read_is_named": (
         "0.19",
         "arguments that are read through .metadata",

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kvshift_megatron.checks import integrity
-from kvshift_megatron.checks.every_load import on_rank_0
 from kvshift_megatron.upstream import faults_table, substitutions
+from kvshift_megatron.utils.ranks import on_rank_0
 
 _installed = False
 
