@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Choice -> name in torch.
 _DTYPES = {"keep": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_LARGEST_MULTIPLE = 10**6  # rows that the vocabulary is padded to
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options.convert(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"kvshift-convert: {error}", file=sys.stderr)
+        # One line that any stream can print, whatever the names are that it quotes.
+        line = " ".join(str(error).splitlines()).encode(errors="backslashreplace").decode()
+        print(f"kvshift-convert: {line}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("kvshift-convert: interrupted; nothing was written", file=sys.stderr)
@@ -202,8 +205,8 @@ def _to_megatron(options: argparse.Namespace) -> None:
     from kvshift_megatron.convert.to_megatron import ToMegatron, hf_to_megatron
 
     for name in ("make_vocab_size_divisible_by", "tensor_model_parallel_size"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if not 1 <= getattr(options, name) <= _LARGEST_MULTIPLE:
+            raise ValueError(f"--{name.replace('_', '-')} must be from 1 to {_LARGEST_MULTIPLE}")
     job = ToMegatron(
         source=options.source,
         target=options.target,

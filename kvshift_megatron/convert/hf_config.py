@@ -10,6 +10,7 @@ import torch
 
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.convert.architecture import Architecture, Llama3RopeScaling
+from kvshift_megatron.convert.config_fields import check_config, short
 from kvshift_megatron.convert.library_defaults import with_defaults
 
 _MODEL_TYPES = {
@@ -55,15 +56,16 @@ class _Config:
         return value
 
     def refuse(self, name: str, why: str) -> NoReturn:
-        raise ValueError(f"{self.file}: {name}={self.fields.get(name)!r} {why}")
+        raise ValueError(f"{self.file}: {name}={short(self.fields.get(name))} {why}")
 
 
 def layout_of(fields: dict, file: Path) -> str:
     """Return the layout of a config.json.
 
     Raises:
-        ValueError: Its model_type cannot be converted.
+        ValueError: Its model_type cannot be converted, or a field has another type or range.
     """
+    check_config(fields, file)
     model_type = fields.get("model_type")
     if model_type not in _MODEL_TYPES:
         raise ValueError(

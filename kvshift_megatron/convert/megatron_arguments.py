@@ -57,6 +57,7 @@ _REQUIRED_OF_EXPERTS = {
     "moe_latent_size": (None,),
     "moe_mlp_glu_interleave_size": (None,),
 }
+COMPARED = (*_REQUIRED, *_REQUIRED_OF_EXPERTS)
 
 
 def architecture_from_arguments(

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from kvshift_megatron.convert.config_fields import check_config
 from kvshift_megatron.convert.formats.safetensors_files import read_json
 from kvshift_megatron.utils import atomic_files
 
@@ -32,6 +33,7 @@ def refresh_code(folder: Path) -> list[Path]:
             f"{file}: model_type={model_type!r} has no code in this package: expected "
             f"{KVShiftLlamaConfig.model_type!r}"
         )
+    check_config(fields, file)
     try:
         KVShiftLlamaConfig(**fields)
     except (TypeError, ValueError) as error:

@@ -12,6 +12,7 @@ from kvshift_megatron.config import Variant
 from kvshift_megatron.convert.architecture import Architecture
 from kvshift_megatron.convert.baichuan import export
 from kvshift_megatron.convert.casts import Casts
+from kvshift_megatron.convert.config_fields import check_arguments
 from kvshift_megatron.convert.formats.output import (
     WriteProgress,
     check_free_space,
@@ -30,6 +31,7 @@ from kvshift_megatron.convert.formats.torch_dist import Location, TorchDistReade
 from kvshift_megatron.convert.hf_config import config_from_architecture
 from kvshift_megatron.convert.library_defaults import TOKEN_IDS, carried_fields
 from kvshift_megatron.convert.megatron_arguments import (
+    COMPARED,
     architecture_from_arguments,
     hf_fields_from_arguments,
     kv_shift_from_arguments,
@@ -92,6 +94,7 @@ def megatron_to_hf(job: ToHF, verify: Callable[[Path], None] | None = None) -> A
     check_target(job.target, _inputs(job), job.overwrite)
     reader = TorchDistReader(job.source)
     tokenizer = tokenizer_folder(reader.arguments(), reader.path, job.tokenizer)
+    check_target(job.target, [tokenizer], job.overwrite)  # it may be what the arguments name
     architecture = read_architecture(reader, job.vocab_size, job.variant, job.tokenizer)
     layout = job.layout or fitting_layout(architecture)
     written = architecture if job.dtype is None else replace(architecture, dtype=job.dtype)
@@ -162,6 +165,7 @@ def read_architecture(
         ValueError: It is not a GPT model, or its arguments and tensors contradict each other.
     """
     arguments = reader.arguments()
+    check_arguments(arguments, reader.path, COMPARED)
     embedding = reader.locate("embedding.word_embeddings.weight")
     projection = reader.locate("decoder.layers.0.self_attention.linear_proj.weight")
     if embedding is None or projection is None:

@@ -138,6 +138,7 @@ class HFTable:
     def __init__(self, folder: _Folder, layout: str, architecture: Architecture, fields: dict):
         self.folder, self.layout, self.architecture = folder, layout, architecture
         self.fields = fields
+        self._check_number()
         self.rows: list[Row] = list(expand(layout, architecture))
         # Padded heads are normalized already.
         self._normalizes_head = layout == "baichuan_m1" and isinstance(folder, SafetensorsFolder)
@@ -160,6 +161,8 @@ class HFTable:
         if layout == "baichuan_m1" and FIELD in fields:
             folder = UnpaddedFolder(stored, fields, file)
             fields = folder.fields
+        if not folder.names():
+            raise ValueError(f"{source} holds no tensors: copy it again")
         architecture = architecture_from_config(fields, file, _dtype(folder))
         vocab = architecture.vocab_size
         architecture = replace(
@@ -168,6 +171,17 @@ class HFTable:
             kv_shift=architecture.kv_shift or kv_shift,
         )
         return cls(folder, layout, architecture, fields)
+
+    def _check_number(self) -> None:
+        """Refuse more layers and experts than there can be, before a table of them is made."""
+        arch, stored = self.architecture, len(self.folder.names())
+        least = arch.num_layers * (arch.num_experts if self.layout == "mixtral" else 1)
+        if stored < least:
+            experts = f" with num_local_experts={arch.num_experts}" if arch.num_experts else ""
+            raise ValueError(
+                f"{self.folder.path}: config.json says num_hidden_layers={arch.num_layers}{experts}"
+                f", but there are only {stored} tensors: the two are not of the same model"
+            )
 
     def _check(self) -> None:
         path = self.folder.path

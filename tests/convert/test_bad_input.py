@@ -118,7 +118,7 @@ def test_missing_and_extra_tensors(folder, capsys):
         ({"kv_shift_window": 3}, ["lacks model.layers.0.self_attn.alpha_3"]),
         ({"kv_shift_variant": "gate"}, ["lacks model.layers.0.self_attn.alpha_logit"]),
         ({"tie_word_embeddings": True}, ["lm_head.weight is not the embedding"]),
-        ({"hidden_size": "32"}, ["hidden_size='32' must be a positive whole number"]),
+        ({"hidden_size": "32"}, ["hidden_size='32' must be a whole number from 1 to"]),
         ({"rms_norm_eps": ...}, ["config.json lacks rms_norm_eps"]),
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'"]),
         ({"sliding_window": 16}, ["sliding_window=16 is below max_position_embeddings=32"]),

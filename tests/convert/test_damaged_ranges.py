@@ -130,7 +130,9 @@ def test_shards_of_a_checkpoint_that_overlap_are_refused(folder, capsys):
     file.write_bytes(pickle.dumps(metadata))
     write_manifest(file.parent)
     parts = ("shards of embedding.word_embeddings.weight overlap", "copy it again")
-    refused(capsys, "megatron-to-hf", folder.parent / "megatron", *parts)
+    # Whoever wrote it may have written matching hashes too.
+    flags = ["--no-verify-integrity"]
+    refused(capsys, "megatron-to-hf", folder.parent / "megatron", *parts, flags=flags)
 
 
 def test_every_torch_dtype_is_a_hugging_face_dtype(folder, capsys):

@@ -9,7 +9,7 @@ import pytest
 from kvshift_megatron.convert.command_line import main
 from kvshift_megatron.convert.to_megatron import ToMegatron, hf_to_megatron
 from tests.convert import models
-from tests.convert.test_bad_input import digest
+from tests.convert.test_bad_input import digest, edit_arguments
 from tests.convert.test_round_trips import random_folder
 
 
@@ -102,3 +102,13 @@ def test_refresh_code_does_not_write_into_the_package(root, capsys):
     assert "modeling_kvshift.py cannot be the output because it lies inside" in said
     assert digest(package) == before
     assert (root / "exported" / "config.json").read_text() == config
+
+
+def test_the_tokenizer_that_the_model_was_trained_with_is_no_target(root, capsys):
+    shutil.rmtree(root / "megatron" / "tokenizer")
+    edit_arguments(root / "megatron", tokenizer_model=str(root / "words"))
+    before = digest(root)
+    for target in ("words", "words/new", "words/tokenizer.json"):
+        assert main(["megatron-to-hf", "megatron", target, "--overwrite"]) == 1
+        assert "cannot be the output because it" in capsys.readouterr().err
+        assert digest(root) == before

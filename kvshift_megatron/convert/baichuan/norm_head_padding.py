@@ -275,7 +275,14 @@ class UnpaddedFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor without its padding."""
-        return self._channels.shape(name, self._folder.shape(name))
+        stored = self._folder.shape(name)
+        try:
+            return self._channels.shape(name, stored)
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"{self.path}: {name} has the shape {list(stored)}, which is not padded as {FIELD} "
+                "in config.json says"
+            ) from error
 
     def dtype(self, name: str) -> torch.dtype:
         """See SafetensorsFolder.dtype."""
