@@ -40,7 +40,7 @@ _ROPE = {
     "low_freq_factor": _FACTOR,
     "high_freq_factor": _FACTOR,
     "original_max_position_embeddings": _POSITIONS,
-    "partial_rotary_factor": _FACTOR,
+    "partial_rotary_factor": or_null(_FACTOR),  # Transformers 5.0 may write null
 }
 # A field of an object is written OBJECT.FIELD. null counts as not given, except in an object.
 _CONFIG: dict[str, Kind] = {

@@ -212,6 +212,8 @@ def _complete_rope(config: _Config, field: str, theta: Any) -> dict:
     older_type = rope.pop("type", None)
     rope.setdefault("rope_type", older_type or "default")
     rope.setdefault("rope_theta", theta)
+    if rope.get("partial_rotary_factor", 0) is None:
+        del rope["partial_rotary_factor"]
     return rope
 
 

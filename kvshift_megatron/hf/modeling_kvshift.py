@@ -30,6 +30,7 @@ from .compatibility_kvshift import (
     max_length,
 )
 from .configuration_kvshift import KVShiftLlamaConfig
+from .documents_kvshift import documents  # noqa: F401  # Transformers 5.0 copies what is named here
 from .export_kvshift import holds_raw_states, mask_of_all, whole_length
 from .heads_kvshift import SequenceScores, TokenScores
 from .layers_kvshift import (

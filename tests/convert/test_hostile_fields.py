@@ -4,6 +4,7 @@ What counts as right on Hugging Face's side is what Transformers' own classes re
 """
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -151,7 +152,7 @@ class HuggingFace(Side):
         return weights(self.target)
 
     def right(self, changes):
-        fields = {**self.config, **changes}
+        fields = copy.deepcopy({**self.config, **changes})  # Transformers 5.0 writes into them
         arguments = TorchDistReader(self.target).arguments()
         if fields["model_type"] == "baichuan_m1":  # Transformers has no such class
             theirs, theta = Namespace(**fields), fields["rope_theta"]

@@ -184,6 +184,10 @@ def test_two_places_for_the_same_setting_must_agree():
     fields = {**complete("llama"), "rope_parameters": rope}
     same = {"rope_scaling": {"type": "default"}, "rope_theta": 1e5}
     assert architecture_from_config({**fields, **same}, FILE, torch.float32).rotary_base == 1e5
+    nulls = {**rope, "partial_rotary_factor": None}  # as Transformers 5.0 writes it
+    for name in ("rope_parameters", "rope_scaling"):
+        one = {**fields, "rope_theta": 1e5, name: nulls}
+        assert architecture_from_config(one, FILE, torch.float32).rotary_base == 1e5
     with pytest.raises(ValueError, match=r"rope_scaling=.* is not rope_parameters"):
         architecture_from_config({**fields, **same, "rope_theta": 2e5}, FILE, torch.float32)
     nested = {"rope_parameters": {"full_attention": rope}}

@@ -1,6 +1,7 @@
 """Saving and loading, with and without this package."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -43,6 +44,20 @@ for folder in folders:
     model.save_pretrained(folder + "-again")
     torch.save([logits, generated], folder + "/elsewhere.pt")
 """
+
+
+def test_the_model_names_every_file_that_it_needs(tmp_path):
+    """Transformers 5.0 copies only the files that the named one imports itself."""
+    written = {path.stem: path.read_text() for path in write_code(tmp_path)}
+
+    def needed(name):
+        return set(re.findall(r"^from \.(\w+) import", written[name], re.MULTILINE))
+
+    for name in {value.split(".")[0] for value in AUTO_MAP.values()}:
+        everything = [needed(name)]
+        while found := set().union(*map(needed, everything[-1])) - set().union(*everything):
+            everything.append(found)
+        assert len(everything) == 1, f"{name}.py must import from {sorted(everything[1])} itself"
 
 
 def test_a_folder_works_without_this_package(tmp_path):
