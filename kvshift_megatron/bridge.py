@@ -32,7 +32,7 @@ from megatron.core.models.gpt import GPTModel
 from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
 from kvshift_megatron.checks.model import ModelCheck
 from kvshift_megatron.convert.architecture import Architecture
-from kvshift_megatron.convert.hf_config import architecture_from_config
+from kvshift_megatron.convert.from_hf_config import architecture_from_config
 from kvshift_megatron.convert.name_map import Row, rows
 from kvshift_megatron.convert.transforms import GateAndUp, SeparateQKV
 from kvshift_megatron.hf.configuration_kvshift import KVShiftLlamaConfig

@@ -230,7 +230,7 @@ def _dtype(choice: str) -> "torch.dtype | None":
 def _taps(options: argparse.Namespace) -> KVShiftConfig | None:
     """Return the taps for a model without taps: identity, unless the flags say otherwise."""
     from kvshift_megatron.convert.formats.safetensors_files import read_json
-    from kvshift_megatron.convert.hf_config import layout_of
+    from kvshift_megatron.convert.from_hf_config import layout_of
 
     names = [name for name in vars(options) if "kv_shift" in name]
     given = [name for name in names if getattr(options, name) not in (None, False)]

@@ -28,7 +28,6 @@ from kvshift_megatron.convert.formats.tokenizer_files import (
     keep_trained_settings,
 )
 from kvshift_megatron.convert.formats.torch_dist import Location, TorchDistReader, find_checkpoint
-from kvshift_megatron.convert.hf_config import config_from_architecture
 from kvshift_megatron.convert.library_defaults import TOKEN_IDS, carried_fields
 from kvshift_megatron.convert.megatron_arguments import (
     COMPARED,
@@ -38,6 +37,7 @@ from kvshift_megatron.convert.megatron_arguments import (
 )
 from kvshift_megatron.convert.name_map import Row, expand
 from kvshift_megatron.convert.tensor_table import TensorTable
+from kvshift_megatron.convert.to_hf_config import config_from_architecture
 from kvshift_megatron.convert.vocabulary import number_of_tokens, tokenizer_folder
 from kvshift_megatron.taps import taps_among
 

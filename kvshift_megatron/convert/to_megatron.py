@@ -27,7 +27,7 @@ from kvshift_megatron.convert.formats.tokenizer_files import (
 )
 from kvshift_megatron.convert.formats.torch_dist import split_layer
 from kvshift_megatron.convert.formats.torch_dist_writer import Piece, write_torch_dist
-from kvshift_megatron.convert.hf_config import architecture_from_config, layout_of
+from kvshift_megatron.convert.from_hf_config import architecture_from_config, layout_of
 from kvshift_megatron.convert.layouts import LAYOUTS_WITH_TAPS
 from kvshift_megatron.convert.library_defaults import (
     carried_fields,

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvshift_megatron.config import Variant
 from kvshift_megatron.convert.formats.safetensors_files import SafetensorsFolder, read_json
 from kvshift_megatron.convert.formats.torch_dist import TorchDistReader
-from kvshift_megatron.convert.hf_config import layout_of
+from kvshift_megatron.convert.from_hf_config import layout_of
 from kvshift_megatron.convert.megatron_model import (
     build_model,
     fill_model,

@@ -238,7 +238,7 @@ def test_any_value_in_megatrons_arguments(tmp_path):
 def test_the_judge_notices(tmp_path, monkeypatch):
     """Without the table a word counts as true, and a number in place of a list ends in an error."""
     side = HuggingFace(random_source(tmp_path / "hf", "llama"))
-    monkeypatch.setattr("kvshift_megatron.convert.hf_config.check_config", lambda *_: None)
+    monkeypatch.setattr("kvshift_megatron.convert.from_hf_config.check_config", lambda *_: None)
     with pytest.raises(TypeError):
         side.judge({"layer_types": 7})
     with pytest.raises(AssertionError):

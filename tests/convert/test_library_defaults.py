@@ -11,8 +11,9 @@ import transformers
 from kvshift_megatron import KVShiftConfig
 from kvshift_megatron.convert import library_defaults
 from kvshift_megatron.convert.architecture import Llama3RopeScaling
-from kvshift_megatron.convert.hf_config import architecture_from_config, config_from_architecture
+from kvshift_megatron.convert.from_hf_config import architecture_from_config
 from kvshift_megatron.convert.megatron_arguments import arguments_from_architecture
+from kvshift_megatron.convert.to_hf_config import config_from_architecture
 from kvshift_megatron.hf import KVShiftLlamaConfig
 from tests.convert import models
 

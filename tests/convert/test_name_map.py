@@ -121,7 +121,7 @@ def test_baichuans_convolution_has_the_previous_token_first():
     ],
 )
 def test_it_names_every_parameter_of_both_models(changes, megatron_rank):
-    from kvshift_megatron.convert.hf_config import config_from_architecture
+    from kvshift_megatron.convert.to_hf_config import config_from_architecture
     from kvshift_megatron.hf import KVShiftLlamaConfig, KVShiftLlamaForCausalLM
 
     arch = models.architecture(**changes)

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kvshift_megatron.convert.formats.torch_dist import TorchDistReader
-from kvshift_megatron.convert.hf_config import config_from_architecture
 from kvshift_megatron.convert.name_map import expand
 from kvshift_megatron.convert.to_hf import ToHF, megatron_to_hf
+from kvshift_megatron.convert.to_hf_config import config_from_architecture
 from kvshift_megatron.convert.to_megatron import ToMegatron, hf_to_megatron
 from tests.convert import models
 from tests.convert.test_name_map import architectures

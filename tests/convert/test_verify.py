@@ -6,7 +6,7 @@ import pytest
 import transformers
 from safetensors.torch import load_file, save_file
 
-from kvshift_megatron.convert import command_line, hf_config
+from kvshift_megatron.convert import command_line, from_hf_config
 from kvshift_megatron.convert.transforms import SeparateQKV
 from kvshift_megatron.convert.verify import edge_case_prompts, longest_window, verify
 from tests.convert import models
@@ -73,7 +73,7 @@ def test_the_long_prompt_reaches_beyond_every_window(tmp_path, monkeypatch):
     hf.save_pretrained(tmp_path / "hf")
     assert longest_window(tmp_path / "hf") == 2100
     assert max(map(len, edge_case_prompts(59, 8192, 2100))) > 2100
-    monkeypatch.setattr(hf_config, "_window", lambda *_: None)
+    monkeypatch.setattr(from_hf_config, "_window", lambda *_: None)
     arguments = ["hf-to-megatron", str(tmp_path / "hf"), str(tmp_path / "megatron"), "--verify"]
     with pytest.raises(ValueError, match="verify: the logits of"):
         options = command_line._parser().parse_args(arguments)

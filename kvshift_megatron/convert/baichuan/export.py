@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kvshift_megatron.convert.architecture import Architecture
 from kvshift_megatron.convert.baichuan.norm_head_padding import FIELD, PaddedTable, Padding
-from kvshift_megatron.convert.hf_config import config_from_architecture
 from kvshift_megatron.convert.tensor_table import TensorTable
+from kvshift_megatron.convert.to_hf_config import config_from_architecture
 
 if TYPE_CHECKING:
     from kvshift_megatron.convert.to_hf import MegatronTable
