@@ -5,6 +5,7 @@
 """
 
 import argparse
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -122,6 +123,19 @@ def check_flags(argv: list[str]) -> None:
                 raise GPUOnlyFlagError(
                     f"{shown} needs {refusal.why}, and this run is on a CPU: {refusal.remedy}."
                 )
+    _refuse_unequal_gathers(dict(given))
+
+
+def _refuse_unequal_gathers(given: dict[str, str | None]) -> None:
+    """Refuse experts that are split over ranks if the dispatcher gathers unequal parts of them."""
+    expert_tp = given.get("--expert-tensor-parallel-size")
+    ranks = expert_tp or given.get("--tensor-model-parallel-size") or "1"
+    if given.get("--moe-token-dispatcher-type") == "alltoall" and ranks != "1":
+        raise GPUOnlyFlagError(
+            f"--moe-token-dispatcher-type alltoall with experts on {ranks} tensor-parallel ranks "
+            "needs NCCL's gathers of unequal sizes, and this run is on a CPU: set "
+            "--expert-tensor-parallel-size 1, or use --moe-token-dispatcher-type allgather."
+        )
 
 
 def fill_flags(argv: list[str]) -> list[str]:
@@ -149,6 +163,7 @@ def fill_flags(argv: list[str]) -> list[str]:
     return added + list(argv)
 
 
+@functools.cache
 def megatron_flags() -> frozenset[str]:
     """Return every flag that the installed ``megatron.training`` defines."""
     # Imported late: it takes seconds, and the layer has to be on first.

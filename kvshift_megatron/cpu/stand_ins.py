@@ -6,6 +6,7 @@ there is nothing to wait for, and an event has happened as soon as it is recorde
 
 import contextlib
 import functools
+import inspect
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -162,6 +163,35 @@ def keep_random_state(original: Callable) -> Callable:
 
 def nothing(*args: Any, **kwargs: Any) -> None:
     """Do nothing: on a CPU there is nothing to do."""
+
+
+def compile_at_first_call(original: Callable) -> Callable:
+    """Wrap torch.compile so that a function is compiled when it is first called."""
+
+    @functools.wraps(original)
+    def compile(model: Any = None, **options: Any) -> Any:
+        if model is None:
+            return functools.partial(compile, **options)
+        if not inspect.isfunction(model):
+            return original(model, **options)
+        compiled: list[Callable] = []
+
+        @functools.wraps(model)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return model(*args, **kwargs)
+            if not compiled:
+                compiled.append(original(model, **options))
+            return compiled[0](*args, **kwargs)
+
+        return run
+
+    return compile
+
+
+def not_compiled(function: Callable) -> Callable:
+    """Return the function as it is, where torch.compile would decorate it."""
+    return function
 
 
 def zero(*args: Any, **kwargs: Any) -> int:

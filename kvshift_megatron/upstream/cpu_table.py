@@ -97,6 +97,10 @@ def rows(
         *_value("The RNG tracker sets its state in a lazy call, and CUDA never starts.", s.call_now,
                 "megatron.core.tensor_parallel.random._lazy_call"),
         # Megatron's start
+        *_wrap("Megatron decorates functions that few runs call, and even that imports Inductor.",
+               s.compile_at_first_call, "torch.compile"),
+        *_value("Its fused functions, compiled at every start, are for GPUs.", s.not_compiled,
+                "megatron.core.jit.jit_fuser"),
         *_wrap("It asserts CUDA unless told otherwise.", h.allow_no_cuda,
                f"{_INITIALIZE}.initialize_megatron"),
         *_wrap("It draws random tensors of each rank's shape before the weights are drawn.",

@@ -36,10 +36,23 @@ def test_gpu_only_flag_is_refused_with_a_remedy(refusal, joined):
         ["--profile", "--use-pytorch-profiler"],
         ["--use-distributed-optimizer", "--bf16"],
         ["--save", "nccl"],
+        ["--moe-token-dispatcher-type", "alltoall", "--expert-model-parallel-size", "2"],
+        [
+            "--tensor-model-parallel-size=2",
+            "--moe-token-dispatcher-type=alltoall",
+            "--expert-tensor-parallel-size=1",
+        ],
+        ["--tensor-model-parallel-size", "2", "--moe-token-dispatcher-type", "allgather"],
     ],
 )
 def test_what_a_cpu_can_do_is_not_refused(words):
     check_flags(words)
+
+
+@pytest.mark.parametrize("flag", ["--tensor-model-parallel-size", "--expert-tensor-parallel-size"])
+def test_gathers_of_unequal_parts_are_refused(flag):
+    with pytest.raises(GPUOnlyFlagError, match="set --expert-tensor-parallel-size 1, or use"):
+        check_flags(["--moe-token-dispatcher-type", "alltoall", flag, "2"])
 
 
 def test_missing_flags_are_added(known):

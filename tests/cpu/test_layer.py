@@ -350,6 +350,51 @@ def test_commands_that_start_nothing():
         assert words in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("module", [False, True])
+def test_whatever_is_compiled_gives_what_the_compiled_one_gives(layer, module):
+    class Twice(torch.nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    backends = []
+
+    def backend(graph, _):
+        backends.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def thrice(x):
+        return 3 * x
+
+    assert thrice.__name__ == "thrice" and not backends
+    one = torch.compile(Twice(), backend=backend) if module else thrice
+    outer = torch.compile(lambda x: one(x) + 1, backend=backend, fullgraph=True)
+    x = torch.arange(3.0)
+    for _ in range(2):
+        assert torch.equal(one(x), (2 if module else 3) * x)
+        assert torch.equal(outer(x), (2 if module else 3) * x + 1)
+    # Each was compiled once, the inner one again as a part of the outer one.
+    assert len(backends) == 2
+
+
+MEGATRON = """
+import sys, torch
+from kvshift_megatron import cpu
+
+cpu.enable()
+import megatron.training
+from megatron.core.fusions.fused_bias_swiglu import swiglu
+print("torch._inductor.compile_fx" in sys.modules, swiglu.__module__, torch.compile.__module__)
+"""
+
+
+def test_megatron_is_imported_without_its_compiler():
+    output, errors = _start("-c", MEGATRON, KVSHIFT_CPU="1").communicate(timeout=180)
+    assert output.split()[-3:] == ["False", "megatron.core.fusions.fused_bias_swiglu", "torch"], (
+        errors
+    )
+
+
 DYNAMO = """
 import torch
 from kvshift_megatron import cpu

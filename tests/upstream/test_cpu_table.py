@@ -66,6 +66,15 @@ def _loader_leaves_the_generator_alone() -> bool:
     return torch.equal(state, torch.default_generator.get_state())
 
 
+def _compiles_at_the_first_call() -> bool:
+    compiled = torch.compile(lambda x: x, backend="no such backend")
+    try:
+        compiled(X)
+    except Exception:  # Dynamo's
+        return True
+    return False
+
+
 def _stream_is_entered() -> bool:
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream) as entered:
@@ -137,6 +146,7 @@ CALLS = {
     "torch.cuda.default_generators": (
         lambda _: torch.cuda.default_generators[3] is torch.default_generator
     ),
+    "torch.compile": lambda _: _compiles_at_the_first_call(),
     "torch.utils.data.DataLoader.__iter__": lambda _: _loader_leaves_the_generator_alone(),
     "torch.empty_like": lambda _: _is_on_cpu(torch.empty_like(X, device="cuda")),
     "torch.full_like": lambda _: _is_on_cpu(torch.full_like(X, 1.0, device="cuda")),

@@ -18,6 +18,7 @@ ELSEWHERE = {
     "megatron.core.dist_checkpointing.save": "megatron.training.checkpointing",
     "megatron.core.datasets.utils.compile_helpers": "megatron.training.initialize",
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer": "megatron.core.optimizer",
+    "megatron.core.jit.jit_fuser": "megatron.core.fusions.fused_bias_swiglu",
     "megatron.training.arguments.parse_args": "megatron.training.initialize",
     "megatron.training.initialize.initialize_megatron": "megatron.training.training",
     "megatron.training.initialize.set_jit_fusion_options": "megatron.training.training",
