@@ -12,7 +12,11 @@ import time
 
 from kvshift_megatron import cpu
 from kvshift_megatron.training import metrics
-from kvshift_megatron.training.run_config import check_implementation, model_config, parse_and_check
+from kvshift_megatron.training.run_config import (
+    check_implementation,
+    configurations,
+    parse_and_check,
+)
 
 
 def main() -> None:
@@ -27,13 +31,15 @@ def main() -> None:
         cpu.enable()
         args = parse_and_check()
         check_implementation(args)
+        if metrics.is_watched(args):
+            metrics.log_more(args)
+        config, run = configurations(args)
     except ValueError as error:
         sys.exit(f"kvshift_megatron: {error}")
 
     import torch
     from megatron.core.enums import ModelType
     from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from kvshift_megatron.training.faults.guard import Guard
     from kvshift_megatron.training.forward_step import ForwardStep
@@ -47,10 +53,9 @@ def main() -> None:
     # Tell Megatron to call the provider on every rank; it builds data only on those that read it.
     task.datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # of a function
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    config = model_config(args)
     with Guard(args) as guard, metrics.watch(args, config):
         pretrain(
-            pretrain_cfg_container_from_args(args, config),
+            run,
             task.datasets_provider,
             ModelType.encoder_or_decoder,
             guard.of(ForwardStep(task)),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from kvshift_megatron.config import Variant
-from kvshift_megatron.convert.field_kinds import (
+from kvshift_megatron.utils.field_kinds import (
     FLAG,
     OBJECT,
     PLAIN,

@@ -166,12 +166,24 @@ def fill_flags(argv: list[str]) -> list[str]:
 @functools.cache
 def megatron_flags() -> frozenset[str]:
     """Return every flag that the installed ``megatron.training`` defines."""
+    return frozenset(_parser()._option_string_actions)
+
+
+def megatron_actions() -> dict[str, argparse.Action]:
+    """Return what ``megatron.training`` does for a flag, by the argument that it sets."""
+    # The first flag of an argument counts: others are older names.
+    actions = reversed(list(_parser()._option_string_actions.values()))
+    return {action.dest: action for action in actions}
+
+
+@functools.cache
+def _parser() -> argparse.ArgumentParser:
     # Imported late: it takes seconds, and the layer has to be on first.
     from megatron.training.arguments import add_megatron_arguments
 
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_megatron_arguments(parser)
-    return frozenset(parser._option_string_actions)
+    return parser
 
 
 def _given(argv: list[str]) -> Iterator[tuple[str, str | None]]:

@@ -167,11 +167,10 @@ def _run(rank: DryRank) -> dict:
     }
     from megatron.core.enums import ModelType
     from megatron.training import training
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from kvshift_megatron.planning import kernels, meta_device
     from kvshift_megatron.training.forward_step import ForwardStep
-    from kvshift_megatron.training.run_config import model_config, parse_and_check
+    from kvshift_megatron.training.run_config import configurations, parse_and_check
     from kvshift_megatron.training.stages import embedding_ranks
     from kvshift_megatron.training.task import load_task
 
@@ -195,7 +194,7 @@ def _run(rank: DryRank) -> dict:
             observer.installed(),
         ):
             training.pretrain(
-                pretrain_cfg_container_from_args(args, model_config(args)),
+                configurations(args)[1],
                 datasets_provider,
                 ModelType.encoder_or_decoder,
                 ForwardStep(task),

@@ -2,7 +2,7 @@
 
 Every KV-shifting layer calls `watch`, so that no way of building a model goes round it. Megatron
 then compares by itself: every rank reads the saved arguments before the weights, whatever names the
-checkpoint and whatever its format.
+checkpoint and whatever its format. What the optimizer state was trained with is compared there too.
 """
 
 import functools
@@ -12,6 +12,7 @@ from typing import Any
 
 from kvshift_megatron.arguments import megatron_args, set_field
 from kvshift_megatron.config import KVShiftConfig
+from kvshift_megatron.stored.optimizer import refuse_other_optimizer
 from kvshift_megatron.stored.settings import MEANING, meaning, refuse_others, stored_settings
 from kvshift_megatron.upstream import loading_table, substitutions
 
@@ -29,7 +30,7 @@ def watch(kv_shift: KVShiftConfig) -> None:
     Args:
         kv_shift: The layer's.
     """
-    global _recorded, _is_watching
+    global _recorded
     args = megatron_args()
     if args is None:
         return
@@ -39,6 +40,12 @@ def watch(kv_shift: KVShiftConfig) -> None:
             set_field(args, name, getattr(kv_shift, name))
     elif meaning(_recorded[1]) != meaning(kv_shift):
         args.kv_shift_mixed = True
+    compare_at_load()
+
+
+def compare_at_load() -> None:
+    """Have what Megatron loads compared with its arguments, and with the layers if they shift."""
+    global _is_watching
     if not _is_watching:
         _is_watching = True
         substitutions.apply(loading_table.load(_compared))
@@ -50,7 +57,7 @@ def _compared(original: Callable) -> Callable:
     @functools.wraps(original)
     def load(*args: Any, **kwargs: Any) -> Any:
         answer = original(*args, **kwargs)
-        state, checkpoint = answer[:2]
+        state, checkpoint, is_release = answer[:3]
         saved = state.get("args") if state else None
         current = megatron_args()
         is_one_kind = not getattr(current, "kv_shift_mixed", False)
@@ -58,6 +65,8 @@ def _compared(original: Callable) -> Callable:
             stored = stored_settings(saved, checkpoint)
             if stored is not None:
                 refuse_others(stored, meaning(_recorded[1]), checkpoint)
+        if saved is not None and current is not None and not is_release:
+            refuse_other_optimizer(saved, state, current, checkpoint)
         return answer
 
     return load

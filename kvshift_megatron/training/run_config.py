@@ -16,9 +16,13 @@ from kvshift_megatron.arguments import (
 )
 from kvshift_megatron.training import metrics
 from kvshift_megatron.training.faults.fault_flags import add_faults_args, check_faults_args
+from kvshift_megatron.training.flag_ranges import check_ranges
+from kvshift_megatron.training.flag_relations import check_relations
 
 if TYPE_CHECKING:
     # Not at run time: it imports Megatron, which on a CPU must wait for `cpu.enable()`.
+    from megatron.training.config import PretrainConfigContainer
+
     from kvshift_megatron.training.gpt_builder import KVShiftGPTModelConfig
 
 
@@ -38,17 +42,20 @@ def parse_and_check() -> Namespace:
     from kvshift_megatron.training.checkpoint_args import finished, take_the_rest
     from kvshift_megatron.training.faults.places import check_places
     from kvshift_megatron.training.faults.settle import settle_checkpoint
+    from kvshift_megatron.training.megatron_answers import in_one_sentence
 
     if "--kv-shift" in sys.argv:
         raise ValueError("kv_shift: this entry point shifts by default: drop --kv-shift")
-    args = parse_args(_add_args)
+    with in_one_sentence():
+        args = parse_args(_add_args)
     _check_flags(args)
     check_places(args)
     settle_checkpoint(args)
     # Once more, as it may have added a flag that names another checkpoint.
     args, saved = finished(parse_args(_add_args) if args.use_checkpoint_args else args)
     _check_model(args)
-    args = parse_and_validate_args(_add_args)
+    with in_one_sentence():
+        args = parse_and_validate_args(_add_args)
     take_the_rest(args, saved)
     return args
 
@@ -83,6 +90,7 @@ def _check_flags(args: Namespace) -> None:
         )
     metrics.check_watching_args(args)
     check_faults_args(args)
+    check_ranges(args)
 
 
 def _check_model(args: Namespace) -> None:
@@ -104,9 +112,11 @@ def _check_model(args: Namespace) -> None:
             "--use-cpu-initialization"
         )
     check_args(args)
+    check_ranges(args)
     if kv_shift_config_from_args(args) is not None:
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
         check_transformer_config(Namespace(**{**vars(args), "num_query_groups": groups}))
+    check_relations(args)
 
 
 def check_implementation(args: Namespace) -> None:
@@ -126,14 +136,30 @@ def check_implementation(args: Namespace) -> None:
         check_named(cpu.is_enabled(), dtype, kv_shift.window)
 
 
-def model_config(args: Namespace) -> "KVShiftGPTModelConfig":
-    """Return Megatron's GPT model configuration with the taps that `args` ask for."""
-    from megatron.training.argument_utils import gpt_config_from_args
+def configurations(args: Namespace) -> "tuple[KVShiftGPTModelConfig, PretrainConfigContainer]":
+    """Return the model's configuration, with the taps that `args` ask for, and that of the run.
+
+    Args:
+        args: From `parse_and_check`.
+
+    Raises:
+        ValueError: Megatron refuses the flags.
+    """
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
 
     from kvshift_megatron.checks.model import report_after_build
+    from kvshift_megatron.stored.at_load import compare_at_load
     from kvshift_megatron.training.gpt_builder import KVShiftGPTModelConfig
+    from kvshift_megatron.training.megatron_answers import in_one_sentence
 
-    config = gpt_config_from_args(args, model_config_cls=KVShiftGPTModelConfig)
+    with in_one_sentence():
+        config = gpt_config_from_args(args, model_config_cls=KVShiftGPTModelConfig)
+        run = pretrain_cfg_container_from_args(args, config)
     config.kv_shift = kv_shift_config_from_args(args)
     report_after_build(config, config.kv_shift)
-    return config
+    # The baseline has no layer that does it.
+    compare_at_load()
+    return config, run

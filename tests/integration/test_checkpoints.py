@@ -48,6 +48,60 @@ OTHER_MODELS = {
         ["holds the taps", "has alpha_1, alpha_2:"],
     ),
 }
+_OTHER_SCHEDULE = {"train_iters": 8, "weight_decay": 0.1}
+_WHAT_TO_DO = "--override-opt_param-scheduler to go on with this run's"
+_INSTEAD = "--no-load-optim to go on at its step"
+# Loads of an undamaged checkpoint of this model: name -> (which, other flags, parts).
+OTHER_OPTIMIZERS = {
+    "schedule": (
+        "whole",
+        {**_OTHER_SCHEDULE, "lr_decay_style": "cosine"},
+        ["--train-iters was 4 and is 8", "--weight-decay was 0.01 and is 0.1",
+         "--lr-decay-style was linear and is cosine", _WHAT_TO_DO],
+    ),
+    "schedule of the distributed one": (
+        "optimizer",
+        {**_DISTRIBUTED_OPTIMIZER, "lr_warmup_iters": 1},
+        ["--lr-warmup-iters was 0 and is 1", _WHAT_TO_DO],
+    ),
+    "rate": (
+        "whole",
+        {"lr": 2e-3, "override_opt_param_scheduler": True},
+        ["--lr was 0.001 and is 0.002", "even with --override-opt_param-scheduler", _INSTEAD],
+    ),
+    "SGD": ("whole", {"optimizer": "sgd"}, ["--optimizer was adam and is sgd", _INSTEAD]),
+    "plain as distributed": (
+        "whole",
+        {"use_distributed_optimizer": True},
+        ["saved without --use-distributed-optimizer", "this run is with it", _INSTEAD],
+    ),
+    "distributed as plain": (
+        "optimizer",
+        _DATA_PARALLEL,
+        ["saved with --use-distributed-optimizer", "this run is without it", _INSTEAD],
+    ),
+    "precision": ("whole", {"bf16": True}, ["precision was fp32 and is bf16", _INSTEAD]),
+    "precision of the distributed one": (
+        "optimizer",
+        {**_DISTRIBUTED_OPTIMIZER, "bf16": True},
+        ["precision was fp32 and is bf16", _INSTEAD],
+    ),
+}  # fmt: skip
+# What the refusals say to do: name -> (which, other flags, the iteration to go on from).
+AS_ADVISED = {
+    "override": ("whole", {**_OTHER_SCHEDULE, "override_opt_param_scheduler": True}, 2),
+    "the checkpoint's": (
+        "whole",
+        {**_OTHER_SCHEDULE, "use_checkpoint_opt_param_scheduler": True},
+        2,
+    ),
+    "no optimizer": (
+        "whole",
+        {"use_distributed_optimizer": True, "no_load_optim": True, "lr": 2e-3},
+        2,
+    ),
+    "finetune": ("optimizer", {**_DATA_PARALLEL, **_OTHER_SCHEDULE, "finetune": True}, 0),
+}
 # Loads of a damaged copy, by --ckpt-step: name -> (damage, parts of the refusal).
 DAMAGED = {
     "no-shard": ("without_a_shard", ["the file __1_0.distcp of the checkpoint", "is missing"]),
@@ -83,6 +137,8 @@ def _plan(root) -> dict[str, dict]:
         "no folder": load("whole", ckpt_step=7),
     }
     plan |= {name: load("whole", **others) for name, (others, _) in OTHER_MODELS.items()}
+    for name, (which, others, *_) in {**OTHER_OPTIMIZERS, **AS_ADVISED}.items():
+        plan[name] = load(which, **others)
     before = {name: [damage, root / "whole", root / name] for name, (damage, _) in DAMAGED.items()}
     plan |= {name: load(name, ckpt_step=_STEPS) for name in DAMAGED}
     plan["fall back"] = load("short-shard")
@@ -162,6 +218,19 @@ def test_the_distributed_optimizer_is_resumed(runs, name):
 @pytest.mark.parametrize("name", OTHER_MODELS)
 def test_a_checkpoint_of_another_model_is_refused_with_key_and_shapes(runs, name):
     refused(runs[name], "whole/iter_0000002", *OTHER_MODELS[name][1])
+
+
+@pytest.mark.parametrize("name", OTHER_OPTIMIZERS)
+def test_another_optimizer_or_schedule_is_refused_with_the_flags(runs, name):
+    which, _, parts = OTHER_OPTIMIZERS[name]
+    refused(runs[name], f"{which}/iter_0000002", *parts)
+
+
+@pytest.mark.parametrize("name", AS_ADVISED)
+def test_what_the_refusals_advise_goes_on(runs, name):
+    _, _, iteration = AS_ADVISED[name]
+    trained(runs[name])
+    assert f"at iteration {iteration}" in runs[name].outputs[0]
 
 
 @pytest.mark.parametrize("name", DAMAGED)

@@ -77,6 +77,8 @@ def _plan(root) -> dict[str, dict]:
         },
         "nothing-there": {**_TAKE, **load("not-there-yet")},
         "converted-stated": {**converted, **_FLAGS_OF_CONVERTED},
+        # It holds no optimizer state, so any schedule will do.
+        "converted-resumed": {**load("converted"), **_FLAGS_OF_CONVERTED},
         "converted-taken": {**converted, **_TAKE, **_NO_MODEL},
         # These are refused.
         "clamp-as-free": load("of-clamp"),
@@ -142,6 +144,10 @@ def test_a_converted_checkpoint_trains_without_a_flag_for_the_model(runs):
     taken, stated = runs["converted-taken"], runs["converted-stated"]
     assert "KV shifting (clamp, window 3, keys)" in taken.output
     assert trained(taken) == trained(stated)
+
+
+def test_a_converted_checkpoint_trains_without_finetune(runs):
+    assert trained(runs["converted-resumed"]) == trained(runs["converted-stated"])
 
 
 def test_taps_start_from_a_baseline_whose_arguments_are_taken(runs):

@@ -53,6 +53,7 @@ def _plan(root) -> dict[str, dict]:
         "identity-lenient": {**_IDENTITY, **load("of-vanilla"), **lenient("ignore_all")},
         "baseline": {**_VANILLA, **load("of-taps")},
         "baseline-lenient": {**_VANILLA, **_FINETUNE, **load("of-taps"), **lenient("ignore_all")},
+        "baseline-schedule": {**_VANILLA, "train_iters": 8, **load("of-vanilla")},
         "other-window": {"kv_shift_window": 3, **load("of-taps"), **lenient("log_unexpected")},
         # Checkpoints that the next ones replace.
         "temporary": {
@@ -68,6 +69,12 @@ def _plan(root) -> dict[str, dict]:
         "legacy-taps": {**_LEGACY, **save("of-legacy-taps")},
         "legacy-uniform": {**_LEGACY, **load("of-legacy")},
         "legacy-identity-finetuned": {**_IDENTITY, **_FINETUNE, **_LEGACY, **load("of-legacy")},
+        "legacy-schedule": {**_LEGACY, "train_iters": 8, **load("of-legacy-taps")},
+        "legacy-distributed": {
+            **_LEGACY,
+            "use_distributed_optimizer": True,
+            **load("of-legacy-taps"),
+        },
         "legacy-baseline": {**_VANILLA, **_FINETUNE, **_LEGACY, **load("of-legacy-taps")},
     }
 
@@ -81,7 +88,7 @@ def directory(tmp_path_factory):
 def runs(directory) -> dict[str, Run]:
     # The same learning-rate schedule for all, including those that resume.
     common = {"train_iters": 2 * _STEPS, "exit_interval": _STEPS}
-    plan = {name: flags(**common, **overrides) for name, overrides in _plan(directory).items()}
+    plan = {name: flags(**{**common, **given}) for name, given in _plan(directory).items()}
     return run_plan(directory, plan)
 
 
@@ -121,6 +128,15 @@ def test_the_baseline_does_not_load_a_checkpoint_with_taps(runs, name):
 
 def test_other_taps_are_not_loaded(runs):
     refused(runs["other-window"], "holds the taps alpha_1", "alpha_3", "--kv-shift-*")
+
+
+@pytest.mark.parametrize("name", ["baseline-schedule", "legacy-schedule"])
+def test_another_schedule_is_refused_for_the_baseline_and_in_the_older_format(runs, name):
+    refused(runs[name], "--train-iters was 4 and is 8", "add --override-opt_param-scheduler")
+
+
+def test_another_kind_of_optimizer_is_refused_in_the_older_format(runs):
+    refused(runs["legacy-distributed"], "saved without --use-distributed-optimizer")
 
 
 @pytest.mark.parametrize("name", ["identity-finetuned", "identity-pretrained"])

@@ -96,10 +96,10 @@ def built(args, layout: Layout, rank: int = 0) -> torch.nn.Module:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from kvshift_megatron.training.gpt_builder import KVShiftGPTModelBuilder
-    from kvshift_megatron.training.run_config import model_config
+    from kvshift_megatron.training.run_config import configurations
 
     with fake_rank(layout, rank), torch.device("meta"):
-        config = model_config(args)
+        config, _ = configurations(args)
         config.transformer.perform_initialization = False
         groups = ProcessGroupCollection.use_mpu_process_groups()
         model = KVShiftGPTModelBuilder(config).build_model(groups)

@@ -81,6 +81,17 @@ def metrics_file(args: Namespace) -> Path | None:
     return Path(folder) / METRICS if folder else None
 
 
+def is_watched(args: Namespace) -> bool:
+    """Return whether a run records numbers anywhere."""
+    return bool(metrics_file(args) or args.tensorboard_dir or getattr(args, "wandb_project", ""))
+
+
+def log_more(args: Namespace) -> None:
+    """Turn on two of Megatron's own numbers, in place: seconds per step, and TFLOP/s per GPU."""
+    args.log_timers_to_tensorboard = True
+    args.log_throughput = True
+
+
 @contextlib.contextmanager
 def watch(args: Namespace, model_config: Any) -> Iterator[None]:
     """Watch the training that happens inside the block, on every rank.
@@ -89,13 +100,11 @@ def watch(args: Namespace, model_config: Any) -> Iterator[None]:
         args: Megatron's, parsed and validated, after Megatron has set up its writers.
         model_config: Megatron's model configuration, which gets a post-wrap hook.
     """
-    path = metrics_file(args)
-    if path is None and not args.tensorboard_dir and not getattr(args, "wandb_project", ""):
+    if not is_watched(args):
         yield
         return
-    # Turn on two of Megatron's own numbers: seconds per step, and TFLOP/s per GPU.
-    args.log_timers_to_tensorboard = True
-    args.log_throughput = True
+    path = metrics_file(args)
+    log_more(args)
 
     # Imported late: the device layer has to be on before Megatron is imported.
     from megatron.training import global_vars

@@ -1,5 +1,6 @@
-"""Kinds of values that a field of a file may hold, with the words for them."""
+"""Kinds of values that a field of a file or a flag may hold, with the words for them."""
 
+import math
 import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,7 +33,31 @@ def number(low: float, high: float) -> Kind:
     # NaN fails every comparison. Python compares whole numbers of any size exactly.
     return Kind(
         f"a number from {low:g} to {high:g}",
-        lambda value: (_is_int(value) or type(value) is float) and low <= value <= high,
+        lambda value: _is_number(value) and low <= value <= high,
+    )
+
+
+def at_least(low: float) -> Kind:
+    """Return the kind of finite numbers that are not below a limit."""
+    return Kind(
+        f"a finite number, at least {low:g}",
+        lambda value: _is_number(value) and low <= value < math.inf,
+    )
+
+
+def above(low: float) -> Kind:
+    """Return the kind of finite numbers above a limit."""
+    return Kind(
+        f"a finite number above {low:g}",
+        lambda value: _is_number(value) and low < value < math.inf,
+    )
+
+
+def share(below_one: bool = False) -> Kind:
+    """Return the kind of numbers from 0 to 1, with or without 1 itself."""
+    return Kind(
+        "a number from 0 to below 1" if below_one else "a number from 0 to 1",
+        lambda value: _is_number(value) and 0 <= value <= 1 and not (below_one and value == 1),
     )
 
 
@@ -72,6 +97,10 @@ def or_null(kind: Kind) -> Kind:
 
 def _is_int(value: Any) -> bool:
     return type(value) is int
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or type(value) is float
 
 
 def _is_plain(value: Any, levels: int = 2) -> bool:
