@@ -145,7 +145,7 @@ def _finds_by_rate() -> bool:
     """Return whether Megatron tells groups of parameters apart by their rates, as 0.19 does."""
     from megatron.core.optimizer import optimizer
 
-    return "max_lr" in optimizer.param_group_identifier_keys
+    return "max_lr" in getattr(optimizer, "param_group_identifier_keys", ())
 
 
 def _differences(

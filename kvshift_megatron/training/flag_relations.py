@@ -167,8 +167,8 @@ def _length(args: Namespace) -> Iterator[str]:
     if args.train_iters and args.train_samples:
         yield "--train-iters and --train-samples are both set: drop one of the two"
     ours, other = ("iters", "samples") if args.train_iters else ("samples", "iters")
-    for name in ("lr_decay", "lr_warmup", "lr_wsd_decay"):
-        if getattr(args, f"{name}_{other}") and name != "lr_wsd_decay":
+    for name in ("lr_decay", "lr_warmup"):
+        if getattr(args, f"{name}_{other}"):
             flag = flag_of(f"{name}_{other}")
             yield f"{flag} does not go with --train-{ours}: use {flag_of(f'{name}_{ours}')}"
     if args.lr_warmup_fraction is not None and getattr(args, f"lr_warmup_{ours}"):

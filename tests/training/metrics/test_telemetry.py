@@ -260,4 +260,6 @@ def test_the_stand_in_has_the_names_and_values_of_the_real_module():
     for bit, name in CLOCK_REASONS.items():
         word = "".join(part.capitalize() for part in name.split("_"))
         families = [f"nvmlClocksEventReason{word}", f"nvmlClocksThrottleReason{word}"]
-        assert bit in [getattr(pynvml, family, None) for family in families], name
+        found = [getattr(pynvml, family, None) for family in families]
+        # Drivers set newer bits too, which nvidia-ml-py 12.535 has no names for.
+        assert bit in found or (bit > 0x100 and found == [None, None]), name
