@@ -12,6 +12,7 @@ from typing import Any
 
 from kvshift_megatron.arguments import megatron_args, set_field
 from kvshift_megatron.config import KVShiftConfig
+from kvshift_megatron.stored.bridge_load import compare_bridge_loads
 from kvshift_megatron.stored.optimizer import refuse_other_optimizer
 from kvshift_megatron.stored.settings import MEANING, meaning, refuse_others, stored_settings
 from kvshift_megatron.upstream import loading_table, substitutions
@@ -24,13 +25,14 @@ _is_watching = False
 def watch(kv_shift: KVShiftConfig) -> None:
     """Record a layer's settings, and have them compared with those of what Megatron loads.
 
-    Nothing happens without Megatron's arguments. If the layers of a process differ, that is
-    recorded instead, and nothing is compared.
+    Without Megatron's arguments nothing is recorded; Bridge's loads are compared anyway. If the
+    layers of a process differ, that is recorded instead, and nothing is compared.
 
     Args:
         kv_shift: The layer's.
     """
     global _recorded
+    compare_bridge_loads()
     args = megatron_args()
     if args is None:
         return

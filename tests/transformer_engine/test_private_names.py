@@ -1,5 +1,8 @@
 """Private names of the libraries that only this environment has (tests/project/private_names)."""
 
+import sys
+from unittest import mock
+
 import pytest
 
 from tests.project.private_names import listed
@@ -12,7 +15,9 @@ def test_the_table_has_such_rows():
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.names[0])
-def test_the_installed_release_has_them(row):
+def test_the_installed_release_has_them(row, monkeypatch):
+    # Bridge's training imports its data loaders, which are not installed.
+    monkeypatch.setitem(sys.modules, "megatron.energon", mock.MagicMock(name="megatron.energon"))
     assert listed.is_there(row)
     for name in row.names:
         listed.resolve(name)
