@@ -8,6 +8,7 @@ NOT_IN_MATRIX = {
     "tests/integration/": "this project's entry point, which needs 0.19 (`make test`)",
     "tests/training/metrics/": "this project's entry point, likewise",
     "tests/training/faults/": "this project's entry point, likewise",
+    "tests/training/test_flag_ranges.py": "this project's entry point, likewise",
     "tests/planning/": "this project's entry point, likewise",
     "tests/benchmarks/": "this project's entry point, likewise",
     "tests/transformer_engine/": "`make test-te`, in an environment of its own",
@@ -17,9 +18,10 @@ NOT_IN_MATRIX = {
     "tests/examples/": "the demo, which trains through the entry point",
     "tests/recipes/": "flags of the entry point",
     "tests/megatron_lm/test_check.py": "a tool for checkouts of Megatron-LM",
-    "tests/ops/triton/": "the operation alone",
-    "tests/ops/cpu/": "the operation alone",
+    "tests/ops/": "the operation alone",
     "tests/project/test_commands.py": "commands without Megatron",
+    "tests/project/private_names/test_planted_errors.py": "this project's text",
+    "tests/project/test_releases.py": "this project's tests",
     "tests/project/test_own_imports.py": "this project's text",
     "tests/project/test_docs.py": "this project's text",
     "tests/project/test_ci_files.py": "this project's text",
@@ -31,6 +33,8 @@ NOT_IN_MATRIX = {
     "tests/distributed/test_resharding.py": "0.19's checkpoints (`make test`)",
     "tests/convert/": "the converter, which reads and writes 0.19's checkpoints (`make test`)",
     "tests/hf/": "Transformers alone",
+    "tests/utils/test_output_paths.py": "paths alone",
+    "tests/checks/test_pickles.py": "pickles alone",
 }
 
 # Beginning of a test's id -> (first release with what it tests, what that is).
