@@ -24,6 +24,8 @@ from kvshift_megatron.convert.formats.torch_dist import TorchDistReader
 from tests.convert import models
 from tests.convert.test_round_trips import equal, random_folder, weights
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 20  # of one conversion, on a busy machine; most take 0.01
 # JSON's, and those that Python's reader accepts.
 VALUES = [None, True, False, "", "false", "true", "1", "silu", "two\nlines", "\ud800", "x" * 5000,

@@ -15,6 +15,8 @@ from tests.convert.test_bad_input import INDEX, refused
 from tests.convert.test_hostile_fields import run
 from tests.convert.test_round_trips import random_folder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
