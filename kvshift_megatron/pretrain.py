@@ -31,8 +31,7 @@ def main() -> None:
         cpu.enable()
         args = parse_and_check()
         check_implementation(args)
-        if metrics.is_watched(args):
-            metrics.log_more(args)
+        metrics.log_more(args)
         config, run = configurations(args)
     except ValueError as error:
         sys.exit(f"kvshift_megatron: {error}")

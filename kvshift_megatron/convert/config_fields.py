@@ -12,7 +12,11 @@ from typing import Any, get_args
 
 from kvshift_megatron.config import Variant
 from kvshift_megatron.utils.field_kinds import (
+    FFN,
     FLAG,
+    HEADS,
+    HIDDEN,
+    LAYERS,
     OBJECT,
     PLAIN,
     Kind,
@@ -26,8 +30,6 @@ from kvshift_megatron.utils.field_kinds import (
     words,
 )
 
-# torch can hold every product of these sizes.
-_LAYERS, _HIDDEN, _HEADS, _FFN = (whole(1, high) for high in (10_000, 2**20, 2**16, 2**24))
 _VOCAB = _POSITIONS = _MULTIPLE = whole(1, 2**31 - 1)
 _EPSILON, _THETA, _FACTOR = number(1e-30, 1.0), number(1.0, 1e30), number(1e-6, 1e6)
 _TOKEN = whole(-1, 2**31 - 1)  # old files say -1 for none
@@ -45,12 +47,12 @@ _ROPE = {
 # A field of an object is written OBJECT.FIELD. null counts as not given, except in an object.
 _CONFIG: dict[str, Kind] = {
     "model_type": words(),
-    "num_hidden_layers": _LAYERS,
-    "hidden_size": _HIDDEN,
-    "intermediate_size": _FFN,
-    "num_attention_heads": _HEADS,
-    "num_key_value_heads": _HEADS,
-    "head_dim": _HEADS,
+    "num_hidden_layers": LAYERS,
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "head_dim": HEADS,
     "vocab_size": _VOCAB,
     "max_position_embeddings": _POSITIONS,
     "model_max_length": _POSITIONS,
@@ -88,9 +90,9 @@ _CONFIG: dict[str, Kind] = {
     "router_aux_loss_coef": number(0.0, 1e6),
     "router_jitter_noise": number(0.0, 1.0),
     "kvshift_padding": OBJECT,
-    "kvshift_padding.hidden_size": _HIDDEN,
-    "kvshift_padding.head_dim": _HEADS,
-    "kvshift_padding.intermediate_size": or_null(_FFN),
+    "kvshift_padding.hidden_size": HIDDEN,
+    "kvshift_padding.head_dim": HEADS,
+    "kvshift_padding.intermediate_size": or_null(FFN),
     "kvshift_padding.rms_norm_eps": _EPSILON,
     "kvshift_padding.rope_theta": _THETA,
     "kvshift_padding.row_length": number(1e-30, 1e30),
@@ -99,14 +101,14 @@ _CONFIG: dict[str, Kind] = {
     "pad_token_id": _TOKEN,
 }
 _ARGUMENTS: dict[str, Kind] = {
-    "num_layers": _LAYERS,
-    "hidden_size": _HIDDEN,
-    "ffn_hidden_size": _FFN,
-    "moe_ffn_hidden_size": _FFN,
-    "num_attention_heads": _HEADS,
+    "num_layers": LAYERS,
+    "hidden_size": HIDDEN,
+    "ffn_hidden_size": FFN,
+    "moe_ffn_hidden_size": FFN,
+    "num_attention_heads": HEADS,
     "group_query_attention": FLAG,
-    "num_query_groups": _HEADS,
-    "kv_channels": _HEADS,
+    "num_query_groups": HEADS,
+    "kv_channels": HEADS,
     "vocab_size": _VOCAB,
     "padded_vocab_size": _VOCAB,
     "tokenizer_vocab_size": _VOCAB,

@@ -10,8 +10,9 @@ import torch
 
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.convert.architecture import Architecture, Llama3RopeScaling
-from kvshift_megatron.convert.config_fields import check_config, short
+from kvshift_megatron.convert.config_fields import check_config
 from kvshift_megatron.convert.library_defaults import with_defaults
+from kvshift_megatron.utils.field_kinds import short
 
 _MODEL_TYPES = {
     "kvshift_llama": "kvshift",

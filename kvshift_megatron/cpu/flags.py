@@ -163,7 +163,6 @@ def fill_flags(argv: list[str]) -> list[str]:
     return added + list(argv)
 
 
-@functools.cache
 def megatron_flags() -> frozenset[str]:
     """Return every flag that the installed ``megatron.training`` defines."""
     return frozenset(_parser()._option_string_actions)

@@ -190,7 +190,7 @@ def compile_at_first_call(original: Callable) -> Callable:
 
 
 def not_compiled(function: Callable) -> Callable:
-    """Return the function as it is, where torch.compile would decorate it."""
+    """Stand in for torch.compile as a decorator: return the function itself."""
     return function
 
 

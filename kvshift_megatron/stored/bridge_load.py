@@ -99,7 +99,8 @@ def _compare(folder: Any, args: Any, model: Sequence[torch.nn.Module]) -> None:
                 f"({stored.describe()}), and this model would ignore its taps: give it the spec "
                 "kvshift_megatron.layer_specs.kv_shift_layer_spec, or load another one"
             )
-        refuse_others(stored, meaning(kv_shift), folder)
+        remedy = "give the layer spec the checkpoint's kv_shift, or load another one"
+        refuse_others(stored, meaning(kv_shift), folder, remedy)
 
 
 def settings_from_run_config(config: dict[str, Any], folder: Any) -> KVShiftConfig | None:

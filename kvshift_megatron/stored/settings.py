@@ -140,23 +140,29 @@ def take_settings(args: Namespace, stored: KVShiftConfig) -> None:
             set_field(args, name, getattr(stored, name))
 
 
-def refuse_others(stored: KVShiftConfig, asked: dict[str, Any], checkpoint: Any) -> None:
+def refuse_others(
+    stored: KVShiftConfig, asked: dict[str, Any], checkpoint: Any, remedy: str | None = None
+) -> None:
     """Raise ValueError, with both values, if a setting differs from the checkpoint's.
 
     Args:
         stored: The checkpoint's settings.
         asked: Those of the run, by name.
         checkpoint: Its name, for the message.
+        remedy: What to do. Default: the flags to set.
     """
     differing = [name for name in asked if asked[name] != getattr(stored, name)]
     if not differing:
         return
     theirs = ", ".join(f"{name}={getattr(stored, name)!r}" for name in differing)
     ours = ", ".join(f"{name}={asked[name]!r}" for name in differing)
-    flags = ", ".join(flag_of(name, getattr(stored, name)) for name in differing)
+    if remedy is None:
+        flags = ", ".join(flag_of(name, getattr(stored, name)) for name in differing)
+        remedy = (
+            f"{flags}, or leave these flags out and add --use-checkpoint-args (a static --spec has "
+            "the default taps only: use --spec kvshift_megatron.layer_specs kv_shift_layer_spec)"
+        )
     raise ValueError(
         f"load: the taps of the checkpoint {checkpoint} were trained with {theirs}, and this run "
-        f"would read them with {ours}: {flags}, or leave these flags out and add "
-        "--use-checkpoint-args (a static --spec has the default taps only: use --spec "
-        "kvshift_megatron.layer_specs kv_shift_layer_spec)"
+        f"would read them with {ours}: {remedy}"
     )

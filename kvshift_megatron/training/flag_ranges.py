@@ -7,9 +7,19 @@ value that it trains with is refused. Whether the values fit each other is in `f
 
 from argparse import Namespace
 
-from kvshift_megatron.utils.field_kinds import Kind, above, at_least, share, short, whole
+from kvshift_megatron.utils.field_kinds import (
+    FFN,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    Kind,
+    above,
+    at_least,
+    share,
+    short,
+    whole,
+)
 
-_LAYERS, _HIDDEN, _HEADS, _FFN = (whole(1, high) for high in (10_000, 2**20, 2**16, 2**24))
 _COUNT, _COUNT_OR_NONE = whole(1, 2**31 - 1), whole(0, 2**31 - 1)
 _STEPS, _STEPS_OR_NONE = whole(1, 10**15), whole(0, 10**15)  # iterations or samples
 _RANKS = whole(1, 2**20)
@@ -18,14 +28,14 @@ _RATE, _FACTOR, _SHARE, _BETA = at_least(0), above(0), share(), share(below_one=
 # Argument of Megatron's (0.19) -> what its flag may hold. None always counts as not given.
 RANGES: dict[str, Kind] = {
     # The model.
-    "num_layers": _LAYERS,
-    "encoder_num_layers": _LAYERS,
+    "num_layers": LAYERS,
+    "encoder_num_layers": LAYERS,
     "mtp_num_layers": whole(0, 10_000),
-    "hidden_size": _HIDDEN,
-    "ffn_hidden_size": _FFN,
-    "moe_ffn_hidden_size": _FFN,
-    "num_attention_heads": _HEADS,
-    "kv_channels": _HEADS,
+    "hidden_size": HIDDEN,
+    "ffn_hidden_size": FFN,
+    "moe_ffn_hidden_size": FFN,
+    "num_attention_heads": HEADS,
+    "kv_channels": HEADS,
     "seq_length": _COUNT,
     "max_position_embeddings": _COUNT,
     "rotary_base": _COUNT,
@@ -49,8 +59,8 @@ RANGES: dict[str, Kind] = {
     "context_parallel_size": _RANKS,
     "expert_model_parallel_size": _RANKS,
     "expert_tensor_parallel_size": _RANKS,
-    "num_layers_per_virtual_pipeline_stage": _LAYERS,
-    "num_virtual_stages_per_pipeline_rank": _LAYERS,
+    "num_layers_per_virtual_pipeline_stage": LAYERS,
+    "num_virtual_stages_per_pipeline_rank": LAYERS,
     "microbatch_group_size_per_vp_stage": _COUNT,
     "num_distributed_optimizer_instances": _RANKS,
     "distributed_timeout_minutes": whole(1, 10**7),
@@ -98,7 +108,7 @@ RANGES: dict[str, Kind] = {
 }
 # Switch -> what only counts with it.
 RANGES_WITH: dict[str, dict[str, Kind]] = {
-    "group_query_attention": {"num_query_groups": _HEADS},
+    "group_query_attention": {"num_query_groups": HEADS},
     "use_rope_scaling": {"rope_scaling_factor": _FACTOR},
     "fp16": {
         "loss_scale": _RATE,

@@ -5,9 +5,7 @@ expression. The failed statement says which arguments it is about. The traceback
 rank 0, before the sentence, so that the sentence is the last line.
 """
 
-import argparse
 import ast
-import functools
 import inspect
 import logging
 import os
@@ -124,10 +122,11 @@ def _statement(frame: FrameType, line: int) -> tuple[str, list[tuple[str, str]]]
 
 def _shown(frame: FrameType, names: list[tuple[str, str]]) -> str:
     """Return the flags with their values as they would be typed, and those that are missing."""
+    actions = megatron_actions()
     given: list[str] = []
     missing: list[str] = []
     for variable, name in names:
-        action = _actions().get(name)
+        action = actions.get(name)
         if action is None:
             continue
         value: Any = getattr(frame.f_locals.get(variable), name, None)
@@ -141,8 +140,3 @@ def _shown(frame: FrameType, names: list[tuple[str, str]]) -> str:
             given.append(" ".join([flag, *map(str, words)]))
     parts = [", ".join(given), f"without {', '.join(missing)}" if missing else ""]
     return " ".join(filter(None, parts))
-
-
-@functools.cache
-def _actions() -> dict[str, argparse.Action]:
-    return megatron_actions()

@@ -113,6 +113,8 @@ def _is_plain(value: Any, levels: int = 2) -> bool:
 
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 PLAIN = Kind("a number, a word, true, false, or a list of these", _is_plain)
+# Sizes of a model; torch can hold every product of them.
+LAYERS, HIDDEN, HEADS, FFN = (whole(1, high) for high in (10_000, 2**20, 2**16, 2**24))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 
 

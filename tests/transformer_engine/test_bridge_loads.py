@@ -36,7 +36,7 @@ def test_the_same_settings_are_loaded(said):
 )
 def test_other_settings_are_refused_with_both_values(said, road, model, theirs, ours):
     assert f"were trained with {theirs}" in said[f"{model}, {road}"]
-    assert f"would read them with {ours}" in said[f"{model}, {road}"]
+    assert f"would read them with {ours}: give the layer spec" in said[f"{model}, {road}"]
 
 
 @pytest.mark.parametrize("road", ROADS)

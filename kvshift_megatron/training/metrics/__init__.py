@@ -81,15 +81,20 @@ def metrics_file(args: Namespace) -> Path | None:
     return Path(folder) / METRICS if folder else None
 
 
-def is_watched(args: Namespace) -> bool:
+def _is_watched(args: Namespace) -> bool:
     """Return whether a run records numbers anywhere."""
     return bool(metrics_file(args) or args.tensorboard_dir or getattr(args, "wandb_project", ""))
 
 
 def log_more(args: Namespace) -> None:
-    """Turn on two of Megatron's own numbers, in place: seconds per step, and TFLOP/s per GPU."""
-    args.log_timers_to_tensorboard = True
-    args.log_throughput = True
+    """Turn on two of Megatron's own numbers, if a run records any: seconds per step, and TFLOP/s.
+
+    Args:
+        args: Changed in place, before Megatron's configuration is made of them.
+    """
+    if _is_watched(args):
+        args.log_timers_to_tensorboard = True
+        args.log_throughput = True
 
 
 @contextlib.contextmanager
@@ -100,11 +105,10 @@ def watch(args: Namespace, model_config: Any) -> Iterator[None]:
         args: Megatron's, parsed and validated, after Megatron has set up its writers.
         model_config: Megatron's model configuration, which gets a post-wrap hook.
     """
-    if not is_watched(args):
+    if not _is_watched(args):
         yield
         return
     path = metrics_file(args)
-    log_more(args)
 
     # Imported late: the device layer has to be on before Megatron is imported.
     from megatron.training import global_vars
