@@ -18,6 +18,7 @@ from kvshift_megatron.training import metrics
 from kvshift_megatron.training.faults.fault_flags import add_faults_args, check_faults_args
 from kvshift_megatron.training.flag_ranges import check_ranges
 from kvshift_megatron.training.flag_relations import check_relations
+from kvshift_megatron.utils.any_help import AnyHelpFormatter
 
 if TYPE_CHECKING:
     # Not at run time: it imports Megatron, which on a CPU must wait for `cpu.enable()`.
@@ -64,6 +65,7 @@ def _add_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add this package's flags, then those of the task that --task-module names."""
     from kvshift_megatron.training.task import load_task
 
+    parser.formatter_class = AnyHelpFormatter
     add_faults_args(metrics.add_watching_args(parser))
     add_baseline_arg(add_kv_shift_args(parser)).add_argument(
         "--task-module",
