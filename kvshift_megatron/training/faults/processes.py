@@ -8,6 +8,7 @@ import ctypes
 import multiprocessing
 import multiprocessing.managers
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Callable
@@ -68,8 +69,27 @@ def get_write_results_queue(mp_mode: str = "spawn") -> Any:
         manager = multiprocessing.managers.SyncManager(ctx=context)
         with filesystem_async._disable_gc():
             manager.start(die_with_parent)
-        substitutions.apply(faults_table.results(manager.Queue()))
+        substitutions.apply(faults_table.results(PickledQueue(manager.Queue())))
     return filesystem_async._results_queue
+
+
+class PickledQueue:
+    """A queue whose process holds its items as bytes.
+
+    That process then need not import torch to receive them, which would take it seconds in the
+    first save, and hundreds of megabytes from then on, on every rank.
+    """
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def put(self, item: Any) -> None:
+        """Add an item to the end."""
+        self._queue.put(pickle.dumps(item))
+
+    def get_nowait(self) -> Any:
+        """Take the first item; raise queue.Empty if there is none."""
+        return pickle.loads(self._queue.get_nowait())
 
 
 def abandon() -> None:
