@@ -12,6 +12,9 @@ from tests.support import releases
 
 # Set before anything imports torch; every process that a test starts inherits it.
 os.environ["KVSHIFT_CPU"] = "1"
+# Likewise. The tensors are small, and other tests need the other cores: threads that wait for each
+# other would cost more than they save.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Likewise inherited. Ranks share few cores and often wait for each other. With this policy a rank
 # that wakes up does not interrupt one that works, and small messages take a fifth of the time.
 if hasattr(os, "SCHED_BATCH"):

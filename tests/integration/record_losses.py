@@ -23,6 +23,7 @@ def main() -> None:
     from kvshift_megatron import cpu
 
     cpu.enable()
+    import tests.support.small_mock_data  # noqa: F401
     from kvshift_megatron.training import forward_step
 
     original, forward_step.masked_loss = forward_step.masked_loss, recording

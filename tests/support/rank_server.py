@@ -53,6 +53,11 @@ def _import() -> None:
     import megatron.core.dist_checkpointing
     import megatron.core.models.gpt
 
+    # The first optimizer of a process imports it.
+    import torch._dynamo  # noqa: F401
+
+    import tests.support.small_mock_data  # noqa: F401
+
     with contextlib.suppress(ImportError):  # for the entry point, which needs 0.19
         import megatron.core.models.mimo
         import megatron.core.tokenizers.text.libraries

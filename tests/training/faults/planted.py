@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+import tests.support.small_mock_data  # noqa: F401
 from kvshift_megatron.training.datasets import gpt_datasets_provider
 
 KINDS = (
