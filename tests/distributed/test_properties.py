@@ -64,8 +64,9 @@ def test_report_names_every_layer_and_tap(results, world_size, case):
     )
 
 
-def test_a_vanilla_model_is_reported_and_refused_if_kv_shift_was_asked_for(results):
-    assert results(2, "property:report-vanilla") == (
+@pytest.mark.parametrize("world_size", [2])
+def test_a_vanilla_model_is_reported_and_refused_if_kv_shift_was_asked_for(results, world_size):
+    assert results(world_size, "property:report-vanilla") == (
         "attention: vanilla (SelfAttention) in layers 1-4; 0 taps"
     )
     assert "not every attention of the model has it" in results(
