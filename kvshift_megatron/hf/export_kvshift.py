@@ -46,7 +46,7 @@ def mask_of_all(attention_mask: Tensor | None, position_ids: Any, total: int) ->
     """
     if position_ids is not None:
         raise ValueError(
-            "position_ids cannot be exported together with a cache: keys are rotated anew in each "
+            "position_ids cannot be exported together with a cache: keys are rotated again in each "
             "step, by their places in the cache; leave position_ids out"
         )
     if attention_mask is None:

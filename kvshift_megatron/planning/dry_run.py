@@ -42,7 +42,7 @@ class DryRank:
         flags: Command line of kvshift_megatron.pretrain, as words.
         world_size, rank: The rank's place in the layout.
         micro_batches: Micro-batches of each step; see StepObserver.
-        kernels: "gpu" or "cpu"; see kernels.py.
+        kernels: "gpu" or "cpu"; see assumed_kernels.py.
     """
 
     flags: tuple[str, ...]
@@ -66,7 +66,7 @@ def prepare() -> None:
         import megatron.training.training  # noqa: F401
 
         try:
-            import kvshift_megatron.planning.kernels
+            import kvshift_megatron.planning.assumed_kernels
             import kvshift_megatron.planning.meta_device
             import kvshift_megatron.pretrain
             import kvshift_megatron.training.forward_step
@@ -168,7 +168,7 @@ def _run(rank: DryRank) -> dict:
     from megatron.core.enums import ModelType
     from megatron.training import training
 
-    from kvshift_megatron.planning import kernels, meta_device
+    from kvshift_megatron.planning import assumed_kernels, meta_device
     from kvshift_megatron.training.forward_step import ForwardStep
     from kvshift_megatron.training.run_config import configurations, parse_and_check
     from kvshift_megatron.training.stages import embedding_ranks
@@ -178,7 +178,7 @@ def _run(rank: DryRank) -> dict:
     args = parse_and_check()
     undo_cpu_choices(args, rank.flags, rank.kernels)
     meta_device.enter()
-    kernels.use(rank.kernels)
+    assumed_kernels.use(rank.kernels)
     task = load_task(args.task_module)
 
     def provide_datasets(_: Any, vp_stage: int | None = None) -> tuple[Iterator, ...]:

@@ -49,7 +49,7 @@ def refuse_other_optimizer(saved: Namespace, state: Mapping, args: Namespace, fo
         raise ValueError(
             f"load: the optimizer state of the checkpoint {folder} cannot be loaded, because "
             f"{'; '.join(kinds)}: use the same flags, or add --no-load-optim to go on at its step "
-            "with a new optimizer state and schedule, or --finetune to start anew from its weights"
+            "with a new optimizer state and schedule, or --finetune to start over from its weights"
         )
     if any(getattr(args, name, False) for name in _SETTLED):
         return
@@ -61,7 +61,7 @@ def refuse_other_optimizer(saved: Namespace, state: Mapping, args: Namespace, fo
             f"{'; '.join(_differences(names, saved, args, theirs, ours))}: give the "
             "checkpoint's values, or add --override-opt_param-scheduler to go on with this run's, "
             "--use-checkpoint-opt_param-scheduler to go on with the checkpoint's, or --finetune to "
-            "start anew from its weights"
+            "start over from its weights"
         )
 
 

@@ -55,5 +55,7 @@ def test_a_setting_of_the_attention_has_an_effect(results, model):
 
 @pytest.mark.parametrize("world_size", [2])
 def test_a_vanilla_mtp_layer_is_refused(results, world_size):
-    found = results(world_size, Case(MTP, tp=2, planted_error="mtp_spec_not_converted").name)["attention"]
+    found = results(world_size, Case(MTP, tp=2, planted_error="mtp_spec_not_converted").name)[
+        "attention"
+    ]
     assert "vanilla (SelfAttention) in MTP layer 1" in found["refusal"]

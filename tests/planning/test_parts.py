@@ -7,7 +7,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from kvshift_megatron.planning import dry_run, gpus, kernels, meta_device
+from kvshift_megatron.planning import assumed_kernels, dry_run, gpus, meta_device
 from kvshift_megatron.planning.dry_run_flags import dry_run_flags
 from kvshift_megatron.planning.estimate import Assumptions, estimate
 from kvshift_megatron.planning.layout import Layout
@@ -236,7 +236,7 @@ def test_a_gpu_s_kernels_keep_what_they_are_said_to():
     x, weight = meta(tokens, 32), meta(32)
     saved = SavedTensors([weight])
     with saved:
-        y = kernels.FusedRMSNorm.apply(x, weight)
+        y = assumed_kernels.FusedRMSNorm.apply(x, weight)
     assert saved.now == tokens * (32 * 2 + 4)
     y.sum().backward()
     assert x.grad.shape == x.shape and weight.grad.shape == weight.shape
@@ -244,7 +244,7 @@ def test_a_gpu_s_kernels_keep_what_they_are_said_to():
     query, key, value = meta(1, heads, tokens, size), *(meta(1, 2, tokens, size) for _ in "kv")
     saved = SavedTensors([])
     with saved:
-        kept = kernels.flash_attention(query, key, value, is_causal=True, enable_gqa=True)
+        kept = assumed_kernels.flash_attention(query, key, value, is_causal=True, enable_gqa=True)
     assert kept.shape == query.shape
     assert saved.now == tokens * ((2 * heads + 2 + 2) * size * 2 + heads * 4)
 
@@ -257,7 +257,7 @@ def test_a_gpu_s_kernels_are_the_ones_that_modules_call(monkeypatch):
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # restored after the test
     monkeypatch.setenv("KVSHIFT_IMPLEMENTATION", "eager")
-    kernels.use("gpu")
+    assumed_kernels.use("gpu")
     norm = torch.nn.RMSNorm(32, device="meta", dtype=torch.bfloat16)
     x = torch.empty(64, 32, device="meta", dtype=torch.bfloat16, requires_grad=True)
     saved = SavedTensors(norm.parameters())

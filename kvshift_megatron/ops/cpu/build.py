@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvshift_megatron.ops.cpu import folders
+from kvshift_megatron.ops.cpu import cache_folders
 from kvshift_megatron.ops.cpu.turns import BuildError, TooSlowError, turn
 from kvshift_megatron.utils.trusted_paths import (
     make_private_folder,
@@ -39,7 +39,7 @@ def load(source: Path) -> ctypes.CDLL:
 
     Raises:
         BuildError: no compiler is found, it fails, or its output cannot be kept and loaded in any
-            folder of `folders.candidates`.
+            folder of `cache_folders.candidates`.
     """
     compiler = find_compiler()
     command = [*compiler, *_flags()]
@@ -49,7 +49,7 @@ def load(source: Path) -> ctypes.CDLL:
         raise BuildError(f"{source.name} cannot be read: {error}") from error
     key = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:24]
     first: Exception | None = None
-    for folder in folders.candidates():
+    for folder in cache_folders.candidates():
         try:
             library = _load_from(folder, f"{source.stem}-{key}.so", command, source)
         except TooSlowError:

@@ -51,7 +51,7 @@ others, or because it is not communicating while others are. If no rank stands o
 the network fails, the message says so.
 
 Modules: `settle`, `fallback`, `hashes` (what is loaded), `places` (what is written to), `saving`,
-`checkpoint_writes`, `folders` (saves), `watch`, `diagnosis`, `progress` (hangs), `finite` (NaN),
-`processes` (nothing outlives a rank), `guard` (all of it around Megatron's loop), `agreement`
-(among the ranks), `fault_flags`.
+`checkpoint_writes`, `checkpoint_folder` (saves), `watch`, `diagnosis`, `progress` (hangs), `finite`
+(NaN), `processes` (nothing outlives a rank), `guard` (all of it around Megatron's loop),
+`agreement` (among the ranks), `fault_flags`.
 """

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from kvshift_megatron.training.faults import checkpoint_writes, folders, processes
+from kvshift_megatron.training.faults import checkpoint_folder, checkpoint_writes, processes
 from kvshift_megatron.training.faults.agreement import any_failed
 from kvshift_megatron.training.faults.progress import Progress
 from kvshift_megatron.upstream import faults_table, substitutions
@@ -35,7 +35,7 @@ class Save:
         folder: Of the checkpoint; only rank 0 changes it.
     """
 
-    def __init__(self, iteration: int, folder: folders.Folder):
+    def __init__(self, iteration: int, folder: checkpoint_folder.Folder):
         self.iteration = iteration
         self.folder = folder
         self.failures: list[str] = []  # of this rank
@@ -85,13 +85,15 @@ class Saves:
         def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> None:
             from megatron.training import get_args
 
-            save_dir = folders.save_dir(get_args(), kwargs.get("non_persistent_ckpt", False))
+            save_dir = checkpoint_folder.save_dir(
+                get_args(), kwargs.get("non_persistent_ckpt", False)
+            )
             phase = f"saving the checkpoint of iteration {iteration}"
             if save_dir is None:
                 with self.progress.entering(phase):
                     original(iteration, *args, **kwargs)
                 return
-            folder = folders.Folder(save_dir, iteration, kwargs.get("release", False))
+            folder = checkpoint_folder.Folder(save_dir, iteration, kwargs.get("release", False))
             self._current = save = Save(iteration, folder)
             try:
                 with self.progress.entering(phase):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvshift_megatron.ops.cpu import build, folders, kernel
+from kvshift_megatron.ops.cpu import build, cache_folders, kernel
 from tests.support.launch import python_path
 
 TINY = "int answer(void) { return 42; }\n"
@@ -17,7 +17,7 @@ TINY = "int answer(void) { return 42; }\n"
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     folder = tmp_path / "cache"
-    monkeypatch.setenv(folders.VARIABLE, str(folder))
+    monkeypatch.setenv(cache_folders.VARIABLE, str(folder))
     return folder
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvshift_megatron.ops.cpu import build, folders, kernel
+from kvshift_megatron.ops.cpu import build, cache_folders, kernel
 from tests.ops.cpu.conftest import TINY, compiled_in, load_at_once
 
 
@@ -51,7 +51,7 @@ def test_a_damaged_file_is_compiled_again(damage, source, cache, calls):
 def _name_in_cache(source: Path, cache: Path) -> str:
     """Return the name of the compiled file, without loading it into this process."""
     elsewhere = cache.parent / "elsewhere"
-    load_at_once(source, 1, **{folders.VARIABLE: str(elsewhere)})
+    load_at_once(source, 1, **{cache_folders.VARIABLE: str(elsewhere)})
     (made,) = compiled_in(elsewhere)
     return made.name
 

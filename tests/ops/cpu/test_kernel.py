@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvshift_megatron.ops import shift_ref
-from kvshift_megatron.ops.cpu import build, folders, kernel, self_check
+from kvshift_megatron.ops.cpu import build, cache_folders, kernel, self_check
 from tests.support.compare import relative_error
 
 pytestmark = pytest.mark.slow
@@ -188,7 +188,7 @@ def test_the_comparison_sees_a_wrong_kernel(line, wrong, named, tmp_path, monkey
     assert text.count(line) == 1
     source = tmp_path / "wrong.c"
     source.write_text(text.replace(line, wrong))
-    monkeypatch.setenv(folders.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(cache_folders.VARIABLE, str(tmp_path))
     wrong_run = build.load(source).kvshift_run
     right = kernel._entries()
     monkeypatch.setattr(kernel, "_entries", lambda: (wrong_run, *right[1:]))

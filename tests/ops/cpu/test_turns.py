@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from kvshift_megatron.ops.cpu import build, folders, turns
+from kvshift_megatron.ops.cpu import build, cache_folders, turns
 from tests.ops.cpu.conftest import compiled_in, load_at_once, start_loading
 
 pytestmark = pytest.mark.slow
@@ -23,7 +23,7 @@ def test_one_process_compiles_while_the_others_wait(source, cache, calls):
 def test_one_processs_failure_is_that_of_all_who_waited(source, cache, calls, tmp_path):
     source.write_text("no C at all")
     # The same folder first and last: nothing else to try.
-    places = {"TMPDIR": str(tmp_path / "none"), folders.VARIABLE: str(cache)}
+    places = {"TMPDIR": str(tmp_path / "none"), cache_folders.VARIABLE: str(cache)}
     printed = load_at_once(source, 4, SLOW="2", **places)
     assert len(set(printed)) == 1 and "error: " in printed[0]
     # In each folder once, and not once a process.
@@ -32,7 +32,7 @@ def test_one_processs_failure_is_that_of_all_who_waited(source, cache, calls, tm
 
 def test_a_later_run_tries_again(source, cache, calls, monkeypatch):
     content = source.read_text()
-    monkeypatch.setattr(folders, "_TEMPORARY", ())
+    monkeypatch.setattr(cache_folders, "_TEMPORARY", ())
     monkeypatch.delenv("TMPDIR", raising=False)
     # The name in the cache depends on the source alone, so let the compiler fail.
     monkeypatch.setenv("FULL", str(cache))

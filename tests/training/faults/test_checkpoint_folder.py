@@ -3,8 +3,8 @@
 import pytest
 
 from kvshift_megatron.checks.checkpoint_paths import TRACKER
+from kvshift_megatron.training.faults.checkpoint_folder import Folder
 from kvshift_megatron.training.faults.fallback import choose, fault_of
-from kvshift_megatron.training.faults.folders import Folder
 from tests.training.faults.folders_of_steps import cut, save, shard
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvshift_megatron.ops.cpu import build, folders
+from kvshift_megatron.ops.cpu import build, cache_folders
 from tests.ops.cpu.conftest import TINY, compiled_in, load_at_once
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ def plant(source: Path, folder: Path) -> Path:
     planted = folder.parent / "planted"
     build._compile([*build.find_compiler(), *build._flags()], source, planted)
     source.write_text(TINY)
-    load_at_once(source, 1, **{folders.VARIABLE: str(folder)})
+    load_at_once(source, 1, **{cache_folders.VARIABLE: str(folder)})
     (made,) = compiled_in(folder)
     os.replace(planted, made)
     return made
@@ -115,7 +115,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(
     change, why, source, in_the_open, monkeypatch, elsewhere, caplog
 ):
     folder = in_the_open / "above it" / "cache"
-    monkeypatch.setenv(folders.VARIABLE, str(folder))
+    monkeypatch.setenv(cache_folders.VARIABLE, str(folder))
     plant(source, folder)
     folder.parent.chmod(0o755)
     change(folder)
@@ -127,7 +127,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(
 
 
 def test_below_a_folder_that_only_we_can_enter_modes_do_not_matter(source, tmp_path, monkeypatch):
-    monkeypatch.setenv(folders.VARIABLE, str(tmp_path / "above" / "cache"))
+    monkeypatch.setenv(cache_folders.VARIABLE, str(tmp_path / "above" / "cache"))
     tmp_path.chmod(0o700)
     (tmp_path / "above").mkdir()
     (tmp_path / "above").chmod(0o777)
@@ -160,7 +160,7 @@ def test_a_full_disk_in_the_cache_folder_costs_only_the_cache(
 
 def test_a_cache_that_cannot_be_created_is_no_obstacle(source, tmp_path, monkeypatch, elsewhere):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(folders.VARIABLE, str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv(cache_folders.VARIABLE, str(tmp_path / "file" / "cache"))
     assert build.load(source).answer() == 42
     assert compiled_in(elsewhere)
 
@@ -168,14 +168,14 @@ def test_a_cache_that_cannot_be_created_is_no_obstacle(source, tmp_path, monkeyp
 def test_the_cache_is_in_the_users_folder_unless_another_is_named(monkeypatch):
     monkeypatch.setenv("HOME", "/c")
     for value, expected in (("/a", "/a"), ("~/a", "/c/a")):
-        monkeypatch.setenv(folders.VARIABLE, value)
-        assert folders.cache_folder() == Path(expected)
-    monkeypatch.delenv(folders.VARIABLE)
+        monkeypatch.setenv(cache_folders.VARIABLE, value)
+        assert cache_folders.cache_folder() == Path(expected)
+    monkeypatch.delenv(cache_folders.VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert folders.cache_folder() == Path("/b/kvshift_megatron")
+    assert cache_folders.cache_folder() == Path("/b/kvshift_megatron")
     for relative in ("", "b"):
         monkeypatch.setenv("XDG_CACHE_HOME", relative)
-        assert folders.cache_folder() == Path("/c/.cache/kvshift_megatron")
+        assert cache_folders.cache_folder() == Path("/c/.cache/kvshift_megatron")
 
 
 @pytest.mark.parametrize("named", [None, "~/cache"])
@@ -185,10 +185,10 @@ def test_without_a_home_directory_no_folder_is_named_after_the_tilde(
     # As Python answers for a user without HOME and without an entry among the users.
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.delenv(folders.VARIABLE, raising=False)
+    monkeypatch.delenv(cache_folders.VARIABLE, raising=False)
     if named:
-        monkeypatch.setenv(folders.VARIABLE, named)
+        monkeypatch.setenv(cache_folders.VARIABLE, named)
     monkeypatch.chdir(tmp_path)
-    assert folders.cache_folder() is None
+    assert cache_folders.cache_folder() is None
     assert build.load(source).answer() == 42
     assert compiled_in(elsewhere) and not Path("~").exists()
