@@ -13,7 +13,9 @@ class AnyHelpFormatter(argparse.HelpFormatter):
 
     def add_argument(self, action: argparse.Action) -> None:
         """Add a flag's help, with each bare percent sign doubled."""
-        if action.help:
+        # Any other help as it is: argparse knows the one that hides a flag by its identity.
+        text = action.help
+        if isinstance(text, str) and _BARE_PERCENT.search(text):
             action = copy.copy(action)
-            action.help = _BARE_PERCENT.sub("%%", str(action.help))
+            action.help = _BARE_PERCENT.sub("%%", text)
         super().add_argument(action)
