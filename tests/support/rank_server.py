@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _import() -> None:
-    """Import everything that would take each rank long."""
+    """Import everything that would take each rank long, and make the mock data small."""
     from kvshift_megatron import cpu
 
     cpu.enable()

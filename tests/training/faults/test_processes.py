@@ -2,7 +2,6 @@
 
 import multiprocessing
 import queue
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,6 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
 
 from kvshift_megatron.training.faults import processes
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 def _has_torch(process: int | str) -> bool:
