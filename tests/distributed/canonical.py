@@ -111,6 +111,8 @@ def gather(chunks: list[torch.nn.Module], tensor_of) -> dict[str, Tensor]:
         parallel_state.get_pipeline_model_parallel_group(),
         parallel_state.get_expert_model_parallel_group(),
     ):
+        if group.size() == 1:
+            continue  # it would pickle every tensor
         parts = [None] * group.size()
         torch.distributed.all_gather_object(parts, stages, group=group)
         stages = [stage for part in parts for stage in part]
