@@ -111,10 +111,10 @@ def test_without_a_checkpoint_it_does_not_start_over_forever(jobs, cluster):
 
 
 def test_a_killed_rank_fails_the_job(jobs):
-    job = jobs.submit("killed", tp=1)
+    job = jobs.submit("killed")
     jobs.wait_for_step(job, 1, 5)
     killed = time.monotonic()
-    job.kill_rank(1)
+    job.kill_rank(2)
     fields = jobs.ended(job, 60)
     assert fields["JobState"] == "FAILED"
     assert fields["ExitCode"] == "1:0"
