@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # Make an environment of `make test-transformers`: make_transformers_venv.sh DIRECTORY VENV RELEASE
 #
-# RELEASE of Transformers, or `newest` for the newest that pyproject.toml allows. DIRECTORY is made from
-# scratch with the interpreter of VENV, and sees VENV's packages: only Transformers and what that
-# release needs in another version are installed (120 MB on disk). pip installs, as it can see VENV's
-# packages.
+# RELEASE is one of Transformers. DIRECTORY is made from scratch with the interpreter of VENV, and sees
+# VENV's packages: only Transformers and what that release needs in another version are installed (120
+# MB on disk). pip installs, as it can see VENV's packages.
 set -euo pipefail
 . tools/environments.sh
 
@@ -19,13 +18,10 @@ add() {
     }
 }
 
-wanted=transformers==$release
-[ "$release" != newest ] || wanted=$(sed -n 's/.*"\(transformers>=[^"]*\)".*/\1/p' pyproject.toml)
-echo "making $target with $wanted"
+echo "making $target with Transformers $release"
 "$venv/bin/python" -m venv --clear --without-pip "$target"
 # VENV's packages become visible only after that, or pip would be content with VENV's Transformers.
-add --no-deps "$wanted"
+add --no-deps "transformers==$release"
 share_packages "$target" "$venv"
-found=$("$target/bin/python" -c 'import importlib.metadata as m; print(m.version("transformers"))')
 # Packages that need a later Transformers are not used there: pip's complaint stays in the log.
-add "transformers==$found"
+add "transformers==$release"
