@@ -46,7 +46,7 @@ export INSTALLER
 
 help:
 	@echo "make demo   train with KV shifting through Megatron's loop and show the result (minutes)"
-	@echo "make bench  measure what KV shifting costs on this machine (10 minutes; BENCH_FLAGS=--quick)"
+	@echo "make bench  measure what KV shifting costs on this machine (10 to 17 minutes; BENCH_FLAGS=--quick)"
 	@echo "make test   run the tests (CPU, gloo; TESTS=tests/ops: part of them)"
 	@echo "make test-fast  run those that start no ranks and build nothing (minutes)"
 	@echo "make test-latest  run them with the newest versions that pyproject.toml allows"
