@@ -34,6 +34,13 @@ class ShiftOperator:
     def __init__(self, name: str, tensors: str, constants: str = ""):
         self._name = name
         self._tensor_count = len(tensors.split(","))
+        registered = getattr(torch.ops.kvshift_megatron, name, None)
+        if registered is not None:
+            # The package is imported again. A second registration would free the operators that
+            # the first import still calls.
+            self.forward = registered.default
+            self.backward = getattr(torch.ops.kvshift_megatron, f"{name}_backward").default
+            return
         settings = f"{tensors}, {constants}" if constants else tensors
         arguments = f"Tensor[] inputs, Tensor[] taps, {settings}"
         forward = torch.library.custom_op(

@@ -1,11 +1,16 @@
 """The shift as one node of autograd and one operator: tensors without data, and torch.compile."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvshift_megatron.ops import kv_shift, kv_shift_rope
 from tests.support.compare import assert_close_rel
+from tests.support.launch import python_path
 
 
 def test_tensors_without_data_are_shaped_and_not_read():
@@ -51,3 +56,32 @@ def test_torch_compile_takes_a_gpus_kernels_in_one_graph(is_rotated):
     sum(output.sum() for output in compiled()).backward()
     assert x.grad.shape == x.shape and taps.grad.shape == taps.shape
     assert f"kvshift_megatron.{'rope_' * is_rotated}shift.default" in calls
+
+
+_IMPORTED_AGAIN = """
+import gc, sys, torch
+from kvshift_megatron.ops import kv_shift_rope as first
+
+x, taps = torch.empty(5, 1, 2, 8, device="meta"), torch.empty(2, 2, device="meta")
+arguments = x, x, taps, taps, torch.empty(5, 1, 1, 8, device="meta")
+first(*arguments)
+ours = [name for name in sys.modules if name.partition(".")[0] == "kvshift_megatron"]
+before = {name: sys.modules.pop(name) for name in ours}
+from kvshift_megatron.ops import kv_shift_rope as second
+
+second(*arguments)
+del second
+sys.modules.update(before)
+gc.collect()
+reused = [torch.empty(size % 50 + 1) for size in range(100_000)]
+print(first(*arguments)[0].shape)
+"""
+
+
+def test_a_second_import_leaves_the_first_ones_operators_alone():
+    """In a process of its own: what had been freed would be called, and anything could happen."""
+    command = [sys.executable, "-c", _IMPORTED_AGAIN]
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "torch.Size([5, 1, 2, 8])\n"
