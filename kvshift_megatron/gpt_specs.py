@@ -7,6 +7,7 @@ and heterogeneous layers, and multi-token prediction.
 from typing import Any
 
 from kvshift_megatron.arguments import add_kv_shift_args
+from kvshift_megatron.attention.spec_check import LayerSpec
 from kvshift_megatron.attention.validation import check_at_start
 from kvshift_megatron.checks.model import check_model, report_after_build
 from kvshift_megatron.config import KVShiftConfig
@@ -24,6 +25,7 @@ def convert_specs(
     config: Any,
     kv_shift: KVShiftConfig | None,
     vp_stage: int | None = None,
+    static: LayerSpec = LayerSpec(),
 ) -> tuple[Any, Any]:
     """Return both specs of a GPT model with KV-shifting attention for every SelfAttention.
 
@@ -35,6 +37,7 @@ def convert_specs(
         config: Megatron's GPTModelConfig (0.19) or a TransformerConfig.
         kv_shift: The taps; None for the baseline model.
         vp_stage: Virtual pipeline stage.
+        static: What is known of the specs; see with_kv_shift.
 
     Raises:
         ValueError: KV shifting cannot honour a setting; the message names it.
@@ -48,12 +51,13 @@ def convert_specs(
     if kv_shift is not None:
         watch(kv_shift)  # a pipeline stage may have no layer that could
         report_after_build(config, kv_shift)
-        layer_spec, mtp_spec = _shifting(layer_spec, kv_shift), _shifting(mtp_spec, kv_shift)
+        layer_spec = _shifting(layer_spec, kv_shift, static)
+        mtp_spec = _shifting(mtp_spec, kv_shift, static)
     return layer_spec, mtp_spec
 
 
-def _shifting(spec: Any, kv_shift: KVShiftConfig) -> Any:
+def _shifting(spec: Any, kv_shift: KVShiftConfig, static: LayerSpec) -> Any:
     # Uneven pipeline layouts have stages without a decoder layer.
     if spec is None or getattr(spec, "layer_specs", None) == []:
         return spec
-    return with_kv_shift(spec, kv_shift)
+    return with_kv_shift(spec, kv_shift, static)

@@ -24,6 +24,7 @@ try:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     from kvshift_megatron.attention.spec_check import LayerSpec
+    from kvshift_megatron.specs.hybrid_pattern import attention_numbers_of_the_run
     from kvshift_megatron.specs.replace_attention import with_kv_shift
     from kvshift_megatron.specs.te_free.spec import with_local_modules
 except ImportError as error:
@@ -75,7 +76,8 @@ def _hybrid(name: str) -> Any:
     except ImportError:  # before 0.18
         from megatron.core.models.mamba.mamba_layer_specs import mamba_stack_spec as stack
     made_for = {"qk_layernorm": (False,), **_SELF_ATTENTION, **_TE}
-    return with_kv_shift(stack, static=LayerSpec(name=name, only=made_for))
+    static = LayerSpec(name=name, only=made_for, attention_numbers=attention_numbers_of_the_run)
+    return with_kv_shift(stack, static=static)
 
 
 class _NeedsTransformerEngine(TransformerLayer):

@@ -84,6 +84,8 @@ class KVShiftSelfAttention(SelfAttention):
         super().__init__(config, submodules, layer_number, *args, **kwargs)
         check_norms(config, (self.q_layernorm, self.k_layernorm))
         self.kv_shift = kv_shift
+        # A GPT layer is two layers of a hybrid stack, and starts with the same taps in both.
+        self._attention_number = layer_spec.attention_number(layer_number)
         self._tap_names = tap_names(kv_shift)
         self._call = _Call()
         self._cp_group = context_parallel_group(config, self.pg_collection)
@@ -132,7 +134,7 @@ class KVShiftSelfAttention(SelfAttention):
         return initial_values(
             self.kv_shift,
             resolve_seed(self.kv_shift),
-            self.layer_number,
+            self._attention_number,
             self.config.num_query_groups,
         )
 

@@ -4,7 +4,7 @@ Megatron's functions get_gpt_layer_*_spec turn settings into specs. A finished s
 configuration builds without a word: a dense layer under --num-experts trains the dense model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
@@ -29,11 +29,22 @@ class LayerSpec:
         name: Of a static spec, for messages.
         only: Static specs: setting -> the only values that the spec honours, the first one as if it
             were not set.
+        attention_numbers: Hybrid stacks: layer number -> number among the attention layers, both
+            1-based and global; or a function that returns it when a layer is built.
     """
 
     has_experts: bool | None = None
     name: str = ""
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    attention_numbers: Mapping[int, int] | Callable[[], Mapping[int, int]] = field(
+        default_factory=dict
+    )
+
+    def attention_number(self, layer_number: int) -> int:
+        """Return the layer's number among the attention layers; in a GPT model, its own."""
+        numbers = self.attention_numbers
+        numbers = numbers() if callable(numbers) else numbers
+        return numbers.get(layer_number, layer_number)
 
     def check(self, config: TransformerConfig, layer_number: int) -> None:
         """Raise ValueError if the configuration asks for another layer.

@@ -124,6 +124,16 @@ def check_flags(argv: list[str]) -> None:
                     f"{shown} needs {refusal.why}, and this run is on a CPU: {refusal.remedy}."
                 )
     _refuse_unequal_gathers(dict(given))
+    _refuse_delta_net_kernels(dict(given))
+
+
+def _refuse_delta_net_kernels(given: dict[str, str | None]) -> None:
+    """Refuse gated delta net outside deterministic mode, which alone computes it in PyTorch."""
+    if "G" in (given.get("--hybrid-layer-pattern") or "") and "--deterministic-mode" not in given:
+        raise GPUOnlyFlagError(
+            "--hybrid-layer-pattern with gated delta net (G) needs FLA's GPU kernels, and this run "
+            "is on a CPU: add --deterministic-mode, or leave out G."
+        )
 
 
 def _refuse_unequal_gathers(given: dict[str, str | None]) -> None:

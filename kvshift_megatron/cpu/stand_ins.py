@@ -207,6 +207,12 @@ def call_now(function: Any, **kwargs: Any) -> None:
     function()
 
 
+def l2norm(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """Stand in for FLA's kernel: scale the last dimension to length one, in fp32."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
 def memory_stats(device: Any = None) -> defaultdict:
     return defaultdict(int)
 

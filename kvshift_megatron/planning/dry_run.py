@@ -176,6 +176,11 @@ def _run(rank: DryRank) -> dict:
 
     sys.argv = ["plan", *dry_run_flags(rank.flags)]
     args = parse_and_check()
+    if args.hybrid_layer_pattern is not None:
+        raise ValueError(
+            "hybrid_layer_pattern: plans are made of GPT models: for *- layers, plan with "
+            "--num-layers instead, which has the same tensors"
+        )
     undo_cpu_choices(args, rank.flags, rank.kernels)
     meta_device.enter()
     assumed_kernels.use(rank.kernels)

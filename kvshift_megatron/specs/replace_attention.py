@@ -22,6 +22,8 @@ NO_ATTENTION = (
     "ColumnParallelLinearGathered",
     "TELayerNormColumnParallelLinearGathered",
 )
+# What mixes tokens in a hybrid stack without keys and values that could be shifted.
+_OTHER_MIXERS = ("GatedDeltaNet",)
 # A hybrid stack (Mamba stack before 0.18) lists every kind of layer, and the layer pattern picks.
 _STACKS = ("HybridStackSubmodules", "MambaStackSubmodules")
 
@@ -91,11 +93,14 @@ class _Conversion:
         return node
 
     def _allow_guarded(self, stack: Any) -> None:
-        """Drop the refusals of a stack's layers: their guards raise if one is built."""
+        """Drop the refusals of a stack's layers: guards raise if one is built, others may be."""
 
         def visit(node: Any) -> Any:
-            if module_class(node) is RefusedAttention:
+            module = module_class(node)
+            if module is RefusedAttention:
                 self.refused.remove(node.params["class_name"])
+            elif isinstance(node, ModuleSpec) and module.__name__ in _OTHER_MIXERS:
+                self.refused.remove(module.__name__)
             return node
 
         rewrite(stack, visit)
@@ -111,6 +116,8 @@ class _Conversion:
             return node
         if not _is_other_attention(module):
             self.refused.append(module.__name__)
+        if module.__name__ in _OTHER_MIXERS:
+            return node
         # Even if a hybrid stack may list this layer, it must never be built as if it shifted.
         guard = ModuleSpec(RefusedAttention, params={"class_name": module.__name__})
         return replace_fields(node, self_attention=guard)
@@ -126,8 +133,8 @@ class RefusedAttention:
     def __init__(self, *args: Any, class_name: str, **kwargs: Any) -> None:
         raise ValueError(
             f"the layer pattern asks for a layer with {class_name}, which has no per-head keys "
-            "and values to shift: use attention (*), Mamba (M), MLP (-) and MoE (E) layers only, "
-            "or train without KV shifting"
+            "and values to shift: use attention (*), Mamba (M), gated delta net (G), MLP (-) and "
+            "MoE (E) layers only, or train without KV shifting"
         )
 
 

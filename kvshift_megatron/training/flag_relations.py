@@ -115,6 +115,7 @@ def _layout(args: Namespace) -> Iterator[str]:
 
 def _stages(args: Namespace, pp: int) -> Iterator[str]:
     uneven = (
+        args.hybrid_layer_pattern,
         args.pipeline_model_parallel_layout,
         args.num_layers_per_virtual_pipeline_stage,
         args.num_virtual_stages_per_pipeline_rank,

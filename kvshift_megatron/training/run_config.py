@@ -102,17 +102,19 @@ def _check_model(args: Namespace) -> None:
         args: Megatron's, with what it takes from a checkpoint.
     """
     from kvshift_megatron.attention.validation import check_args, check_transformer_config
+    from kvshift_megatron.specs.hybrid_pattern import num_layers
+    from kvshift_megatron.training.megatron_answers import in_one_sentence
 
-    if args.hybrid_layer_pattern is not None:
-        raise ValueError(
-            "hybrid_layer_pattern: this entry point trains GPT models: run Megatron-LM's "
-            "pretrain_hybrid.py with --spec kvshift_megatron.static_specs hybrid_stack_spec"
-        )
     if args.use_cpu_initialization and not (cpu.is_enabled() or args.use_torch_fsdp2):
         raise ValueError(
             "use_cpu_initialization: Megatron leaves a model that it builds on the CPU there: drop "
             "--use-cpu-initialization"
         )
+    pattern = args.hybrid_layer_pattern or args.hybrid_override_pattern
+    if pattern is not None:
+        with in_one_sentence():
+            layers = num_layers(pattern)
+        args = Namespace(**{**vars(args), "num_layers": layers})
     check_args(args)
     check_ranges(args)
     if kv_shift_config_from_args(args) is not None:
@@ -149,16 +151,21 @@ def configurations(args: Namespace) -> "tuple[KVShiftGPTModelConfig, PretrainCon
     """
     from megatron.training.argument_utils import (
         gpt_config_from_args,
+        hybrid_config_from_args,
         pretrain_cfg_container_from_args,
     )
 
     from kvshift_megatron.checks.model import report_after_build
     from kvshift_megatron.stored.at_load import compare_at_load
     from kvshift_megatron.training.gpt_builder import KVShiftGPTModelConfig
+    from kvshift_megatron.training.hybrid_builder import KVShiftHybridModelConfig
     from kvshift_megatron.training.megatron_answers import in_one_sentence
 
     with in_one_sentence():
-        config = gpt_config_from_args(args, model_config_cls=KVShiftGPTModelConfig)
+        if args.hybrid_layer_pattern is None:
+            config = gpt_config_from_args(args, model_config_cls=KVShiftGPTModelConfig)
+        else:
+            config = hybrid_config_from_args(args, model_config_cls=KVShiftHybridModelConfig)
         run = pretrain_cfg_container_from_args(args, config)
     config.kv_shift = kv_shift_config_from_args(args)
     report_after_build(config, config.kv_shift)

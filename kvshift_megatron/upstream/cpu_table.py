@@ -24,6 +24,7 @@ _NEW_METHODS = (
 _INITIALIZE = "megatron.training.initialize"
 _DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
 _DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
+_DELTA_NET = "megatron.core.ssm.gated_delta_net.common"
 _ASYNC_CALLER = "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller"
 
 
@@ -111,6 +112,11 @@ def rows(
         # Experts
         *_wrap("It makes split sizes an array only if they come from a GPU, and gloo takes no "
                "tensor.", h.split_sizes, f"{_DISPATCHER}.maybe_move_tensor_to_cpu"),
+        # Gated delta net
+        *_value("Its layer asks for FLA's GPU kernels even if deterministic mode does without.",
+                True, f"{_DELTA_NET}.HAVE_FLA", releases=">=0.19"),
+        *_value("The one kernel of FLA that deterministic mode calls.", s.l2norm,
+                f"{_DELTA_NET}.l2norm", releases=">=0.19"),
         # Checkpoints
         *_wrap("It expects the state of a GPU's fused Adam.", h.distributed_optimizer,
                _DISTRIBUTED_OPTIMIZER),
@@ -148,10 +154,12 @@ def new_method_targets() -> Iterator[str]:
         yield f"torch.Tensor.{name}"
 
 
-def _value(reason: str, value: Any, *targets: str) -> list[Substitution]:
+def _value(
+    reason: str, value: Any, *targets: str, releases: str | None = None
+) -> list[Substitution]:
     if isinstance(value, FunctionType):
-        return _wrap(reason, functools.partial(_stand_in, value), *targets)
-    return [Substitution(target, reason, value=value) for target in targets]
+        return _wrap(reason, functools.partial(_stand_in, value), *targets, releases=releases)
+    return [Substitution(target, reason, value=value, releases=releases) for target in targets]
 
 
 def _stand_in(function: Callable, original: Any) -> Callable:
@@ -164,5 +172,7 @@ def _stand_in(function: Callable, original: Any) -> Callable:
     return stand_in
 
 
-def _wrap(reason: str, wrap: Wrap, *targets: str) -> list[Substitution]:
-    return [Substitution(target, reason, wrap=wrap) for target in targets]
+def _wrap(
+    reason: str, wrap: Wrap, *targets: str, releases: str | None = None
+) -> list[Substitution]:
+    return [Substitution(target, reason, wrap=wrap, releases=releases) for target in targets]

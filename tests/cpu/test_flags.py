@@ -43,6 +43,7 @@ def test_gpu_only_flag_is_refused_with_a_remedy(refusal, joined):
             "--expert-tensor-parallel-size=1",
         ],
         ["--tensor-model-parallel-size", "2", "--moe-token-dispatcher-type", "allgather"],
+        ["--hybrid-layer-pattern", "G-*-", "--deterministic-mode"],
     ],
 )
 def test_what_a_cpu_can_do_is_not_refused(words):
@@ -53,6 +54,11 @@ def test_what_a_cpu_can_do_is_not_refused(words):
 def test_gathers_of_unequal_parts_are_refused(flag):
     with pytest.raises(GPUOnlyFlagError, match="set --expert-tensor-parallel-size 1, or use"):
         check_flags(["--moe-token-dispatcher-type", "alltoall", flag, "2"])
+
+
+def test_the_delta_nets_kernels_are_refused():
+    with pytest.raises(GPUOnlyFlagError, match=r"delta net \(G\) .*: add --deterministic-mode"):
+        check_flags(["--hybrid-layer-pattern=G-*-"])
 
 
 def test_missing_flags_are_added(known):

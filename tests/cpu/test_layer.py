@@ -299,6 +299,16 @@ def test_megatrons_warm_up_leaves_the_random_state_alone(layer, monkeypatch):
         assert torch.equal(state, torch.cuda.get_rng_state())
 
 
+def test_a_gated_delta_net_needs_no_gpu_kernel(layer):
+    from megatron.core.ssm.gated_delta_net import common
+
+    assert common.HAVE_FLA
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    expected = x.double() / (x.double().square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(common.l2norm(x).double(), expected, rtol=1e-6, atol=1e-6)
+    assert common.l2norm(x.bfloat16()).dtype == torch.bfloat16
+
+
 def test_megatrons_helpers_are_not_compiled_where_they_are(layer, monkeypatch):
     from megatron.core.datasets import utils
 

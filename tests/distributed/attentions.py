@@ -3,6 +3,7 @@
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.identity_op import IdentityOp
 
 from kvshift_megatron import assert_kv_shift
 from tests.distributed.canonical import canonical_name
@@ -31,9 +32,15 @@ def _classes(chunks: list[torch.nn.Module]) -> dict[str, str]:
         canonical_name(name, chunk): type(module).__name__
         for chunk in chunks
         for name, module in chunk.named_modules()
-        if isinstance(module, Attention) or name.endswith(".self_attention")
+        if isinstance(module, Attention) or _has_the_place(name, module, chunk)
     }
     group = parallel_state.get_pipeline_model_parallel_group()
     stages = [None] * group.size()
     torch.distributed.all_gather_object(stages, classes, group=group)
     return {name: kind for stage in stages for name, kind in stage.items()}
+
+
+def _has_the_place(name: str, module: torch.nn.Module, chunk: torch.nn.Module) -> bool:
+    """Return whether a module is in an attention's place; MLP layers of hybrid stacks have none."""
+    is_hybrid = any(hasattr(part, "hybrid_layer_pattern") for part in chunk.modules())
+    return name.endswith(".self_attention") and not (is_hybrid and isinstance(module, IdentityOp))

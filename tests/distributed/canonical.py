@@ -13,14 +13,20 @@ from torch import Tensor
 
 
 def canonical_name(name: str, chunk: torch.nn.Module) -> str:
-    """Return a parameter's name with global numbers of its layer and expert, not the rank's own."""
+    """Return a parameter's name with global numbers of its layer and expert, not the rank's own.
+
+    Two layers of a hybrid model, attention and MLP, have the names of one GPT layer.
+    """
     name = re.sub(r"(local_experts\.)(\d+)", _global_expert(chunk), name.replace("module.", ""))
+    name = name.replace("decoder.final_norm.", "decoder.final_layernorm.")
     match = re.match(r"(decoder\.layers\.)(\d+)(\..*)", name)
     if match is None:
         return name
     module = _unwrapped(chunk)
-    number = module.decoder.layers[int(match.group(2))].layer_number
-    return f"{match.group(1)}{number - 1}{match.group(3)}"
+    number = module.decoder.layers[int(match.group(2))].layer_number - 1
+    if hasattr(module, "hybrid_layer_pattern"):
+        number //= 2
+    return f"{match.group(1)}{number}{match.group(3)}"
 
 
 def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:

@@ -11,7 +11,8 @@ class Model:
     """A tiny GPT; `transformer` overrides TransformerConfig fields.
 
     With `hybrid`, a hybrid model with these layer patterns as pipeline segments, of which every
-    stage gets the same number.
+    stage gets the same number. `like` names the model whose single process it must repeat, if that
+    is another one.
     """
 
     name: str
@@ -20,7 +21,10 @@ class Model:
     seq_length: int = 16
     transformer: dict = field(default_factory=dict)
     bf16: bool = False
+    # The last step's loss depends on two updates with Adam's moments.
+    steps: int = 3
     hybrid: tuple[str, ...] = ()
+    like: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ KEYS_ONLY = Model(
     kv_shift=KVShiftConfig(variant="clamp", window=4, shift_values=False, init="identity"),
 )
 VANILLA = Model("vanilla", kv_shift=None)
-BF16 = Model("bf16-gqa2", num_query_groups=2, bf16=True)
+# bf16 runs that differ only in rounding need more steps to diverge.
+BF16 = Model("bf16-gqa2", num_query_groups=2, bf16=True, steps=5)
 
 # Layers 1 and 3 have the window, or no rotary embedding; 2 and 4 are ordinary.
 SLIDING = Model(
@@ -132,10 +137,26 @@ HETEROGENEOUS = Model(
         ),
     },
 )  # fmt: skip
-HYBRID = Model("hybrid", num_query_groups=2, hybrid=("*-", "*-"))
+# Hybrid models, and the GPT models of the same layers.
+FIVE_STEPS = Model("gqa2-5-steps", num_query_groups=2, steps=5)
+HYBRID = replace(
+    FIVE_STEPS,
+    name="hybrid",
+    hybrid=("*-*-", "*-*-"),
+    transformer={"num_layers": 8},
+    like=FIVE_STEPS.name,
+)
+HYBRID_MOE = replace(
+    MOE,
+    name="hybrid-moe",
+    hybrid=("*-*E", "*-*E"),
+    transformer={**MOE.transformer, "num_layers": 8, "moe_layer_freq": 1},
+    like=MOE.name,
+)
+HYBRID_BF16 = replace(HYBRID, name="hybrid-bf16", bf16=True, like=BF16.name)
 
 # Models that are not a stack of equal, ordinary GPT layers.
-KINDS = (SLIDING, SCALED, NO_ROPE, MOE, MTP, HETEROGENEOUS, HYBRID)
+KINDS = (SLIDING, SCALED, NO_ROPE, MOE, MTP, HETEROGENEOUS, HYBRID, HYBRID_MOE)
 # MOE itself has the all-to-all dispatcher. With tensor-parallel experts it gathers unequal numbers
 # of tokens, which gloo refuses.
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
@@ -157,7 +178,7 @@ REFERENCES = {
     model.name: Case(model)
     for model in (
         GQA, GQA2, MQA, MHA, QK_NORM, GATED, WINDOW_3, GATE, KEYS_ONLY, VANILLA, BF16,
-        SHORT_4, SHORT_8, *KINDS,
+        SHORT_4, SHORT_8, FIVE_STEPS, *KINDS,
     )
 }  # fmt: skip
 
@@ -183,7 +204,10 @@ _TWO = [
     Case(HETEROGENEOUS, tp=2),
     *(Case(model, pp=2) for model in (SLIDING, NO_ROPE, MOE, MTP, HYBRID)),
     Case(HETEROGENEOUS, pp=2, transformer=UNEVEN_HETEROGENEOUS),
-    *(Case(model, cp=2) for model in (SLIDING, SCALED, NO_ROPE, MOE, MTP)),
+    *(Case(model, cp=2) for model in (SLIDING, SCALED, NO_ROPE, MOE, MTP, HYBRID)),
+    Case(HYBRID, distributed_optimizer=True),
+    Case(HYBRID_MOE, pp=2),
+    Case(HYBRID_MOE, ep=2),
     Case(GQA2, pp=2, vpp=2, transformer=UNEVEN),
     Case(MTP, pp=2, vpp=2, transformer=UNEVEN_MTP),
     Case(MOE, ep=2),
@@ -207,6 +231,9 @@ _FOUR = [
     Case(MOE, tp=2, ep=2, sp=True, transformer=ALLGATHER),
     Case(MTP, tp=2, pp=2, vpp=2, sp=True, transformer=UNEVEN_MTP),
     Case(SLIDING, tp=2, cp=2, sp=True),
+    Case(HYBRID, tp=2, pp=2, sp=True),
+    Case(HYBRID, pp=2, cp=2),
+    Case(HYBRID, tp=2, sp=True, distributed_optimizer=True),
 ]
 _PLANTED = {
     2: [
@@ -220,6 +247,7 @@ _PLANTED = {
         Case(GQA, cp=2, planted_error="second_chunk_from_wrong_rank"),
         Case(GQA, cp=2, planted_error="no_own_tokens_on_the_last_rank"),
         Case(GQA, cp=2, planted_error="no_backward_exchange"),
+        Case(HYBRID, tp=2, planted_error="taps_swapped"),
     ],
     4: [
         Case(GQA2, tp=4, planted_error="shard_permuted"),
@@ -237,8 +265,15 @@ _BF16 = {
         Case(BF16, tp=2, sp=True),
         Case(BF16, pp=2),
         Case(BF16, distributed_optimizer=True),
+        Case(HYBRID_BF16, distributed_optimizer=True),
+        Case(HYBRID_BF16, tp=2, sp=True),
     ],
-    4: [Case(BF16, tp=4), Case(BF16, tp=4, sp=True), Case(BF16, tp=2, pp=2, sp=True)],
+    4: [
+        Case(BF16, tp=4),
+        Case(BF16, tp=4, sp=True),
+        Case(BF16, tp=2, pp=2, sp=True),
+        Case(HYBRID_BF16, tp=2, pp=2, sp=True),
+    ],
 }
 
 # World size -> the cases that one launch runs, in order.

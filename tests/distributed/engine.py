@@ -28,10 +28,6 @@ from tests.distributed import attentions, canonical, models
 from tests.distributed.cases import Case
 from tests.distributed.plants import planted
 
-# The last step's loss depends on two updates with Adam's moments.
-STEPS = 3
-# bf16 runs that differ only in rounding need more steps to diverge.
-BF16_STEPS = 5
 GLOBAL_BATCH = 8
 
 
@@ -187,7 +183,7 @@ def _train(case: Case) -> dict:
         baseline = build(replace(case, model=replace(case.model, kv_shift=None)))
         result["attention"] = attentions.of_model(chunks, baseline)
     chunks, optimizer = prepare(case, chunks)
-    for step in range(BF16_STEPS if case.model.bf16 else STEPS):
+    for step in range(case.model.steps):
         result["losses"].append(forward_backward(case, chunks, optimizer, step))
         if step == 0 and not case.distributed_optimizer:
             result["grads"] = canonical.gather(chunks, lambda param: param.main_grad)

@@ -1,10 +1,7 @@
 """Build one model chunk of a case: a GPT of any kind, or a hybrid stack."""
 
-from unittest import mock
-
 import torch
 from megatron.core import parallel_state
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -14,25 +11,22 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import (
     get_gpt_heterogeneous_layer_spec,
 )
-from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from kvshift_megatron.attention.spec_check import LayerSpec
 from kvshift_megatron.gpt_specs import convert_specs
 from kvshift_megatron.layer_specs import kv_shift_layer_spec, vanilla_layer_spec
+from kvshift_megatron.specs.hybrid_pattern import attention_numbers
 from kvshift_megatron.specs.te_free import SequenceParallelNorm
+from kvshift_megatron.specs.te_free.hybrid_stack import local_hybrid_stack
+from kvshift_megatron.upstream import builder_table
+from kvshift_megatron.upstream.substitutions import Applied
 from tests.distributed.cases import Case
 
 try:
-    from megatron.core.models.hybrid import hybrid_block
-    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 except ImportError:  # before 0.18
     from megatron.core.models.mamba.mamba_model import MambaModel as HybridModel
-    from megatron.core.ssm import mamba_block as hybrid_block
-    from megatron.core.ssm.mamba_block import MambaStack as HybridStack
-    from megatron.core.ssm.mamba_block import MambaStackSubmodules as HybridStackSubmodules
 
 VOCAB_SIZE = 64
 # A planted error of the model itself: multi-token prediction with Megatron's own spec.
@@ -85,38 +79,10 @@ def _stock_specs(config: TransformerConfig, vp_stage: int | None) -> tuple:
 
 
 def _hybrid(case: Case, arguments: dict) -> torch.nn.Module:
-    """Build attention and MLP layers: Mamba's need a GPU, and Megatron's hybrid spec needs TE.
-
-    The final norm is not part of a hybrid spec, so that Transformer Engine's is replaced here.
-    """
-    spec = ModuleSpec(HybridStack, submodules=_hybrid_layers())
-    spec, _ = convert_specs(spec, None, arguments["config"], case.model.kv_shift)
-    separator = "|" if case.pp > 1 else ""
-    with mock.patch.object(hybrid_block, "TENorm", SequenceParallelNorm):
-        config = arguments.pop("config")
-        return HybridModel(
-            config, spec, hybrid_layer_pattern=separator.join(case.model.hybrid), **arguments
-        )
-
-
-def _hybrid_layers() -> HybridStackSubmodules:
-    """Return the attention and the MLP of Megatron's TE-free GPT layer as two kinds of layers."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm").submodules
-    return HybridStackSubmodules(
-        attention_layer=ModuleSpec(
-            TransformerLayer,
-            submodules=TransformerLayerSubmodules(
-                input_layernorm=layer.input_layernorm,
-                self_attention=layer.self_attention,
-                self_attn_bda=get_bias_dropout_add,
-            ),
-        ),
-        mlp_layer=ModuleSpec(
-            MLPLayer,
-            submodules=TransformerLayerSubmodules(
-                pre_mlp_layernorm=layer.pre_mlp_layernorm,
-                mlp=layer.mlp,
-                mlp_bda=get_bias_dropout_add,
-            ),
-        ),
-    )
+    """Build attention and MLP layers: Mamba's need a GPU, and Megatron's hybrid spec needs TE."""
+    config, pattern = arguments.pop("config"), ("|" if case.pp > 1 else "").join(case.model.hybrid)
+    static = LayerSpec(attention_numbers=attention_numbers(pattern))
+    stack = local_hybrid_stack(config)
+    spec, _ = convert_specs(stack, None, config, case.model.kv_shift, static=static)
+    with Applied(builder_table.local_final_norm(SequenceParallelNorm)):
+        return HybridModel(config, spec, hybrid_layer_pattern=pattern, **arguments)

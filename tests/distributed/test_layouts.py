@@ -41,7 +41,7 @@ def taps_joined(tensors: dict) -> dict:
 
 
 def reference(results, case: Case) -> dict:
-    return results(1, REFERENCES[case.model.name].name)
+    return results(1, REFERENCES[case.model.like or case.model.name].name)
 
 
 def each(table: dict[int, list[Case]]):
@@ -49,7 +49,7 @@ def each(table: dict[int, list[Case]]):
         pytest.param(world, case, id=f"{world}-{case.name}")
         for world, cases in table.items()
         for case in cases
-        if case != REFERENCES[case.model.name] or world > 1
+        if case != REFERENCES[case.model.name] or world > 1 or case.model.like
     ]
 
 

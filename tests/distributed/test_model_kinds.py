@@ -17,7 +17,7 @@ from tests.distributed.cases import (
 pytestmark = pytest.mark.slow
 
 # Numbers, from 0, of the decoder layers with a SelfAttention; all four if not listed.
-_SHIFTING = {"heterogeneous": (0, 1, 4), "hybrid": (0, 2)}
+_SHIFTING = {"heterogeneous": (0, 1, 4)}
 _CASES = [
     (world, case)
     for world, cases in LAYOUTS.items()

@@ -55,9 +55,9 @@ BAD_INPUT = {
         flags(spec="kvshift_megatron.layer_specs kv_shift_layer_spec"),
         ["spec", "drop --spec"],
     ),
-    "hybrid model": (
-        flags(hybrid_layer_pattern="*-*-"),
-        ["hybrid_layer_pattern", "pretrain_hybrid.py"],
+    "no layer pattern": (
+        flags(num_layers=None, hybrid_layer_pattern="*-?"),
+        ["'?'"],
     ),
     "the flag of a patched Megatron-LM": (flags(kv_shift=True), ["kv_shift", "drop --kv-shift"]),
     "fp8 on a CPU": (flags(fp8_format="hybrid"), ["--fp8-format"]),

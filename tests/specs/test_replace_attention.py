@@ -39,7 +39,7 @@ from tests.support.single_process import gpt_model, transformer_config
 
 KV_SHIFT = KVShiftConfig(window=3, seed=5)
 # Kind of layer -> class that its refusal names. The stack of 0.17 has neither DSA nor MLA.
-REFUSED = {"gdn_layer": "GatedDeltaNet", "dsa_layer": None, "mla_layer": "MLASelfAttention"}
+REFUSED = {"dsa_layer": None, "mla_layer": "MLASelfAttention"}
 KINDS_REFUSED = [kind for kind in REFUSED if hasattr(getattr(stock, STACK).submodules, kind)]
 
 
@@ -69,7 +69,10 @@ def test_the_attention_of_a_hybrid_stack_shifts(megatron_rank, stack):
     assert layer.self_attention.kv_shift == KV_SHIFT
 
 
-@pytest.mark.parametrize("kind", ["mamba_layer", "mlp_layer", "moe_layer", "mtp_block_spec"])
+WITHOUT_KEYS = ["mamba_layer", "gdn_layer", "mlp_layer", "moe_layer", "mtp_block_spec"]
+
+
+@pytest.mark.parametrize("kind", WITHOUT_KEYS)
 def test_layers_without_attention_stay(stack, kind):
     converted = getattr(with_kv_shift(stack).submodules, kind)
     before = getattr(stack.submodules, kind)
@@ -81,8 +84,7 @@ def test_layers_without_attention_stay(stack, kind):
 def test_kinds_of_a_hybrid_stack_are_all_known(stack):
     """Fail if a new release adds a kind of layer, which must then be looked at."""
     kinds = {field.name for field in fields(stack.submodules)}
-    known = {"attention_layer", "mamba_layer", "mlp_layer", "moe_layer", "mtp_block_spec"}
-    assert kinds == known | set(KINDS_REFUSED)
+    assert kinds == {"attention_layer", *WITHOUT_KEYS, *KINDS_REFUSED}
     assert stack.submodules.mamba_layer.module is MambaLayer
 
 

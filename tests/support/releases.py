@@ -54,6 +54,7 @@ BEGINS_IN = {
         "0.19",
         "some of the flags that a CPU refuses",
     ),
+    "tests/cpu/test_layer.py::test_a_gated_delta_net": ("0.19", "a package of it"),
     "tests/checks/test_never_silently.py::test_megatrons_builder_": ("0.19", "GPTModelBuilder"),
     "tests/checks/test_never_silently.py::test_this_packages_builder_": ("0.19", "GPTModelBuilder"),
     "tests/checks/test_never_silently.py::test_megatron_still_ignores": (

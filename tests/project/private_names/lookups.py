@@ -19,6 +19,8 @@ ELSEWHERE = {
     "megatron.core.datasets.utils.compile_helpers": "megatron.training.initialize",
     "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer": "megatron.core.optimizer",
     "megatron.core.jit.jit_fuser": "megatron.core.fusions.fused_bias_swiglu",
+    # Only 0.17 has its row; what the module was is there since.
+    "megatron.core.ssm.mamba_block.TENorm": "megatron.core.models.hybrid.hybrid_block",
     "megatron.training.arguments.parse_args": "megatron.training.initialize",
     "megatron.training.initialize.initialize_megatron": "megatron.training.training",
     "megatron.training.initialize.set_jit_fusion_options": "megatron.training.training",
