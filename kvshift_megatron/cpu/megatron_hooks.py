@@ -85,6 +85,18 @@ def split_sizes(original: Callable) -> Callable:
     return maybe_move_tensor_to_cpu
 
 
+def no_without_transformer_engine(original: Callable) -> Callable:
+    """Wrap a question about a module to answer no if Transformer Engine is not installed."""
+
+    @functools.wraps(original)
+    def is_one(module: Any) -> bool:
+        from megatron.core.extensions.transformer_engine import HAVE_TE
+
+        return HAVE_TE and original(module)
+
+    return is_one
+
+
 def async_caller(original: type) -> type:
     """Derive a class that runs `--async-save`'s background process for tensors on the CPU."""
 

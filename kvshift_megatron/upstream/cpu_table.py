@@ -23,6 +23,7 @@ _NEW_METHODS = (
 
 _INITIALIZE = "megatron.training.initialize"
 _DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer"
+_INFERENCE_LAYERS = "megatron.core.tensor_parallel.inference_layers"
 _DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
 _DELTA_NET = "megatron.core.ssm.gated_delta_net.common"
 _ASYNC_CALLER = "megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller"
@@ -117,6 +118,10 @@ def rows(
                 True, f"{_DELTA_NET}.HAVE_FLA", releases=">=0.19"),
         *_value("The one kernel of FLA that deterministic mode calls.", s.l2norm,
                 f"{_DELTA_NET}.l2norm", releases=">=0.19"),
+        # Multi-token prediction
+        *_wrap("It compares with classes that are none without Transformer Engine, and fails.",
+               h.no_without_transformer_engine,
+               f"{_INFERENCE_LAYERS}.is_inference_column_parallel_linear", releases=">=0.20"),
         # Checkpoints
         *_wrap("It expects the state of a GPU's fused Adam.", h.distributed_optimizer,
                _DISTRIBUTED_OPTIMIZER),
