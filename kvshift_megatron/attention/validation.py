@@ -9,6 +9,7 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from kvshift_megatron.arguments import megatron_args
+from kvshift_megatron.upstream import probe
 
 if TYPE_CHECKING:
     # Not at run time: some commands check flags without importing Megatron.
@@ -34,7 +35,7 @@ _REFUSED_ARGS = {
 
 
 def check_at_start(config: "TransformerConfig") -> None:
-    """Raise ValueError for a setting that KV shifting cannot honour.
+    """Raise ValueError for a setting or a Megatron that KV shifting cannot honour.
 
     Every KV-shifting layer calls this before it creates parameters, so every way of building a
     model goes through it. It checks Megatron's arguments too, if its scripts have set them.
@@ -42,6 +43,7 @@ def check_at_start(config: "TransformerConfig") -> None:
     Args:
         config: The model's configuration.
     """
+    probe.check_release(probe.ATTENTION)
     check_transformer_config(config)
     args = megatron_args()
     if args is not None:

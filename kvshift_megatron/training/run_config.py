@@ -18,6 +18,7 @@ from kvshift_megatron.training import metrics
 from kvshift_megatron.training.faults.fault_flags import add_faults_args, check_faults_args
 from kvshift_megatron.training.flag_ranges import check_ranges
 from kvshift_megatron.training.flag_relations import check_relations
+from kvshift_megatron.upstream import probe
 from kvshift_megatron.utils.any_help import AnyHelpFormatter
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def parse_and_check() -> Namespace:
     """Parse sys.argv, refuse what KV shifting cannot honour, then validate as Megatron does.
 
     Raises:
-        ValueError: A flag, or a combination, cannot be honoured; or megatron-core is too old.
+        ValueError: A flag, or a combination, cannot be honoured; or megatron-core is too old, or so
+            new that what is replaced there has changed.
     """
     try:
         from megatron.training.arguments import parse_and_validate_args, parse_args
@@ -40,6 +42,8 @@ def parse_and_check() -> Namespace:
             "this entry point needs megatron-core 0.19 (use kvshift_megatron.layer_specs in your "
             f"own script on older releases): {error}"
         ) from error
+    parts = (probe.ATTENTION, probe.ENTRY_POINT)
+    probe.check_release(*parts, *([probe.CPU_LAYER] if cpu.is_enabled() else []))
     from kvshift_megatron.training.checkpoint_args import finished, take_the_rest
     from kvshift_megatron.training.faults.places import check_places
     from kvshift_megatron.training.faults.settle import settle_checkpoint

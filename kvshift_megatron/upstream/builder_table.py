@@ -12,8 +12,20 @@ def converted_specs(*, layers: Wrap, mtp: Wrap) -> list[Substitution]:
         "and offers no hook."
     )
     return [
-        Substitution(f"{_GPT}.default_layer_spec", reason, wrap=layers, releases=">=0.19"),
-        Substitution(f"{_GPT}.mtp_block_spec", reason, wrap=mtp, releases=">=0.19"),
+        Substitution(
+            f"{_GPT}.default_layer_spec",
+            reason,
+            wrap=layers,
+            takes="config vp_stage",
+            releases=">=0.19",
+        ),
+        Substitution(
+            f"{_GPT}.mtp_block_spec",
+            reason,
+            wrap=mtp,
+            takes="config transformer_layer_spec vp_stage",
+            releases=">=0.19",
+        ),
     ]
 
 

@@ -23,7 +23,12 @@ def saves(
     """Return the rows for a save as a whole, in the foreground and in the background."""
     unhooked = "A save that fails on one rank leaves the others waiting, and there is no hook."
     return [
-        Substitution(f"{_CHECKPOINTING}.save_checkpoint", unhooked, wrap=save_checkpoint),
+        Substitution(
+            f"{_CHECKPOINTING}.save_checkpoint",
+            unhooked,
+            wrap=save_checkpoint,
+            takes="iteration * non_persistent_ckpt * release *",
+        ),
         Substitution(
             f"{_TRAINING}.save_checkpoint",
             "The loop has imported the function of the row above.",
@@ -34,8 +39,14 @@ def saves(
             f"{_CHECKPOINTING}.cleanup_old_non_persistent_checkpoint",
             "It would count the folder that is being written.",
             wrap=clean,
+            takes="save_dir leave_ckpt_num do_async",
         ),
-        Substitution(f"{_CHECKPOINTING}.schedule_async_save", unhooked, wrap=schedule),
+        Substitution(
+            f"{_CHECKPOINTING}.schedule_async_save",
+            unhooked,
+            wrap=schedule,
+            takes="async_request",
+        ),
         Substitution(f"{_TRAINING}.maybe_finalize_async_save", unhooked, wrap=finalize),
     ]
 
@@ -52,29 +63,46 @@ def writes(
             wrap=tracker,
             releases=">=0.19",
         ),
-        Substitution(f"{_WRITER}.prepare_local_plan", alone, wrap=plan),
-        Substitution(f"{_WRITER}.finish", alone, wrap=metadata),
-        Substitution(f"{_SERIALIZATION}.save_config", alone, wrap=config),
-        Substitution(f"{_SERIALIZATION}.save_integrity_manifest", alone, wrap=manifest),
+        Substitution(f"{_WRITER}.prepare_local_plan", alone, wrap=plan, takes="plan"),
+        Substitution(f"{_WRITER}.finish", alone, wrap=metadata, takes="metadata results"),
+        Substitution(
+            f"{_SERIALIZATION}.save_config", alone, wrap=config, takes="config checkpoint_dir"
+        ),
+        Substitution(
+            f"{_SERIALIZATION}.save_integrity_manifest",
+            alone,
+            wrap=manifest,
+            takes="checkpoint_dir",
+        ),
     ]
 
 
 def comparison(compare: Wrap) -> list[Substitution]:
     """Return the row for the comparison of a checkpoint's hashes before it is loaded."""
     reason = "It refuses a checkpoint that was saved without hashes, and hashes in one thread."
-    return [Substitution(f"{_SERIALIZATION}.verify_integrity_manifest", reason, wrap=compare)]
+    return [
+        Substitution(
+            f"{_SERIALIZATION}.verify_integrity_manifest",
+            reason,
+            wrap=compare,
+            takes="checkpoint_dir",
+        )
+    ]
 
 
 def one_file(described: Wrap) -> list[Substitution]:
     """Return the row for the writer of one file; `described` makes a static method."""
     reason = "It drops the operating system's error message."
-    return [Substitution(f"{_WRITER}.write_preloaded_data", reason, wrap=described)]
+    takes = "* write_bucket *"
+    return [Substitution(f"{_WRITER}.write_preloaded_data", reason, wrap=described, takes=takes)]
 
 
 def all_files(write: staticmethod) -> list[Substitution]:
     """Return the row for the writer of all of a rank's files."""
     reason = "With several files per rank, it may end on an error without reporting a result."
-    return [Substitution(f"{_WRITER}.write_preloaded_data_multithread", reason, value=write)]
+    target = f"{_WRITER}.write_preloaded_data_multithread"
+    takes = "transform_list use_msc rank write_buckets global_results_queue"
+    return [Substitution(target, reason, value=write, takes=takes)]
 
 
 def processes(*, async_loop: staticmethod, results_queue: Any) -> list[Substitution]:
@@ -94,6 +122,7 @@ def processes(*, async_loop: staticmethod, results_queue: Any) -> list[Substitut
             f"{_STRATEGIES}.filesystem_async.get_write_results_queue",
             "The queue's process would outlive a rank that is killed.",
             value=results_queue,
+            takes="mp_mode",
         ),
     ]
 

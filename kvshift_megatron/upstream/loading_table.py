@@ -13,7 +13,7 @@ def load(wrap: Wrap) -> list[Substitution]:
     """
     reason = "Only there is it certain which checkpoint is loaded, and there is no hook."
     name = "megatron.training.checkpointing._load_base_checkpoint"
-    return [Substitution(name, reason, wrap=wrap)]
+    return [Substitution(name, reason, wrap=wrap, takes="load_dir args *")]
 
 
 def bridge(training: Wrap, base: Wrap, weights: Wrap) -> list[Substitution]:

@@ -27,11 +27,17 @@ def without_tensorboard(writer: Any, writer_class: type) -> list[Substitution]:
 def loop(*, log: Wrap, evaluate: Wrap) -> list[Substitution]:
     """Return the rows for what Megatron's loop logs."""
     return [
-        Substitution(f"{_TRAINING}.training_log", "The loop has no hook after its log.", wrap=log),
+        Substitution(
+            f"{_TRAINING}.training_log",
+            "The loop has no hook after its log.",
+            wrap=log,
+            takes="loss_dict total_loss_dict learning_rate iteration *",
+        ),
         Substitution(
             f"{_TRAINING}.evaluate_and_print_results",
             "The loop has no hook after an evaluation.",
             wrap=evaluate,
+            takes="prefix *",
         ),
     ]
 

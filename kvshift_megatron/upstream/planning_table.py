@@ -16,7 +16,8 @@ _TE_FREE = "kvshift_megatron.specs.te_free"
 def steps(train_step: Wrap) -> list[Substitution]:
     """Return the row for counting the steps of Megatron's loop."""
     reason = "The loop has no hook around a step."
-    return [Substitution(f"{_TRAINING}.train_step", reason, wrap=train_step)]
+    takes = "forward_step_func data_iterator model optimizer *"
+    return [Substitution(f"{_TRAINING}.train_step", reason, wrap=train_step, takes=takes)]
 
 
 def micro_batches(count: int) -> list[Substitution]:
@@ -117,5 +118,6 @@ def loop_without_values(*, compile_nothing: Callable, agree: Wrap) -> list[Subst
             f"{_TRAINING}.logical_and_across_model_parallel_group",
             "It reads a value back, and a meta tensor has none.",
             wrap=agree,
+            takes="input *",
         ),
     ]

@@ -28,6 +28,7 @@ class Substitution:
         wrap: Makes the replacement from the original. Give either `value` or `wrap`.
         owner: The instance of the target's class to change instead of the class; None changes the
             module or class that the target names.
+        takes: Megatron's functions: the parameters that the replacement counts on; see Seam.
         releases: In which the row applies, such as ">=0.19": of torch for torch's names, else of
             megatron-core. None for every supported one.
     """
@@ -38,6 +39,7 @@ class Substitution:
     value: Any = _ABSENT
     wrap: Wrap | None = None
     owner: Any = None
+    takes: str = ""
     releases: str | None = None
 
     def __post_init__(self) -> None:
@@ -61,15 +63,7 @@ class Substitution:
 
     def applies(self) -> bool:
         """Return whether the installed release is one of `releases`."""
-        if self.releases is None:
-            return True
-        # megatron-core depends on it.
-        from packaging.specifiers import SpecifierSet
-        from packaging.version import Version
-
-        # A release candidate counts as its release.
-        base = Version(_installed(self.library)).base_version
-        return SpecifierSet(self.releases).contains(base)
+        return self.releases is None or contains(self.releases, installed(self.library))
 
     def replacement(self, original: Any) -> Any:
         """Return what takes the original's place."""
@@ -164,7 +158,16 @@ def resolve(dotted: str) -> Any:
     return found
 
 
-def _installed(library: str) -> str:
+def contains(releases: str, release: str) -> bool:
+    """Return whether a range such as ">=0.19" has a release; a candidate counts as its release."""
+    # megatron-core depends on it.
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+
+    return SpecifierSet(releases).contains(Version(release).base_version)
+
+
+def installed(library: str) -> str:
     """Return the installed release of torch, or for every other name that of Megatron-Core."""
     module = "torch" if library == "torch" else "megatron.core.package_info"
     return importlib.import_module(module).__version__

@@ -39,6 +39,11 @@ NOT_IN_MATRIX = {
 
 # Beginning of a test's id -> (first release with what it tests, what that is).
 BEGINS_IN = {
+    "tests/upstream/test_probe.py::test_every_overridden_method_of_the_builders": (
+        "0.19",
+        "GPTModelBuilder",
+    ),
+    "tests/upstream/test_probe.py::test_the_entry_point_refuses": ("0.19", "the entry point"),
     "tests/test_layer_specs.py::test_local_parts[gpt-": ("0.19", "GPTModelConfig"),
     "tests/test_layer_specs.py::test_an_impossible_model_is_refused": (
         "0.19",
