@@ -20,6 +20,9 @@ TE_WHEELS ?= ../shared/wheels
 VERSIONS := 0.17.1 0.18.2 0.19.2
 MATRIX_FLAGS :=
 
+# A checkout of Megatron-LM that `test-next` runs, outside of this project.
+MEGATRON_PATH :=
+
 # Releases of Transformers that `test-transformers` runs besides the pinned one: the first and last of
 # each stretch in which the library changed what the model touches (compatibility_kvshift.py).
 TRANSFORMERS := 5.0.0 5.3.0 5.4.0 5.12.1 5.14.1 5.15.1 5.19.0 5.20.2 5.23.0 newest
@@ -41,8 +44,8 @@ BENCH_FLAGS :=
 # uv or pip (docs/install.md).
 export INSTALLER
 
-.PHONY: help setup lock demo bench test test-fast test-latest test-oldest test-transformers test-matrix test-te \
-	test-gpu test-slurm lint docs dist clean
+.PHONY: help setup lock demo bench test test-fast test-latest test-oldest test-transformers test-matrix \
+	test-next test-te test-gpu test-slurm lint docs dist clean
 
 help:
 	@echo "make demo   train with KV shifting through Megatron's loop and show the result (minutes)"
@@ -53,6 +56,7 @@ help:
 	@echo "make test-oldest  run them with the oldest ones"
 	@echo "make test-transformers  run the tests of the exported model on the releases of TRANSFORMERS"
 	@echo "make test-matrix  run the layer, layout and spec tests on every release of VERSIONS"
+	@echo "make test-next  run them, and some of the entry point's, on a checkout of Megatron-LM (MEGATRON_PATH)"
 	@echo "make test-te  run the tests of the Transformer Engine layer (wheels from TE_WHEELS)"
 	@echo "make test-gpu  run the layer, its kernels and the training loop on a GPU (as test-te)"
 	@echo "make test-slurm  run the Slurm script on a cluster of its own (root; installs Debian's Slurm)"
@@ -119,6 +123,9 @@ test-matrix: $(VERSIONS:%=$(VENV)/megatron-core-%/ready)
 		PYTHONPATH=$(abspath $(VENV))/megatron-core-$$version $(PYTHON_IN_VENV) -m pytest \
 			$(PARALLEL) --megatron $$version $(MATRIX_FLAGS) || failed="$$failed $$version"; \
 	done; [ -z "$$failed" ] || { echo "failed with megatron-core$$failed" >&2; exit 1; }
+
+test-next: $(READY)
+	@bash tools/test_next.sh $(VENV) "$(MEGATRON_PATH)" "$(PARALLEL) $(MATRIX_FLAGS)"
 
 $(TE_READY): $(READY) $(REQUIREMENTS)/te.txt $(REQUIREMENTS)/te-alone.txt tools/make_te_venv.sh
 	@bash tools/make_te_venv.sh $(TE_VENV) $(VENV) $(TE_WHEELS)

@@ -26,9 +26,10 @@ def pytest_addoption(parser):
     group = parser.getgroup("matrix", "tests against a release of megatron-core")
     group.addoption(
         "--megatron",
-        metavar="VERSION",
+        metavar="VERSION or CHECKOUT",
         help="run the release matrix (tests/support/releases.py); stop unless the imported "
-        "megatron-core is this one",
+        "megatron-core is this one, or comes from this checkout of Megatron-LM, which also runs "
+        "some tests of the entry point",
     )
     group.addoption(
         "--max-ranks", type=int, metavar="N", help="leave out layouts on more than N ranks"
@@ -43,14 +44,17 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    version = config.getoption("megatron")
-    if version is None:
+    wanted = config.getoption("megatron")
+    if wanted is None:
         return
-    core, training = (Path(origin).parent for origin in releases.imported_from())
+    # Resolved, as `make test-next` imports a checkout through a link.
+    core, training = (Path(origin).resolve().parent for origin in releases.imported_from())
     found = releases.imported_version()
-    if found != version or core.parent != training.parent:
+    checkout = releases.checkout(wanted)
+    is_it = found == wanted if checkout is None else core.parent == checkout / "megatron"
+    if not is_it or core.parent != training.parent:
         raise pytest.UsageError(
-            f"--megatron {version}: Python imports release {found} from {core}, and {training}"
+            f"--megatron {wanted}: Python imports release {found} from {core}, and {training}"
         )
 
 
@@ -63,11 +67,13 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    version, most = config.getoption("megatron"), config.getoption("max_ranks")
+    wanted, most = config.getoption("megatron"), config.getoption("max_ranks")
+    next_one = wanted is not None and releases.checkout(wanted) is not None
+    version = wanted and releases.imported_version()
     kept, left_out = [], []
     for item in items:
         ranks = item.callspec.params.get("world_size", 1) if hasattr(item, "callspec") else 1
-        outside = version is not None and releases.why_not_in_matrix(item.nodeid)
+        outside = version is not None and releases.why_not_in_matrix(item.nodeid, next_one)
         (left_out if outside or (most and ranks > most) else kept).append(item)
         if version is not None and (why := releases.why_not_in_release(item.nodeid, version)):
             item.add_marker(pytest.mark.skip(reason=why))
