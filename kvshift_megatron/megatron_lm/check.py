@@ -65,10 +65,12 @@ class Release:
 
 
 _STATIC_SPEC = "kvshift_megatron.static_specs local_layer_spec"
+_CALLABLE = "kvshift_megatron.layer_specs kv_shift_layer_spec"
 RELEASES = {
     "0.17": Release(_STATIC_SPEC, vocab_size=127),
     "0.18": Release(_STATIC_SPEC),
-    "0.19": Release("kvshift_megatron.layer_specs kv_shift_layer_spec"),
+    "0.19": Release(_CALLABLE),
+    "0.20": Release(_CALLABLE),  # main, before the release
 }
 
 # Has every rank print which Megatron it ran, without a change to the script.

@@ -2,9 +2,10 @@
 
     kvshift-patch apply|check|revert --megatron-path CHECKOUT
 
-CHECKOUT is the folder that holds `megatron/`: a checkout of Megatron-LM at one of the tags that
-`patches/` has a folder for, or, for 0.19, the site-packages of an installed megatron-core. Only
-files that are as released, apart from these patches, are touched; all are written, or none.
+CHECKOUT is the folder that holds `megatron/`: a checkout of Megatron-LM at one of the tags, or the
+commit of its main branch, that `patches/` has a folder for, or, for 0.19, the site-packages of an
+installed megatron-core. Only files that are as released, apart from these patches, are touched; all
+are written, or none.
 """
 
 import argparse
@@ -35,14 +36,16 @@ class PatchSet:
     """One folder of `patches/`.
 
     Attributes:
-        name: The tag of Megatron-LM that the patches were made from.
+        name: The tag of Megatron-LM that the patches were made from, or main and a commit.
         patches: The patch files, in the order of their numbers.
         unpatched: Path -> SHA-256, as released, of every file that they touch.
+        commit: The commit that they were made from, if it is no release.
     """
 
     name: str
     patches: tuple[Path, ...]
     unpatched: dict[str, str]
+    commit: str | None = None
 
     def touching(self, path: str) -> tuple[Path, ...]:
         """Return the patches that change `path`."""
@@ -99,7 +102,7 @@ def run(action: str, root: Path, patches: Path = PATCHES) -> int:
     changed = [path for path, state in states.items() if state.released is None]
     if changed:
         raise Refused(
-            f"{', '.join(changed)}: differs from megatron-core {version} by more than these "
+            f"{', '.join(changed)}: differs from {_origin(version, chosen)} by more than these "
             f"patches, so nothing was {_PAST[action]}: restore it, or apply the patch by hand"
         )
     target = {p: state.released for p, state in states.items() if state.released is not None}
@@ -117,6 +120,12 @@ def run(action: str, root: Path, patches: Path = PATCHES) -> int:
 
 _PAST = {"apply": "applied", "revert": "reverted"}
 _ALREADY = {"apply": "every patch is applied already", "revert": "no patch is applied"}
+
+
+def _origin(version: str, chosen: PatchSet) -> str:
+    if chosen.commit is None:
+        return f"megatron-core {version}"
+    return f"commit {chosen.commit} of Megatron-LM, which is what these patches are made for,"
 
 
 def read_version(root: Path) -> str:
@@ -144,7 +153,8 @@ def find_set(version: str, patches: Path = PATCHES) -> PatchSet:
         values = tomllib.loads(manifest.read_text(encoding="utf-8"))
         if version in values["versions"]:
             folder = manifest.parent
-            return PatchSet(folder.name, tuple(sorted(folder.glob("*.patch"))), values["unpatched"])
+            found = tuple(sorted(folder.glob("*.patch")))
+            return PatchSet(folder.name, found, values["unpatched"], values.get("commit"))
         known += values["versions"]
     raise Refused(
         f"megatron-core {version} has no patches; they exist for {', '.join(known) or 'no release'}"

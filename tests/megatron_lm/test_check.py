@@ -97,7 +97,7 @@ def test_an_unknown_release_is_refused_by_name(checkout, capsys):
     write_version(checkout, 16, 0, "rc1")
     commit(checkout)
     error = refusal(checkout, capsys)
-    assert "release 0.16.0rc1" in error and "0.17, 0.18, 0.19" in error
+    assert "release 0.16.0rc1" in error and "0.17, 0.18, 0.19, 0.20" in error
 
 
 def test_a_file_without_a_version_is_refused(checkout, capsys):
@@ -112,6 +112,7 @@ def test_a_file_without_a_version_is_refused(checkout, capsys):
         ("0.17.1", "static_specs local_layer_spec", "127"),
         ("0.18.2", "static_specs local_layer_spec", "128"),
         ("0.19.0", "layer_specs kv_shift_layer_spec", "128"),
+        ("0.20.0", "layer_specs kv_shift_layer_spec", "128"),
     ],
 )
 def test_each_release_gets_the_spec_and_vocabulary_that_it_takes(

@@ -115,7 +115,7 @@ def test_a_surrounding_git_repository_changes_nothing(two_patches, tmp_path, mon
     assert contents(two_patches[0]) == before
 
 
-@pytest.mark.parametrize("version", ["0.16.1", "0.19.3", "0.20.0", "0.19.0rc1"])
+@pytest.mark.parametrize("version", ["0.16.1", "0.19.3", "0.21.0", "0.19.0rc1"])
 def test_unknown_version_is_refused(tmp_path, version, capsys):
     trees.write_version(tmp_path, version)
     for action in ("apply", "check", "revert"):
@@ -284,3 +284,16 @@ def test_the_command_line(tmp_path):
     else:  # the wheels of 0.17 and 0.18
         assert right.returncode == 1 and "gpt_builders.py does not exist" in right.stderr
     assert command("apply").returncode == 2
+
+
+def test_another_commit_than_the_one_patched_is_told_which(tmp_path, capsys):
+    """What calls itself 0.20.0 need not be the commit that the patches were made from."""
+    (tag,) = (tag for tag in trees.TAGS if tag.startswith("main-"))
+    root, patches = trees.synthetic_repository(tag, tmp_path)
+    changed = root / "megatron" / "training" / "training.py"
+    changed.write_text(changed.read_text() + "# of a later commit\n")
+    before = contents(root)
+    assert run("apply", (root, patches)) == 1
+    sentence = refusal(capsys)
+    assert "megatron/training/training.py: differs from commit d98e8a64" in sentence
+    assert contents(root) == before
