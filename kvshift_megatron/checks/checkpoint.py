@@ -16,6 +16,8 @@ from megatron.core.utils import unwrap_model
 
 from kvshift_megatron.arguments import megatron_args
 from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
+from kvshift_megatron.checks.checkpoint_paths import RELEASE
+from kvshift_megatron.checks.compare_forms import Fitted, compare_forms
 from kvshift_megatron.checks.every_load import check_at_load
 from kvshift_megatron.checks.shapes import compare_shapes
 from kvshift_megatron.checks.stored_files import read_checkpoint
@@ -71,24 +73,24 @@ def _check_found(
     stored = on_rank_0(lambda: read_checkpoint(directory))
     if stored is None:
         return
-    if compare_taps(directory, taps_among(stored.shapes), kv_shift, args):
+    fitted = compare_forms(directory, stored, model, args)
+    if compare_taps(directory, taps_among(stored.shapes), kv_shift, args, fitted.is_translated):
         for module in (module for chunk in model for module in chunk.modules()):
             if isinstance(module, KVShiftSelfAttention):
                 module.load_without_taps()
     if stored.content is not None:
-        compare_shapes(directory, stored, model, _may_lack_keys(args))
+        fits = stored._replace(shapes=fitted.shapes)
+        compare_shapes(directory, fits, model, _may_be_missing(fitted, args))
 
 
-def _may_lack_keys(args: Namespace) -> bool:
-    """Return whether Megatron may load a checkpoint that lacks parts of the model.
+def _may_be_missing(fitted: Fitted, args: Namespace) -> tuple[str, ...]:
+    """Return the beginnings of the keys that Megatron may not find and keep as they are.
 
-    It may if the user chose such a strictness, or if the model is hybrid: Megatron can load that
-    from a GPT checkpoint, whose layers have other keys.
+    All of them if the user chose such a strictness.
     """
     strictness = getattr(args, "dist_ckpt_strictness", "assume_ok_unexpected")
     strict = strictness in ("assume_ok_unexpected", "raise_unexpected", "raise_all")
-    hybrid = ("hybrid_layer_pattern", "hybrid_override_pattern")
-    return not strict or any(getattr(args, name, None) for name in hybrid)
+    return fitted.fresh if strict else ("",)
 
 
 def stored_taps(directory: Path) -> set[str] | None:
@@ -98,9 +100,21 @@ def stored_taps(directory: Path) -> set[str] | None:
 
 
 def compare_taps(
-    directory: Path, stored: set[str], kv_shift: KVShiftConfig | None, args: Namespace
+    directory: Path,
+    stored: set[str],
+    kv_shift: KVShiftConfig | None,
+    args: Namespace,
+    is_translated: bool = False,
 ) -> bool:
     """Compare a checkpoint's taps with those that were asked for.
+
+    Args:
+        directory: The checkpoint's folder.
+        stored: Names of its taps.
+        kv_shift: What was asked for; None for the baseline model.
+        args: Megatron's.
+        is_translated: Whether Megatron loads a GPT model's checkpoint into a hybrid model. It then
+            loads the optimizer state even to fine-tune.
 
     Returns:
         Whether the checkpoint is vanilla and, as the user asked, KV shifting starts from it.
@@ -129,10 +143,12 @@ def compare_taps(
             f"load: the checkpoint {directory} holds no taps: to start KV shifting from vanilla "
             "weights, add --kv-shift-init identity; otherwise load a checkpoint with taps"
         )
-    if not (_only_weights(directory, args) or args.no_load_optim):
+    starts_anew = directory.name == RELEASE if is_translated else _only_weights(directory, args)
+    if not (starts_anew or args.no_load_optim):
+        flags = "--no-load-optim" if is_translated else "--finetune (or --no-load-optim)"
         raise ValueError(
             f"load: the optimizer state of the vanilla checkpoint {directory} has no taps: add "
-            "--finetune (or --no-load-optim) to start KV shifting from its weights alone"
+            f"{flags} to start KV shifting from its weights alone"
         )
     return True
 

@@ -17,12 +17,16 @@ from kvshift_megatron.utils.ranks import of_all_ranks
 _LAYER = re.compile(r"^(.*?\blayers)\.(\d+)\.")
 _REMEDY = (
     "build the model with the sizes that it was trained with (--num-layers, --hidden-size, "
-    "--ffn-hidden-size, --num-query-groups, --num-experts and the like), or load another checkpoint"
+    "--ffn-hidden-size, --num-query-groups, --num-experts and the like; for a hybrid model "
+    "--hybrid-layer-pattern), or load another checkpoint"
 )
 
 
 def compare_shapes(
-    directory: Path, stored: StoredModel, model: list[torch.nn.Module], may_lack_keys: bool
+    directory: Path,
+    stored: StoredModel,
+    model: list[torch.nn.Module],
+    may_be_missing: tuple[str, ...],
 ) -> None:
     """Raise on every rank unless the checkpoint holds the whole model, with its shapes.
 
@@ -32,7 +36,7 @@ def compare_shapes(
         directory: The checkpoint's folder, for the message.
         stored: What the checkpoint holds.
         model: This rank's chunks, wrapped or not.
-        may_lack_keys: Whether the load may leave parts of the model as they are.
+        may_be_missing: Beginnings of keys for which the load may leave the model as it is.
 
     Raises:
         ValueError: A tensor does not fit (the message has both shapes), or the checkpoint holds
@@ -42,7 +46,7 @@ def compare_shapes(
     misfits = [
         misfit(key, stored.shapes.get(key), tensor)
         for key, tensor in sorted(needed.items())
-        if key in stored.shapes or not may_lack_keys
+        if key in stored.shapes or not key.startswith(may_be_missing)
     ]
     found = of_all_ranks(([text for text in misfits if text], _layers(needed)))
     texts = list(dict.fromkeys(text for misfits, _ in found for text in misfits))

@@ -14,6 +14,7 @@ from kvshift_megatron.arguments import megatron_args, set_field
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.stored.bridge_load import compare_bridge_loads
 from kvshift_megatron.stored.optimizer import refuse_other_optimizer
+from kvshift_megatron.stored.other_form import refuse_other_form
 from kvshift_megatron.stored.settings import MEANING, meaning, refuse_others, stored_settings
 from kvshift_megatron.upstream import loading_table, substitutions
 
@@ -62,6 +63,8 @@ def _compared(original: Callable) -> Callable:
         state, checkpoint, is_release = answer[:3]
         saved = state.get("args") if state else None
         current = megatron_args()
+        if saved is not None and current is not None:
+            refuse_other_form(saved, current, answer[3], checkpoint)
         is_one_kind = not getattr(current, "kv_shift_mixed", False)
         if saved is not None and _recorded is not None and _recorded[0] is current and is_one_kind:
             stored = stored_settings(saved, checkpoint)
