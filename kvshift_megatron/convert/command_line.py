@@ -2,6 +2,7 @@
 
     kvshift-convert megatron-to-hf CHECKPOINT FOLDER
     kvshift-convert hf-to-megatron FOLDER CHECKPOINT
+    kvshift-convert change-form CHECKPOINT CHECKPOINT --model-form hybrid
     kvshift-convert refresh-code FOLDER
 
 Conversion runs on a CPU, in one process, with one tensor in memory at a time, whatever parallel
@@ -12,21 +13,25 @@ torch is imported only to convert, so that help and usage errors appear at once.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvshift_megatron.arguments import add_kv_shift_args, kv_shift_config_from_args
+from kvshift_megatron.arguments import kv_shift_config_from_args
 from kvshift_megatron.config import KVShiftConfig
-from kvshift_megatron.convert.layouts import LAYOUTS, LAYOUTS_WITH_TAPS
+from kvshift_megatron.convert.command_flags import (
+    DTYPES,
+    add_change_form,
+    add_refresh,
+    add_to_hf,
+    add_to_megatron,
+)
+from kvshift_megatron.convert.layouts import LAYOUTS_WITH_TAPS
 
 if TYPE_CHECKING:
     import torch
 
-# Choice -> name in torch.
-_DTYPES = {"keep": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _LARGEST_MULTIPLE = 10**6  # rows that the vocabulary is padded to
 
 
@@ -52,125 +57,47 @@ def _parser() -> argparse.ArgumentParser:
         description="Convert checkpoints of KV-shifting models between Megatron and Hugging Face, "
         "on a CPU, one tensor in memory at a time.",
     )
-    commands = parser.add_subparsers(
-        required=True, metavar="megatron-to-hf | hf-to-megatron | refresh-code"
-    )
-    _add_to_hf(
-        commands.add_parser("megatron-to-hf", help="convert Megatron's torch_dist to safetensors")
-    )
-    _add_to_megatron(
-        commands.add_parser("hf-to-megatron", help="convert safetensors to Megatron's torch_dist")
-    )
-    _add_refresh(
-        commands.add_parser(
-            "refresh-code",
-            help="update the model code in a folder that an older version exported",
-        )
-    )
+    kinds = {
+        "megatron-to-hf": (add_to_hf, _to_hf, "convert Megatron's torch_dist to safetensors"),
+        "hf-to-megatron": (
+            add_to_megatron,
+            _to_megatron,
+            "convert safetensors to Megatron's torch_dist",
+        ),
+        "change-form": (
+            add_change_form,
+            _change_form,
+            "convert a training checkpoint between Megatron's GPT model and its hybrid model",
+        ),
+        "refresh-code": (
+            add_refresh,
+            _refresh,
+            "update the model code in a folder that an older version exported",
+        ),
+    }
+    commands = parser.add_subparsers(required=True, metavar=" | ".join(kinds))
+    for name, (add_flags, convert, about) in kinds.items():
+        command = commands.add_parser(name, help=about)
+        add_flags(command)
+        command.set_defaults(convert=convert)
     return parser
 
 
-def _add_common(parser: argparse.ArgumentParser, source: str, target: str) -> None:
-    parser.add_argument("source", type=Path, help=source)
-    parser.add_argument("target", type=Path, help=target)
-    parser.add_argument(
-        "--dtype",
-        choices=_DTYPES,
-        default="keep",
-        help="dtype of the output (default: keep, as stored)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing target")
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="compare the logits of source and target before the target gets its name (builds both "
-        "models, one at a time)",
-    )
+def _change_form(options: argparse.Namespace) -> None:
+    from kvshift_megatron.convert.change_form import ChangeForm, change_form
 
-
-def _add_to_hf(parser: argparse.ArgumentParser) -> None:
-    _add_common(parser, "Megatron's --save folder, or one iteration in it", "the folder to create")
-    parser.add_argument(
-        "--layout",
-        choices=LAYOUTS,
-        help="layout of the folder (default: kvshift; for a model without taps, the one that fits)",
+    job = ChangeForm(
+        source=options.source,
+        target=options.target,
+        form=options.model_form,
+        overwrite=options.overwrite,
+        progress=True,
+        verify_integrity=options.verify_integrity,
     )
-    parser.add_argument(
-        "--vocab-size",
-        type=int,
-        help="number of tokens that exist; padding rows of the embedding are removed (default: the "
-        "checkpoint's, or the tokenizer's)",
-    )
-    parser.add_argument(
-        "--kv-shift-variant",
-        choices=("free", "gate", "clamp"),
-        help="what the taps mean, for checkpoints that do not say it",
-    )
-    parser.add_argument(
-        "--max-shard-size",
-        type=_size,
-        default="5GB",
-        help="largest size of one safetensors file (default: 5GB)",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        help="folder with the tokenizer's files (default: those in the checkpoint, or those that "
-        "the model was trained with)",
-    )
-    parser.add_argument(
-        "--norm-head",
-        choices=("fold", "pad"),
-        default="fold",
-        help="for baichuan_m1, whose clients scale the rows of lm_head to length one. fold: refuse "
-        "if that would change the logits. pad: widen the model so that the logits stay (default: "
-        "fold)",
-    )
-    parser.add_argument(
-        "--no-verify-integrity",
-        dest="verify_integrity",
-        action="store_false",
-        help="do not compare the checkpoint's files with the hashes that were written when they "
-        "were saved",
-    )
-    parser.set_defaults(convert=_to_hf)
-
-
-def _add_to_megatron(parser: argparse.ArgumentParser) -> None:
-    _add_common(
-        parser,
-        "folder with config.json and safetensors",
-        "the folder to create, for Megatron's --load",
-    )
-    add_kv_shift_args(parser)
-    parser.epilog = (
-        "The flags of KV-shifting attention are for models without taps. Here the default of "
-        "--kv-shift-init is identity: the model computes what it did before."
-    )
-    parser.add_argument(
-        "--no-kv-shift", action="store_true", help="add no taps to a model without taps"
-    )
-    parser.add_argument(
-        "--make-vocab-size-divisible-by",
-        type=int,
-        default=128,
-        help="the same as Megatron's flag (default: 128)",
-    )
-    parser.add_argument(
-        "--tensor-model-parallel-size",
-        type=int,
-        default=1,
-        help="the vocabulary is padded to a multiple of the flag above times this, as Megatron "
-        "does; Megatron can load the weights at any size (default: 1)",
-    )
-    parser.set_defaults(convert=_to_megatron)
-
-
-def _add_refresh(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folder", type=Path, help="the exported folder; its weights and settings stay"
-    )
-    parser.set_defaults(convert=_refresh)
+    pattern = change_form(job)
+    flags = {"gpt": f"--num-layers {len(pattern) // 2}"}
+    flags["hybrid"] = f"--hybrid-layer-pattern '{pattern}'"
+    print(f"wrote {options.target}: go on with {flags[options.model_form]}")
 
 
 def _refresh(options: argparse.Namespace) -> None:
@@ -213,6 +140,7 @@ def _to_megatron(options: argparse.Namespace) -> None:
         dtype=_dtype(options.dtype),
         kv_shift=_taps(options),
         divisible_by=options.make_vocab_size_divisible_by * options.tensor_model_parallel_size,
+        form=options.model_form,
         overwrite=options.overwrite,
         progress=True,
     )
@@ -223,7 +151,7 @@ def _to_megatron(options: argparse.Namespace) -> None:
 def _dtype(choice: str) -> "torch.dtype | None":
     import torch
 
-    name = _DTYPES[choice]
+    name = DTYPES[choice]
     return None if name is None else getattr(torch, name)
 
 
@@ -263,13 +191,3 @@ def _verifier(
         )
 
     return check
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+)\s*([KMGT]?B?)", text.strip(), re.IGNORECASE)
-    if not match or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size: use, for example, 5GB, 500MB or a number of bytes"
-        )
-    unit = match[2].upper().removesuffix("B")
-    return int(match[1]) * 1000 ** " KMGT".index(unit or " ")

@@ -28,6 +28,7 @@ from kvshift_megatron.convert.formats.tokenizer_files import (
     keep_trained_settings,
 )
 from kvshift_megatron.convert.formats.torch_dist import Location, TorchDistReader, find_checkpoint
+from kvshift_megatron.convert.hybrid_arguments import hybrid_layers, take_form
 from kvshift_megatron.convert.library_defaults import TOKEN_IDS, carried_fields
 from kvshift_megatron.convert.megatron_arguments import (
     COMPARED,
@@ -166,6 +167,9 @@ def read_architecture(
     """
     arguments = reader.arguments()
     check_arguments(arguments, reader.path, COMPARED)
+    if reader.form == "hybrid":
+        layers = hybrid_layers(arguments, reader.weights(), reader.path)
+        take_form(arguments, "gpt", *layers)
     embedding = reader.locate("embedding.word_embeddings.weight")
     projection = reader.locate("decoder.layers.0.self_attention.linear_proj.weight")
     if embedding is None or projection is None:

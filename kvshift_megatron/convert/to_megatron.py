@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvshift_megatron.checks.model_forms import Form, hybrid_key
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.convert.architecture import Architecture
 from kvshift_megatron.convert.baichuan import export
 from kvshift_megatron.convert.baichuan.norm_head_padding import FIELD, UnpaddedFolder
 from kvshift_megatron.convert.casts import Casts
+from kvshift_megatron.convert.extra_states import extra_states
 from kvshift_megatron.convert.formats.output import (
     WriteProgress,
     check_free_space,
@@ -28,6 +30,7 @@ from kvshift_megatron.convert.formats.tokenizer_files import (
 from kvshift_megatron.convert.formats.torch_dist import split_layer
 from kvshift_megatron.convert.formats.torch_dist_writer import Piece, write_torch_dist
 from kvshift_megatron.convert.from_hf_config import architecture_from_config, layout_of
+from kvshift_megatron.convert.hybrid_arguments import take_form
 from kvshift_megatron.convert.layouts import LAYOUTS_WITH_TAPS
 from kvshift_megatron.convert.library_defaults import (
     carried_fields,
@@ -56,6 +59,7 @@ class ToMegatron:
             taps.
         divisible_by: The embedding's rows are padded to a multiple of it
             (--make-vocab-size-divisible-by times the tensor-parallel size).
+        form: Of the model: Megatron's GPT model, or its hybrid model with the same layers.
         overwrite: Replace an existing target.
         progress: Report progress on standard error.
     """
@@ -65,6 +69,7 @@ class ToMegatron:
     dtype: torch.dtype | None = None
     kv_shift: KVShiftConfig | None = KVShiftConfig(init="identity")
     divisible_by: int = 128
+    form: Form = "gpt"
     overwrite: bool = False
     progress: bool = False
 
@@ -92,14 +97,20 @@ def hf_to_megatron(job: ToMegatron, verify: Callable[[Path], None] | None = None
     fields = table.fields
     carried = carried_fields(fields, table.layout)
     arguments = arguments_from_architecture(written, job.divisible_by, carried)
+    if job.form == "hybrid" and written.rope_scaling is not None:
+        raise ValueError(
+            f"{job.source}: it scales its rotary frequencies ({written.rope_scaling}), which "
+            "Megatron's hybrid models do not: set --model-form gpt"
+        )
+    take_form(arguments, job.form, written.num_layers, bool(written.num_experts))
     casts = Casts()
-    pieces = table.pieces(job.dtype, casts)
+    pieces = table.pieces(job.dtype, casts, job.form)
     total = sum(math.prod(piece.shape) * piece.dtype.itemsize for piece in pieces)
     check_free_space(job.target, total)
     progress = WriteProgress(total, job.progress)
     with complete_or_absent(job.target) as folder:
         counted = [replace(piece, read=_counting(piece, progress)) for piece in pieces]
-        write_torch_dist(folder, counted, extra_states(written), arguments)
+        write_torch_dist(folder, counted, extra_states(written, job.form), arguments)
         casts.say()
         carry_tokenizer(job.source, folder / SUBFOLDER)
         keep_token_ids(
@@ -248,12 +259,13 @@ class HFTable:
     def _dtype_of(self, row: Row) -> torch.dtype:
         return self.architecture.dtype if self._is_new(row) else self.folder.dtype(row.hf[0])
 
-    def pieces(self, dtype: torch.dtype | None, casts: Casts) -> list[Piece]:
-        """Return everything to write, in the table's order, with layers stacked as by Megatron.
+    def pieces(self, dtype: torch.dtype | None, casts: Casts, form: Form = "gpt") -> list[Piece]:
+        """Return everything to write, in the table's order.
 
         Args:
             dtype: Of all pieces; None keeps each tensor's.
             casts: Counts what does not fit in the dtype, when the pieces are read.
+            form: Of the model: a GPT model's layers are stacked as by Megatron.
         """
         pieces = []
         for i, row in enumerate(self.rows):
@@ -264,7 +276,7 @@ class HFTable:
                     return casts.cast(self.rows[i].megatron[j].te, self.read(i)[j], dtype)
 
                 for key in name.written:
-                    layer, stacked = split_layer(key)
+                    layer, stacked = split_layer(key) if form == "gpt" else (None, hybrid_key(key))
                     pieces.append(
                         Piece(
                             stacked,
@@ -282,34 +294,3 @@ def _dtype(folder: _Folder) -> torch.dtype:
     """Return the most frequent dtype among the folder's tensors."""
     dtypes = [folder.dtype(name) for name in folder.names()]
     return max(set(dtypes), key=lambda dtype: (dtypes.count(dtype), str(dtype)))
-
-
-def extra_states(architecture: Architecture) -> list[str]:
-    """Return the keys under which layers ask a checkpoint for a state besides their weights.
-
-    Transformer Engine keeps FP8 scales there, and TE-free linear layers keep nothing, but neither
-    loads without the key. Keys that no layer asks for are ignored.
-    """
-    arch = architecture
-    modules = ["self_attention.linear_qkv", "self_attention.linear_proj"]
-    modules.append("self_attention.core_attention")
-    if arch.qk_layernorm:
-        modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
-    linears = ("linear_fc1", "linear_fc2")
-    if arch.num_experts:
-        modules.append("pre_mlp_layernorm")
-    else:
-        modules += [f"mlp.{linear}" for linear in linears]
-    keys = [
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{arch.num_layers}"
-        for layer in range(arch.num_layers)
-        for module in modules
-    ]
-    keys += [
-        f"decoder.layers.mlp.experts.experts.{linear}._extra_state/"
-        f"shard_{layer}.{expert}_{arch.num_layers}.{arch.num_experts}"
-        for layer in range(arch.num_layers)
-        for expert in range(arch.num_experts)
-        for linear in linears
-    ]
-    return [*keys, "decoder.final_layernorm._extra_state/shard_0_1"]

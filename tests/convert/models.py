@@ -56,14 +56,24 @@ def random_model(arch: Architecture, seed: int = 1, dtype: torch.dtype = torch.f
     return model
 
 
-def save_with_megatron(model, arch: Architecture, folder: Path, **metadata) -> Path:
-    """Save a checkpoint with Megatron's own code, with arguments like its training loop's."""
+def save_with_megatron(model, arch: Architecture, folder: Path, arguments=None, **metadata) -> Path:
+    """Save a checkpoint with Megatron's own code, with arguments like its training loop's.
+
+    Args:
+        model: Megatron's.
+        arch: The model.
+        folder: To create, for --load.
+        arguments: Megatron's that differ from those of the GPT model, by name.
+        **metadata: How layers are stored.
+    """
     from megatron.core import dist_checkpointing
 
     iteration = folder / "iter_0000005"
     iteration.mkdir(parents=True)
     (folder / "latest_checkpointed_iteration.txt").write_text("5")
-    state = {"args": arguments_from_architecture(arch, 64), "checkpoint_version": 3.0}
+    args = arguments_from_architecture(arch, 64)
+    vars(args).update(arguments or {})
+    state = {"args": args, "checkpoint_version": 3.0}
     state |= {"iteration": 5, "model": model.sharded_state_dict(metadata=metadata or None)}
     dist_checkpointing.save(state, str(iteration), async_strategy="mcore")
     return folder

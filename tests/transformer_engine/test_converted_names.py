@@ -6,9 +6,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from kvshift_megatron import KVShiftConfig
 from kvshift_megatron.convert.architecture import Architecture
+from kvshift_megatron.convert.extra_states import extra_states
 from kvshift_megatron.convert.formats.torch_dist import split_layer
 from kvshift_megatron.convert.name_map import expand
-from kvshift_megatron.convert.to_megatron import extra_states
 from kvshift_megatron.layer_specs import kv_shift_layer_spec
 from tests.support.fake_ranks import Layout, fake_rank
 from tests.transformer_engine.models import gpt_model, transformer_config

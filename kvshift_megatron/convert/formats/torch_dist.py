@@ -5,9 +5,11 @@ Megatron stacks the layers, it reads one layer's slice at a time.
 """
 
 import io
+import pickle
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from torch.distributed.checkpoint import (
     ReadItem,
 )
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     TensorStorageMetadata,
@@ -34,6 +37,7 @@ from kvshift_megatron.checks.checkpoint_paths import (
     iteration_folder,
     read_tracker,
 )
+from kvshift_megatron.checks.model_forms import form_of, hybrid_key
 from kvshift_megatron.convert.formats.dcp_metadata import first_line, read_metadata
 from kvshift_megatron.convert.formats.safetensors_header import DTYPES
 from kvshift_megatron.utils import inert_pickle
@@ -103,6 +107,7 @@ class TorchDistReader:
 
     Names contain the layer's number (`decoder.layers.3....`), no matter whether the checkpoint
     numbers or stacks its layers, and stores SwiGLU's halves and the experts together or separately.
+    They are those of a GPT model even if the checkpoint is of a hybrid model of the same layers.
 
     Args:
         path: The checkpoint's folder, or its parent with Megatron's tracker file.
@@ -121,6 +126,7 @@ class TorchDistReader:
             for key, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and not _NO_WEIGHT.search(key)
         }
+        self.form = form_of(self._tensors)  # of its model; None if its keys do not tell
         for key, entry in self._tensors.items():
             if entry.properties.dtype not in DTYPES.values():
                 raise ValueError(
@@ -166,6 +172,8 @@ class TorchDistReader:
         return Location(keys, None, (len(experts), *experts[0].shape))
 
     def _locate_one(self, name: str) -> Location | None:
+        if self.form == "hybrid":
+            name = hybrid_key(name)
         if name in self._tensors:
             return Location((name,), None, self._shape(name))
         halves = (f"{name}_w", f"{name}_v")
@@ -187,12 +195,13 @@ class TorchDistReader:
         return {entry.properties.dtype for entry in self._tensors.values()}
 
     def num_layers(self) -> int:
-        """Count the layers, by stacked output projections of attention or by numbers in names."""
+        """Count the layers of the GPT model, stacked or by numbers in names."""
         stacked = self._tensors.get("decoder.layers.self_attention.linear_proj.weight")
         if stacked is not None:
             return stacked.size[0]
         layers = {int(match[2]) for match in map(_LAYER.match, self._tensors) if match}
-        return max(layers, default=-1) + 1
+        count = max(layers, default=-1) + 1
+        return -(-count // 2) if self.form == "hybrid" else count
 
     def read(self, location: Location) -> Tensor:
         """Read one whole tensor to the CPU, in its stored dtype and in its own memory.
@@ -200,11 +209,25 @@ class TorchDistReader:
         Raises:
             ValueError: A file is missing or damaged; the message names the folder and the key.
         """
-        parts = [self._read_one(key, location.layer) for key in location.keys]
+        parts = [self.read_stored(key, location.layer) for key in location.keys]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(location.shape)
 
-    def _read_one(self, key: str, layer: int | None) -> Tensor:
-        entry = self._tensors[key]
+    def stored(self) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
+        """Return everything that is stored, by key; not only weights."""
+        return {
+            key: entry
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if key != _COMMON_KEY
+        }
+
+    def read_stored(self, key: str, layer: int | None = None) -> Tensor:
+        """Read a stored tensor to the CPU, or the part of it at `layer` of its first axis.
+
+        Raises:
+            ValueError: As for `read`.
+        """
+        entry = self._metadata.state_dict_metadata[key]
+        assert isinstance(entry, TensorStorageMetadata), key
         offsets, sizes = [0] * len(entry.size), list(entry.size)
         if layer is not None:
             offsets[0], sizes[0] = layer, 1
@@ -250,16 +273,7 @@ class TorchDistReader:
         Raises:
             ValueError: There are none, or they hold something that is not plain data.
         """
-        file = self.path / "common.pt"
-        if file.is_file():
-            common = inert_pickle.load_common(file, str(file))
-        elif _COMMON_KEY in self._metadata.state_dict_metadata:
-            # megatron-core 0.19 stores it as one more shard.
-            name = f"{_COMMON_KEY} of {self.path}"
-            shard = inert_pickle.load_common(self._read_bytes(_COMMON_KEY), name)
-            common = shard[0] if isinstance(shard, list) and shard else {}
-        else:
-            common = {}
+        common = self._common(inert_pickle.load_common)
         arguments = common.get("args") if isinstance(common, dict) else None
         if not isinstance(arguments, Namespace):
             raise ValueError(
@@ -268,7 +282,46 @@ class TorchDistReader:
             )
         return arguments
 
-    def _read_bytes(self, key: str) -> io.BytesIO:
+    def _common(self, load: Callable[[Path | io.BytesIO, str], Any]) -> Any:
+        """Read the common state by a function that takes it and its name; {} if there is none."""
+        file = self.path / "common.pt"
+        if file.is_file():
+            return load(file, str(file))
+        if _COMMON_KEY not in self._metadata.state_dict_metadata:
+            return {}
+        # megatron-core 0.19 stores it as one more shard.
+        shard = load(self.read_object(_COMMON_KEY), f"{_COMMON_KEY} of {self.path}")
+        return shard[0] if isinstance(shard, list) and shard else {}
+
+    def common_state(self) -> dict[str, Any]:
+        """Read what Megatron stores once: its arguments, the iteration, the schedule and more.
+
+        Values of the classes that Megatron itself reads from checkpoints are what they were; this
+        imports Megatron.
+
+        Raises:
+            ValueError: It holds anything else, or no arguments.
+        """
+        self.arguments()  # refuses what is damaged or not plain
+        from megatron.core.safe_globals import SAFE_GLOBALS
+
+        def load(source: Path | io.BytesIO, name: str) -> Any:
+            try:
+                with torch.serialization.safe_globals(SAFE_GLOBALS):
+                    return torch.load(source, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                raise ValueError(
+                    f"{name} holds objects that Megatron does not save: nothing of it was run"
+                ) from error
+
+        return self._common(load)
+
+    def read_object(self, key: str) -> io.BytesIO:
+        """Read what is stored under a key that is no tensor's, as it is.
+
+        Raises:
+            ValueError: As for `read`.
+        """
         entry = self._metadata.state_dict_metadata[key]
         planner = _IntoBytes()
         self._read_data(key, _byte_items(key, entry), planner)

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from kvshift_megatron.checks.checkpoint_paths import RELEASE, TRACKER
+from kvshift_megatron.checks.checkpoint_paths import RELEASE, TRACKER, iteration_folder
 from kvshift_megatron.checks.integrity import write_manifest
 
 # Weights without training state: Megatron starts at step 0 with a new optimizer.
@@ -50,12 +50,25 @@ class Piece:
     num_layers: int | None = None
 
 
+@dataclass(frozen=True)
+class Content:
+    """A whole checkpoint.
+
+    Args:
+        pieces: All tensors, in the order in which they are read and written.
+        objects: Key -> produces what is stored under it besides tensors.
+        common: Megatron's common state.
+    """
+
+    pieces: list[Piece]
+    objects: dict[str, Callable[[], bytes]]
+    common: dict[str, Any]
+
+
 def write_torch_dist(
     root: Path, pieces: list[Piece], extra_states: list[str], arguments: Namespace
 ) -> None:
-    """Write a checkpoint below `root`, with Megatron's tracker file, in the order of `pieces`.
-
-    Megatron 0.19 compares the hashes that are written last; earlier releases ignore them.
+    """Write a checkpoint of weights below `root`, with Megatron's tracker file.
 
     Args:
         root: An existing, empty folder, for Megatron's --load.
@@ -66,22 +79,48 @@ def write_torch_dist(
     Raises:
         OSError: The file system reports an error, such as a full disk.
     """
+    objects = dict.fromkeys(extra_states, empty_extra_state)
+    write_checkpoint(root, ITERATION, Content(pieces, objects, _common_state(arguments)))
+
+
+def write_checkpoint(root: Path, iteration: int | str, content: Content) -> None:
+    """Write a checkpoint below `root`, with Megatron's tracker file.
+
+    Megatron 0.19 compares the hashes that are written last; earlier releases ignore them.
+
+    Args:
+        root: An existing, empty folder, for Megatron's --load.
+        iteration: Number of steps, or "release".
+        content: What to write; its tensors are read one at a time.
+
+    Raises:
+        OSError: The file system reports an error, such as a full disk.
+    """
+    folder = iteration_folder(root, iteration)
     try:
-        _write(root, pieces, extra_states, arguments)
+        _write(folder, content)
     except RuntimeError as error:
         # torch.save wraps the file system's error in one of its own.
         cause = error.__cause__ or error.__context__
         if isinstance(cause, OSError):
             raise cause from error
         raise
+    (root / TRACKER).write_text(str(iteration))
 
 
-def _write(root: Path, pieces: list[Piece], extra_states: list[str], arguments: Namespace) -> None:
-    folder = root / ITERATION
+def empty_extra_state() -> bytes:
+    """Return the state of a layer that has none besides its weights."""
+    buffer = io.BytesIO()
+    torch.save([torch.empty(0, dtype=torch.uint8)], buffer)
+    return buffer.getvalue()
+
+
+def _write(folder: Path, content: Content) -> None:
     folder.mkdir()
-    items = [_write_item(piece) for piece in pieces]
-    planner = _OneByOne({item.index: piece for item, piece in zip(items, pieces)})
-    items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in extra_states]
+    items = [_write_item(piece) for piece in content.pieces]
+    pieces = {item.index: piece for item, piece in zip(items, content.pieces)}
+    planner = _OneByOne(pieces, content.objects)
+    items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in content.objects]
     writer = FileSystemWriter(folder, thread_count=1)
     writer.set_up_storage_writer(is_coordinator=True)
     plans, metadata = create_default_global_save_plan(
@@ -91,12 +130,11 @@ def _write(root: Path, pieces: list[Piece], extra_states: list[str], arguments: 
     results = writer.write_data(plan, planner).wait()
     writer.finish(metadata, [results])
     # Releases from 0.17 on read this file; 0.19 writes the same data as one more shard.
-    torch.save(_common_state(arguments), folder / "common.pt")
+    torch.save(content.common, folder / "common.pt")
     (folder / "metadata.json").write_text(
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
     )
     write_manifest(folder)
-    (root / TRACKER).write_text(ITERATION)
 
 
 def _common_state(arguments: Namespace) -> dict:
@@ -126,12 +164,9 @@ def _write_item(piece: Piece) -> WriteItem:
 class _OneByOne(SavePlanner):
     """Produce each piece when the writer asks for it, and free the previous one."""
 
-    def __init__(self, pieces: dict[MetadataIndex, Piece]):
-        self._pieces = pieces
+    def __init__(self, pieces: dict[MetadataIndex, Piece], objects: dict[str, Callable[[], bytes]]):
+        self._pieces, self._objects = pieces, objects
         self._last: Tensor | None = None
-        buffer = io.BytesIO()
-        torch.save([torch.empty(0, dtype=torch.uint8)], buffer)
-        self._extra_state = buffer.getvalue()
 
     # The writer is given its plan, so it asks the planner for none.
     def set_up_planner(self, *args: Any, **kwargs: Any) -> None: ...
@@ -144,7 +179,7 @@ class _OneByOne(SavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
-            return io.BytesIO(self._extra_state)
+            return io.BytesIO(self._objects[write_item.index.fqn]())
         if self._last is not None:
             # The writer keeps a reference to the last tensor of every key: these would add up.
             self._last.untyped_storage().resize_(0)
