@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvshift_megatron.recipes import toml_flags as megatron_flags
+from kvshift_megatron.recipes.hybrid_form import hybrid_form, one_form
 from kvshift_megatron.recipes.toml_flags import Flags
 
 HERE = Path(__file__).parent
@@ -38,10 +39,16 @@ class Run:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that name a run: model, layout, --nproc and --set."""
+    """Add the arguments that name a run: model, layout, --nproc, --hybrid and --set."""
     parser.add_argument("model", help=_names(MODELS))
     parser.add_argument("layout", help=_names(LAYOUTS))
     parser.add_argument("--nproc", type=int, help="processes in all, instead of the layout's")
+    parser.add_argument(
+        "--hybrid",
+        action="store_true",
+        help="the same model as Megatron's HybridModel, with --hybrid-layer-pattern in place of "
+        "--num-layers",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -69,7 +76,14 @@ def files(model: str, layout: str) -> tuple[Path, Path]:
     )
 
 
-def load(model: str, layout: str, overrides: Flags | None = None, nproc: int | None = None) -> Run:
+def load(
+    model: str,
+    layout: str,
+    overrides: Flags | None = None,
+    nproc: int | None = None,
+    *,
+    hybrid: bool = False,
+) -> Run:
     """Read the two files and combine them.
 
     Args:
@@ -77,6 +91,7 @@ def load(model: str, layout: str, overrides: Flags | None = None, nproc: int | N
         layout: A name in layouts/, or a path.
         overrides: Flags that override both files.
         nproc: Replaces the layout's number of processes.
+        hybrid: Make a GPT model's flags those of the hybrid model; see hybrid_form.
 
     Raises:
         ValueError: A file, flag or table is missing, unknown or wrong; the message names it.
@@ -100,7 +115,9 @@ def load(model: str, layout: str, overrides: Flags | None = None, nproc: int | N
             f"{layout_path.name} sets {', '.join(both)}, as {model_path.name} does: keep each flag "
             "in one file"
         )
-    flags = model_flags | layout_flags | (overrides or {})
+    flags = one_form(model_flags | layout_flags | (overrides or {}), overrides or {})
+    if hybrid:
+        flags = hybrid_form(flags)
     if "train-iters" not in flags:
         flags["train-iters"] = _steps(model_tables["run"]["tokens"], flags)
     nproc = layout_tables["run"]["nproc"] if nproc is None else nproc

@@ -1,6 +1,6 @@
 """Print the Megatron flags of a model on a layout, one per line.
 
-    kvshift-recipe MODEL LAYOUT [--check] [--nproc N] [--set FLAG[=VALUE] ...]
+    kvshift-recipe MODEL LAYOUT [--check] [--nproc N] [--hybrid] [--set FLAG[=VALUE] ...]
 
 The lines are a command line for `kvshift_megatron.pretrain`, without the data and the place to save
 to. The sizes that follow from them go to standard error. Sizes and KV shifting's flags are always
@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         overrides = dict(recipe.parse_override(text) for text in arguments.set)
-        run = recipe.load(arguments.model, arguments.layout, overrides, arguments.nproc)
+        run = recipe.load(
+            arguments.model, arguments.layout, overrides, arguments.nproc, hybrid=arguments.hybrid
+        )
         args = (validate.check if arguments.check else validate.check_without_megatron)(run)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

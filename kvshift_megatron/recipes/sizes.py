@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 
+from kvshift_megatron.recipes import patterns
 from kvshift_megatron.recipes.toml_flags import Flags
 
 # Megatron's defaults.
@@ -22,6 +23,7 @@ OTHERS = {
     "group_query_attention": False,
     "sequence_parallel": False,
     "pipeline_model_parallel_layout": None,
+    "hybrid_layer_pattern": None,
 }
 
 
@@ -29,9 +31,11 @@ def arguments(flags: Flags) -> Namespace:
     """Return the flags under the names that Megatron's parser gives them.
 
     Raises:
-        ValueError: A size is no whole number.
+        ValueError: A size is no whole number, or the layer pattern is no text.
     """
     given = {name.replace("-", "_"): value for name, value in flags.items() if value is not False}
+    if not isinstance(pattern := given.get("hybrid_layer_pattern", "*-"), str) or not pattern:
+        raise ValueError(f"hybrid-layer-pattern must be layers such as *-*-, got {pattern!r}")
     numbers = {name: _whole(name, given[name]) for name in NUMBERS if name in given}
     return Namespace(**{**NUMBERS, **OTHERS, **given, **numbers})
 
@@ -50,7 +54,9 @@ def check_sizes(nproc: int, args: Namespace) -> None:
              (args.micro_batch_size or 0) * data_parallel_size(nproc, args))  # fmt: skip
     _divides("num-attention-heads", heads, "TP", tp)
     _divides("ffn-hidden-size", args.ffn_hidden_size, "TP", tp)
-    if args.pipeline_model_parallel_layout is None:
+    if args.hybrid_layer_pattern is not None:
+        _check_pattern(args.hybrid_layer_pattern, args.num_layers, pp)
+    elif args.pipeline_model_parallel_layout is None:
         _divides("num-layers", args.num_layers, "PP", pp)
     if cp > 1:
         _divides("seq-length", args.seq_length, "2 x CP", 2 * cp)
@@ -65,6 +71,20 @@ def data_parallel_size(nproc: int, args: Namespace) -> int:
         * args.pipeline_model_parallel_size
         * args.context_parallel_size
     )
+
+
+def _check_pattern(pattern: str, num_layers: int | None, pp: int) -> None:
+    layers, stages = len(patterns.main_layers(pattern)), patterns.stages(pattern)
+    if num_layers not in (None, layers):
+        raise ValueError(
+            f"num-layers is {num_layers}, but hybrid-layer-pattern {pattern} has {layers} layers: "
+            "leave num-layers out"
+        )
+    if stages > 1:
+        _divides(f"the number of stages in hybrid-layer-pattern {pattern}", stages, "PP", pp)
+    else:
+        # Megatron cuts it by itself.
+        _divides(f"the number of layers in hybrid-layer-pattern {pattern}", layers, "PP", pp)
 
 
 def _divides(whole_name: str, whole: int | None, parts_name: str, parts: int | None) -> None:

@@ -36,7 +36,10 @@ def check(run: Run) -> Namespace:
     Raises:
         ValueError: A flag is wrong; the message names it and what is wrong, in one sentence.
     """
-    return _checked(run, parse(run))
+    args = parse(run)
+    if args.hybrid_layer_pattern is not None:
+        _check_symbols(args.hybrid_layer_pattern)
+    return _checked(run, args)
 
 
 def check_without_megatron(run: Run) -> Namespace:
@@ -75,6 +78,16 @@ def parse(run: Run) -> Namespace:
         parser.add_argument("--task-module", default=None)
         task = load_task(run.flags.get("task-module"))
         return task.add_args(parser).parse_args(command_line(run.flags))
+
+
+def _check_symbols(pattern: str) -> None:
+    """Raise ValueError if Megatron cannot read the pattern."""
+    from kvshift_megatron.specs.hybrid_pattern import num_layers
+
+    try:
+        num_layers(pattern)
+    except ValueError as error:
+        raise ValueError(f"hybrid-layer-pattern {pattern}: {error}") from error
 
 
 def _kv_shift_parser() -> argparse.ArgumentParser:

@@ -28,7 +28,13 @@ PAGES = [
 
 # Flags of other programs that resemble one of ours.
 FOREIGN = {
-    "Megatron": {"tokenizer-model", "verify-integrity"},
+    "Megatron": {
+        "tokenizer-model",
+        "verify-integrity",
+        "hybrid-layer-pattern",
+        "hybrid-override-pattern",
+        "hybrid-context-parallel",
+    },
     "torchrun": {"nproc-per-node"},
     "sbatch": {"gpus-per-node"},
 }

@@ -95,14 +95,13 @@ def built(args, layout: Layout, rank: int = 0) -> torch.nn.Module:
     """Build a rank's model with the builder that training uses."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from kvshift_megatron.training.gpt_builder import KVShiftGPTModelBuilder
     from kvshift_megatron.training.run_config import configurations
 
     with fake_rank(layout, rank), torch.device("meta"):
         config, _ = configurations(args)
         config.transformer.perform_initialization = False
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        model = KVShiftGPTModelBuilder(config).build_model(groups)
+        model = config.get_builder_cls()(config).build_model(groups)
     assert all(parameter.is_meta for parameter in model.parameters())
     return model
 
@@ -118,7 +117,7 @@ def counts(model: torch.nn.Module) -> tuple[int, int]:
     return others, taps
 
 
-def whole(model: str, **overrides) -> recipe.Run:
+def whole(model: str, *, hybrid: bool = False, **overrides) -> recipe.Run:
     """Return a run of the model on one process, whatever its layout says."""
     layout = next(layout for name, layout in RUNS if name == model)
     alone = {
@@ -126,12 +125,16 @@ def whole(model: str, **overrides) -> recipe.Run:
         "context-parallel-size": 1,
         "sequence-parallel": False,
     }
-    return recipe.load(model, layout, alone | overrides, nproc=1)
+    return recipe.load(model, layout, alone | overrides, nproc=1, hybrid=hybrid)
 
 
+each_form = pytest.mark.parametrize("hybrid", [False, True], ids=["gpt", "hybrid"])
+
+
+@each_form
 @pytest.mark.parametrize("model", PARAMETERS)
-def test_parameters_are_exact(model, monkeypatch):
-    run = whole(model)
+def test_parameters_are_exact(model, hybrid, monkeypatch):
+    run = whole(model, hybrid=hybrid)
     assert counts(built(validated(run, monkeypatch), Layout())) == (PARAMETERS[model], TAPS[model])
 
 
@@ -142,6 +145,7 @@ def test_a_wrong_shape_changes_the_count(monkeypatch):
         {"untie-embeddings-and-output-weights": False},
         {"make-vocab-size-divisible-by": 128},
         {"no-kv-shift": True},
+        {"hybrid-layer-pattern": "*-" * 27 + "*"},
     ):
         model = built(validated(whole("1.5b", **wrong), monkeypatch), Layout())
         assert counts(model) != (PARAMETERS["1.5b"], TAPS["1.5b"]), wrong
@@ -183,10 +187,10 @@ def test_every_model_has_a_layout_and_one_with_the_papers_number_of_gpus():
         assert (model, f"{paper.gpus}x80gb") in RUNS
 
 
+@each_form
 @pytest.mark.parametrize(("model", "layout"), RUNS)
-def test_a_layout_divides_the_sizes_and_its_first_rank_builds(model, layout, monkeypatch):
-    run = recipe.load(model, layout)
-    flags = run.flags
+def test_a_layout_divides_the_sizes_and_its_first_rank_builds(model, layout, hybrid, monkeypatch):
+    run, flags = recipe.load(model, layout, hybrid=hybrid), recipe.load(model, layout).flags
     tp = flags.get("tensor-model-parallel-size", 1)
     cp = flags.get("context-parallel-size", 1)
     assert "pipeline-model-parallel-size" not in flags, "the counts below are for one stage"
@@ -210,8 +214,10 @@ def test_a_layout_divides_the_sizes_and_its_first_rank_builds(model, layout, mon
     assert taps == TAPS[model] // (tp if flags["num-query-groups"] >= tp else 1)
 
 
-def test_training_needs_only_the_flags_and_data():
-    run = recipe.load("10m", "cpu", {"train-iters": 2, "lr-warmup-iters": 1, "log-interval": 1})
+@each_form
+def test_training_needs_only_the_flags_and_data(hybrid):
+    short = {"train-iters": 2, "lr-warmup-iters": 1, "log-interval": 1}
+    run = recipe.load("10m", "cpu", short, hybrid=hybrid)
     words = [*command_line(run.flags), "--mock-data", "--eval-iters", "1"]
     result = ranks(run.nproc, "kvshift_megatron.pretrain", words, timeout=200)
     assert result.returncode == 0, result.stdout[-3000:]
