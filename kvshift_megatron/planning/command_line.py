@@ -1,6 +1,6 @@
 """The command line of kvshift-plan.
 
-    kvshift-plan MODEL LAYOUT [--nproc N] [--set FLAG[=VALUE]] [--gpu NAME]
+    kvshift-plan MODEL LAYOUT [--nproc N] [--hybrid] [--set FLAG[=VALUE]] [--gpu NAME]
 
 MODEL and LAYOUT are those of kvshift_megatron/recipes. The command builds the real model for every
 pipeline stage on the meta device, runs Megatron's own training step there, and prints what it
@@ -99,7 +99,9 @@ def _run(arguments: Namespace) -> int:
     check_distinct(outputs)
     check_outputs(outputs, recipe.files(arguments.model, arguments.layout))
     overrides = dict(recipe.parse_override(text) for text in arguments.set)
-    run = recipe.load(arguments.model, arguments.layout, overrides, arguments.nproc)
+    run = recipe.load(
+        arguments.model, arguments.layout, overrides, arguments.nproc, hybrid=arguments.hybrid
+    )
     prepare()
     if arguments.search:
         run = _best(run, gpu, assumed, arguments.jobs)
@@ -134,6 +136,7 @@ def _run(arguments: Namespace) -> int:
 
 def _best(run: recipe.Run, gpu: gpus.GPU, assumed: Assumptions, jobs: int) -> recipe.Run:
     """Print the layouts that fit; return the run with the best of those whose stages were built."""
+    from kvshift_megatron.planning.blocks import Blocks
     from kvshift_megatron.planning.plan import plan
     from kvshift_megatron.planning.search import search
 
@@ -148,7 +151,7 @@ def _best(run: recipe.Run, gpu: gpus.GPU, assumed: Assumptions, jobs: int) -> re
     print("The first of them, every stage built:")
     fitting: list[tuple[float, int, Flags]] = []
     for candidate, _ in found[:_TRIED]:
-        flags = candidate.flags(run.flags, args.num_layers)
+        flags = candidate.flags(run.flags, Blocks.of(args))
         try:
             planned = plan(command_line(flags), candidate.layout, jobs, stages_only=True)
         except ValueError as error:

@@ -70,7 +70,8 @@ def prepare() -> None:
             import kvshift_megatron.planning.meta_device
             import kvshift_megatron.pretrain
             import kvshift_megatron.training.forward_step
-            import kvshift_megatron.training.gpt_builder  # noqa: F401
+            import kvshift_megatron.training.gpt_builder
+            import kvshift_megatron.training.hybrid_builder  # noqa: F401
         except ImportError as error:
             raise ValueError(f"a plan needs megatron-core 0.19: {error}") from error
 
@@ -176,11 +177,6 @@ def _run(rank: DryRank) -> dict:
 
     sys.argv = ["plan", *dry_run_flags(rank.flags)]
     args = parse_and_check()
-    if args.hybrid_layer_pattern is not None:
-        raise ValueError(
-            "hybrid_layer_pattern: plans are made of GPT models: for *- layers, plan with "
-            "--num-layers instead, which has the same tensors"
-        )
     undo_cpu_choices(args, rank.flags, rank.kernels)
     meta_device.enter()
     assumed_kernels.use(rank.kernels)

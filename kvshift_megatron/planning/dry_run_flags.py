@@ -1,6 +1,7 @@
 """Make the command line of a dry run: the user's, less what only a GPU can do."""
 
 from argparse import Namespace
+from itertools import pairwise
 
 # Flags that change nothing that is counted. Flag -> how many values it takes; -1: any number.
 _LEFT_OUT = {
@@ -38,6 +39,9 @@ _ADDED = (
     "--log-interval", "1000000",
 )  # fmt: skip
 
+# What can be counted: attention and MLP, in pipeline stages, with multi-token prediction.
+_COUNTED_LAYERS = "*-|/"
+
 _REFUSED = {
     "--sft": "only the data tells where packed documents end; plan without packing",
     "--dataloader-inter-document-masking": "only the data tells where packed documents end; plan "
@@ -59,6 +63,8 @@ def dry_run_flags(words: tuple[str, ...]) -> list[str]:
     Raises:
         ValueError: The cost of a flag cannot be counted without a GPU or data.
     """
+    for flag in ("--hybrid-layer-pattern", "--hybrid-override-pattern"):
+        _check_pattern(flag, _value_of(flag, words))
     kept, skip = [], 0
     for word in words:
         if word.startswith("--"):
@@ -74,6 +80,26 @@ def dry_run_flags(words: tuple[str, ...]) -> list[str]:
             continue
         kept.append(word)
     return [*kept, *_ADDED]
+
+
+def _value_of(flag: str, words: tuple[str, ...]) -> str:
+    """Return the last value of a flag that takes one; empty without it."""
+    joined = [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
+    return ([value for name, value in pairwise(words) if name == flag] + joined or [""])[-1]
+
+
+def _check_pattern(flag: str, pattern: str) -> None:
+    kinds = sorted(set(pattern) - set(_COUNTED_LAYERS))
+    if "E" in kinds:
+        raise ValueError(
+            f"{flag} {pattern} cannot be planned: only the data tells how many tokens each expert "
+            "(E) gets; plan a dense model, with an MLP (-) in its place"
+        )
+    if kinds:
+        raise ValueError(
+            f"{flag} {pattern} cannot be planned: what layers {', '.join(kinds)} keep and compute "
+            "is up to a GPU's kernels; only attention (*) and MLP (-) are counted here"
+        )
 
 
 def undo_cpu_choices(args: Namespace, words: tuple[str, ...], kernels: str) -> None:

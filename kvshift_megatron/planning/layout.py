@@ -3,6 +3,8 @@
 from argparse import Namespace
 from dataclasses import dataclass
 
+from kvshift_megatron.recipes import patterns
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -51,6 +53,7 @@ class Layout:
                     args.num_layers_per_virtual_pipeline_stage,
                     args.num_virtual_stages_per_pipeline_rank,
                     args.pipeline_model_parallel_layout,
+                    patterns.stages(args.hybrid_layer_pattern or "") > pp,
                 )
             ),
             args.global_batch_size // (args.micro_batch_size * dp),

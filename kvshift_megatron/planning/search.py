@@ -1,10 +1,10 @@
 """Find layouts that fit, fastest first.
 
-Quick models come first: one and two layers of the real model on one replica (TP x CP ranks), for
-each TP, CP and recompute. Their difference is a layer; the remainder is the embedding and the
-output. A layout is the sum of these, and estimate.py gives its time. As this leaves out how the
-stages of a pipeline differ, the finalists are planned in full: every stage built at the true world
-size.
+Quick models come first: one and two blocks of the real model on one replica (TP x CP ranks), for
+each TP, CP and recompute. A block is a layer, or what a hybrid model's pattern repeats. Their
+difference is a block; the remainder is the embedding and the output. A layout is the sum of these,
+and estimate.py gives its time. As this leaves out how the stages of a pipeline differ, the
+finalists are planned in full: every stage built at the true world size.
 """
 
 from argparse import Namespace
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvshift_megatron.planning import dry_run
+from kvshift_megatron.planning.blocks import Blocks
 from kvshift_megatron.planning.dry_run import DryRank
 from kvshift_megatron.planning.estimate import Assumptions, estimate
 from kvshift_megatron.planning.gpus import GPU
@@ -38,6 +39,8 @@ _REPLACED = (
     "pipeline-model-parallel-layout",
     "num-layers-per-virtual-pipeline-stage",
     "num-virtual-stages-per-pipeline-rank",
+    "num-layers",
+    "hybrid-layer-pattern",
     "micro-batch-size",
     "recompute-granularity",
     "recompute-method",
@@ -72,8 +75,14 @@ class Candidate:
             f"{self.micro_batch_size} x {self.layout.micro_batches}, recompute {self.recompute}"
         )
 
-    def flags(self, flags: Flags, num_layers: int) -> Flags:
-        """Return a run's flags with this layout in place of its own."""
+    def flags(self, flags: Flags, blocks: Blocks, count: int | None = None) -> Flags:
+        """Return a run's flags with this layout in place of its own.
+
+        Args:
+            flags: The run's.
+            blocks: The model's layers.
+            count: Take this many blocks instead of all.
+        """
         kept = {name: value for name, value in flags.items() if name not in _REPLACED}
         layout = self.layout
         kept |= {
@@ -83,9 +92,8 @@ class Candidate:
             "pipeline-model-parallel-size": layout.pp,
             "micro-batch-size": self.micro_batch_size,
         }
-        if self.chunks > 1:
-            kept["num-layers-per-virtual-pipeline-stage"] = num_layers // layout.pp // self.chunks
-        return kept | RECOMPUTE[self.recompute]
+        kept |= blocks.flags(blocks.count if count is None else count, layout.pp, self.chunks)
+        return kept | blocks.recomputed(RECOMPUTE[self.recompute])
 
 
 def candidates(args: Namespace, world_size: int, node: int) -> Iterator[Candidate]:
@@ -96,6 +104,7 @@ def candidates(args: Namespace, world_size: int, node: int) -> Iterator[Candidat
         world_size: Number of ranks.
         node: GPUs per node; TP stays within a node.
     """
+    blocks = Blocks.of(args).count
     heads = args.num_attention_heads
     groups = args.num_query_groups if args.group_query_attention else heads
     for tp in (2**n for n in range(node.bit_length())):
@@ -105,7 +114,7 @@ def candidates(args: Namespace, world_size: int, node: int) -> Iterator[Candidat
             if tp * cp > _REPLICA or (cp > 1 and args.seq_length % (2 * cp * tp)):
                 continue
             for pp in range(1, _DEEPEST + 1):
-                if args.num_layers % pp or world_size % (tp * cp * pp):
+                if blocks % pp or world_size % (tp * cp * pp):
                     continue
                 dp = world_size // (tp * cp * pp)
                 for size in _MICRO_BATCHES:
@@ -113,7 +122,7 @@ def candidates(args: Namespace, world_size: int, node: int) -> Iterator[Candidat
                         continue
                     count = args.global_batch_size // (size * dp)
                     for chunks in _CHUNKS if pp > 1 and count % pp == 0 else (1,):
-                        if args.num_layers // pp % chunks:
+                        if blocks // pp % chunks:
                             continue
                         layout = Layout(tp, cp, dp, pp, chunks > 1, count)
                         for recompute in RECOMPUTE:
@@ -144,11 +153,11 @@ def search(
     """
     possible = list(candidates(args, world_size, gpu.node))
     kinds = sorted({(c.layout.tp, c.layout.cp, c.recompute) for c in possible})
-    runs = []
+    blocks, runs = Blocks.of(args), []
     for tp, cp, recompute in kinds:
         alone = Candidate(Layout(tp, cp, 1, 1, False, 1), 1, 1, recompute)
-        for layers in (1, 2):
-            small = alone.flags(flags, layers) | {"num-layers": layers, "global-batch-size": 1}
+        for count in (1, 2):
+            small = alone.flags(flags, blocks, count) | {"global-batch-size": 1}
             runs.append(DryRank(tuple(words_of(small)), tp * cp, 0, (1, 1)))
     counted = iter(dry_run.count(runs, jobs))
     quick = {kind: _parts(next(counted), next(counted)) for kind in kinds}
@@ -168,10 +177,10 @@ def search(
 
 
 def _parts(one: dict, two: dict) -> tuple[dict, dict, dict]:
-    """Split the counts of one and of two layers.
+    """Split the counts of one and of two blocks.
 
     Returns:
-        (a layer, everything else, Megatron's figures). The first two as _flat returns them.
+        (a block, everything else, Megatron's figures). The first two as _flat returns them.
     """
     layout = Layout(1, 1, 1, 1, False, 1)
     first, second = (_flat(stage_plan(layout, 0, run)) for run in (one, two))
@@ -200,7 +209,7 @@ def _added_up(
 ) -> dict:
     """Return a layout's fullest and slowest stage, in the form of plan's result."""
     layout, size = candidate.layout, candidate.micro_batch_size
-    layers = args.num_layers // layout.pp
+    layers = Blocks.of(args).count // layout.pp
     one = {name: layers * layer[name] + rest[name] for name in layer}
     count = layout.micro_batches
     in_flight: float = min(count, layout.pp)

@@ -81,7 +81,7 @@ def meta_device(
     Args:
         device: The meta device.
         norm: Stands in for the norm of a list of gradients.
-        tensor_type, build_model: Wrap `Tensor.type` and the builder's `build_model`.
+        tensor_type, build_model: Wrap `Tensor.type` and the builders' `build_model`.
     """
     layer = "The CPU layer puts there what Megatron puts on a GPU."
     return [
@@ -97,11 +97,18 @@ def meta_device(
             "The optimizer sorts parameters by the type names of a GPU's tensors.",
             wrap=tensor_type,
         ),
-        Substitution(
-            "kvshift_megatron.training.gpt_builder.KVShiftGPTModelBuilder.build_model",
-            "Moving a built module to meta would make parameters without Megatron's attributes.",
-            wrap=build_model,
-            releases=">=0.19",
+        *(
+            Substitution(
+                f"kvshift_megatron.training.{builder}.build_model",
+                "Moving a built module to meta would make parameters without Megatron's "
+                "attributes.",
+                wrap=build_model,
+                releases=">=0.19",
+            )
+            for builder in (
+                "gpt_builder.KVShiftGPTModelBuilder",
+                "hybrid_builder.KVShiftHybridModelBuilder",
+            )
         ),
     ]
 
@@ -119,5 +126,10 @@ def loop_without_values(*, compile_nothing: Callable, agree: Wrap) -> list[Subst
             "It reads a value back, and a meta tensor has none.",
             wrap=agree,
             takes="input *",
+        ),
+        Substitution(
+            "kvshift_megatron.checks.model.assert_kv_shift",
+            "It asks the other pipeline stages for their layers, and a dry run has one rank.",
+            value=lambda model, kv_shift: "attention: not checked",
         ),
     ]

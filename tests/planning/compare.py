@@ -1,6 +1,8 @@
 """Compare a rank's plan with its real run: one sentence for each difference."""
 
+import copy
 from collections import Counter
+from collections.abc import Iterator
 
 # Bytes of torch's random number generator state. Recompute keeps one for each module that it
 # recomputes (on a GPU, in host memory).
@@ -85,6 +87,35 @@ def traffic(planned: dict, real: dict) -> list[str]:
                 f"{recorded[operation]}"
             )
     return wrong
+
+
+def forms(gpt: dict, hybrid: dict, is_sequence_parallel: bool = False) -> list[str]:
+    """Compare what a rank holds, computes and sends of a model in its two forms, exactly.
+
+    Two differences are Megatron's: it has no formula of a hybrid model's memory, and with sequence
+    parallelism it copies the random state before each forward pass of a GPT model.
+    """
+    hybrid = copy.deepcopy(hybrid)
+    for step in hybrid["steps"] if is_sequence_parallel else ():
+        copied = len(step["saved_per_forward"]) * _RNG_STATE
+        step["work"]["forward"]["elementwise"] += copied
+    own = {"args": _OTHER_FIGURES, "": ("seconds", "peak_rss")}
+    return list(_differences("", gpt, hybrid, own))
+
+
+_OTHER_FIGURES = ("num_layers", "megatron_state_bytes", "megatron_activation_bytes")
+
+
+def _differences(name: str, a, b, left_out: dict) -> Iterator[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in a.keys() | b.keys():
+            if key not in left_out.get(name, ()):
+                yield from _differences(str(key), a.get(key), b.get(key), left_out)
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for pair in zip(a, b):
+            yield from _differences(name, *pair, left_out)
+    elif a != b:
+        yield f"{name}: GPT {a}, hybrid {b}"
 
 
 # The other recorder has no sizes for operations on several tensors at once, which DP uses.

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvshift_megatron.planning import assumed_kernels, dry_run, gpus, meta_device
+from kvshift_megatron.planning.blocks import Blocks
 from kvshift_megatron.planning.dry_run_flags import dry_run_flags
 from kvshift_megatron.planning.estimate import Assumptions, estimate
 from kvshift_megatron.planning.layout import Layout
@@ -115,6 +116,23 @@ def test_what_cannot_be_counted_is_refused(flag):
         dry_run_flags(("--num-layers", "2", flag, "8"))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--hybrid-layer-pattern", "*E*-"), "only the data tells how many tokens each expert"),
+        (("--hybrid-layer-pattern=M-*-|G-*-",), "layers G, M keep and compute is up to a GPU's"),
+        (("--hybrid-override-pattern", "*-/M-"), "layers M keep"),
+        (("--hybrid-layer-pattern", "*-", "--hybrid-layer-pattern", "D-"), "layers D keep"),
+    ],
+)
+def test_layers_that_cannot_be_counted_are_refused(words, message):
+    flag = words[0].partition("=")[0]
+    with pytest.raises(ValueError, match=f"{flag} .* cannot be planned: .*{message}"):
+        dry_run_flags(("--hidden-size", "8", *words))
+    kept = dry_run_flags(("--hybrid-layer-pattern", "*-|*-/*-", "--bf16"))
+    assert kept[:3] == ["--hybrid-layer-pattern", "*-|*-/*-", "--bf16"]
+
+
 def arguments(**changes):
     values = dict(
         tensor_model_parallel_size=2,
@@ -131,6 +149,7 @@ def arguments(**changes):
         ffn_hidden_size=1024,
         seq_length=256,
         num_layers=12,
+        hybrid_layer_pattern=None,
     )
     return Namespace(**values | changes)
 
@@ -157,6 +176,35 @@ def test_a_long_step_is_counted_by_two_short_ones():
     assert Layout.of(arguments(global_batch_size=24), 64).counted_steps(0) == (3,)
     interleaved = arguments(global_batch_size=6400, num_virtual_stages_per_pipeline_rank=3)
     assert Layout.of(interleaved, 64).counted_steps(0) == (8, 12)
+
+
+def test_segments_of_a_pattern_beyond_the_stages_are_interleaved():
+    for segments, expected in ((4, False), (8, True)):
+        pattern = "|".join(["*-"] * segments)
+        layout = Layout.of(arguments(hybrid_layer_pattern=pattern, num_layers=None), 64)
+        assert layout.interleaved == expected
+
+
+def test_a_pattern_has_the_candidates_of_the_gpt_model():
+    own = arguments(hybrid_layer_pattern="*-*-|" * 5 + "*-*-", num_layers=None)
+    assert list(candidates(own, 64, 8)) == list(candidates(arguments(), 64, 8))
+    # One layer less repeats nothing.
+    odd = list(candidates(arguments(hybrid_layer_pattern="*-" * 11 + "*"), 64, 8))
+    assert odd and {candidate.layout.pp for candidate in odd} == {1}
+
+
+def test_blocks_of_both_forms():
+    gpt, hybrid = Blocks.of(arguments()), Blocks.of(arguments(hybrid_layer_pattern="*-|*-/*-"))
+    assert (gpt.count, hybrid) == (12, Blocks(2, "*-", "/*-"))
+    assert gpt.flags(6) == {"num-layers": 6}
+    assert gpt.flags(6, 3, 2) == {"num-layers": 6, "num-layers-per-virtual-pipeline-stage": 1}
+    assert hybrid.flags(6) == {"hybrid-layer-pattern": "*-*-*-*-*-*-/*-"}
+    assert hybrid.flags(6, 3) == {"hybrid-layer-pattern": "*-*-|*-*-|*-*-/*-"}
+    assert hybrid.flags(4, 2, 2) == {"hybrid-layer-pattern": "*-|*-|*-|*-/*-"}
+    full = {"recompute-granularity": "full", "recompute-num-layers": 1}
+    assert gpt.recomputed(full) == full
+    assert hybrid.recomputed(full) == full | {"recompute-num-layers": 2}
+    assert Blocks(1, "*-*").recomputed(full) == full
 
 
 def test_every_candidate_divides_what_it_must():
