@@ -94,6 +94,7 @@ def read(argv: list[str], environment: dict[str, str] | None = None) -> Settings
         raise ValueError(f"--max-attempts must be at least 1, got {options.max_attempts}")
     overrides = [*options.set, *(["no-kv-shift"] if options.vanilla else [])]
     show = [options.model, options.layout, "--nproc", str(nodes * ranks)]
+    show += ["--hybrid"] if options.hybrid else []
     return Settings(
         run=run,
         job=job,
@@ -118,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model")
     parser.add_argument("layout")
     parser.add_argument("--vanilla", action="store_true")
+    parser.add_argument("--hybrid", action="store_true")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--ranks-per-node", type=int)
     parser.add_argument("--max-attempts", type=int, default=20)

@@ -3,11 +3,16 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
 from examples.slurm import begin, claim, failure, free_port, settings, status
 from examples.slurm.status import Attempt, Status
+from kvshift_megatron.recipes import show
+from kvshift_megatron.utils.flag_lines import to_line
+from tests.support.launch import PROJECT
 
 _JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8",
         "SLURM_CLUSTER_NAME": "test"}  # fmt: skip
@@ -121,6 +126,32 @@ def test_the_command_line():
     job = read("run", "--set", "lr=1", "--vanilla", "--ranks-per-node=4")
     assert job.show == ["13b", "64x80gb", "--nproc", "8", "--set", "lr=1", "--set", "no-kv-shift"]
     assert begin.own_flags(job)[-2:] == [["--save-interval", "10"], ["--mock-data"]]
+
+
+def test_both_forms_of_a_model(capsys):
+    """The words that the script shows to kvshift_megatron.recipes, and those of torchrun."""
+    job = read("run", "--hybrid", "--set", "pipeline-model-parallel-size=2")
+    assert job.show == ["13b", "64x80gb", "--nproc", "16", "--hybrid", "--set",
+                        "pipeline-model-parallel-size=2"]  # fmt: skip
+    assert show.main(job.show) == 0
+    half = "*-" * 20
+    assert f"--hybrid-layer-pattern {half}|{half}" in capsys.readouterr().out.splitlines()
+
+
+def test_a_pattern_reaches_the_ranks_as_it_was_written(tmp_path, capsys, monkeypatch):
+    """No shell takes its stars and bars for anything else."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-b-").touch()  # what *-*- would match
+    pattern = ["--hybrid-layer-pattern", "*-*-|*-*-/*-"]
+    job = settings.read(["run", "m", "l", *_FLAGS, *pattern], _JOB)
+    lines = [to_line(words) for words in begin.own_flags(job)]
+    (tmp_path / "flags.txt").write_text("".join(f"{line}\n" for line in lines))
+    script = 'mapfile -d "" -t flags < <("$@"); printf "%s\\0" "${flags[@]}"'
+    command = [sys.executable, "-m", "examples.slurm.flags", tmp_path / "flags.txt"]
+    words = subprocess.run(
+        ["bash", "-c", script, "bash", *command], capture_output=True, check=True, cwd=PROJECT
+    ).stdout.split(b"\0")
+    assert [word.decode() for word in words[-3:-1]] == pattern
 
 
 @pytest.mark.parametrize(
