@@ -1,30 +1,32 @@
 """Report the attention of every layer of a built model, or stop the run if it is wrong."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core.transformer.attention import Attention, CrossAttention
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import get_attr_wrapped_model
 
 from kvshift_megatron.attention.implementation import agree
 from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
+from kvshift_megatron.checks.attention_places import attention_places
 from kvshift_megatron.checks.checkpoint import check_checkpoint
 from kvshift_megatron.config import KVShiftConfig
-from kvshift_megatron.specs.replace_attention import NO_ATTENTION
+from kvshift_megatron.specs.hybrid_names import Symbols
+
+_GATED_DELTA_NET = Symbols.GDN
 
 
 class LayerAttention(NamedTuple):
     """One layer's attention.
 
     Args:
-        number: 1-based and global, as Megatron counts; multi-token-prediction layers have numbers
-            of their own.
+        number: 1-based and global; multi-token-prediction layers have numbers of their own. See
+            attention_places.
         class_name: Class of the attention module.
         kv_shift: Its taps; None if it does not shift.
         taps: Number of KV shifting's parameters in the whole layer, not only this rank's.
         is_mtp: Whether it belongs to multi-token prediction.
+        symbol: Of the layer in a hybrid pattern, among whose layers the number counts; empty in a
+            GPT model.
     """
 
     number: int
@@ -32,6 +34,7 @@ class LayerAttention(NamedTuple):
     kv_shift: KVShiftConfig | None
     taps: int
     is_mtp: bool = False
+    symbol: str = ""
 
 
 def assert_kv_shift(
@@ -56,8 +59,10 @@ def assert_kv_shift(
     layers = gather_layers(chunks)
     line = describe(layers)
     expected = f" ({kv_shift.describe()})" if kv_shift else ""
-    if not layers or any(
-        layer.kv_shift is None or kv_shift not in (None, layer.kv_shift) for layer in layers
+    # A gated delta net, a layer of its own kind in a hybrid stack, has no keys to shift.
+    attentions = [layer for layer in layers if layer.symbol != _GATED_DELTA_NET]
+    if not attentions or any(
+        layer.kv_shift is None or kv_shift not in (None, layer.kv_shift) for layer in attentions
     ):
         raise ValueError(
             f"KV shifting{expected} was asked for, but not every attention of the model has it "
@@ -122,7 +127,10 @@ def check_model(model: list[torch.nn.Module], kv_shift: KVShiftConfig | None) ->
     if kv_shift is not None:
         lines.append(assert_kv_shift(model, kv_shift))
         lines += agree(
-            module for _, module in _attentions(model) if isinstance(module, KVShiftSelfAttention)
+            place.module
+            for chunk in model
+            for place in attention_places(chunk)
+            if isinstance(place.module, KVShiftSelfAttention)
         )
     else:
         layers = gather_layers(model)
@@ -139,29 +147,12 @@ def check_model(model: list[torch.nn.Module], kv_shift: KVShiftConfig | None) ->
 def local_layers(model: list[torch.nn.Module]) -> list[LayerAttention]:
     """Return the layers of this rank, in the order of the modules."""
     layers = []
-    for is_mtp, module in _attentions(model):
+    for module, number, is_mtp, symbol in (p for chunk in model for p in attention_places(chunk)):
         kv_shift = module.kv_shift if isinstance(module, KVShiftSelfAttention) else None
         taps = kv_shift.parameters_per_group * module.config.num_query_groups if kv_shift else 0
-        layers.append(
-            LayerAttention(module.layer_number, type(module).__name__, kv_shift, taps, is_mtp)
-        )
+        kind = type(module).__name__
+        layers.append(LayerAttention(number, kind, kv_shift, taps, is_mtp, symbol))
     return layers
-
-
-def _attentions(model: list[torch.nn.Module]) -> Iterator[tuple[bool, Any]]:
-    """Yield (whether it belongs to multi-token prediction, module) of every attention."""
-    for chunk in model:
-        for name, module in chunk.named_modules():
-            is_mtp = "mtp" in name.split(".")
-            if isinstance(module, Attention) and not isinstance(module, CrossAttention):
-                yield is_mtp, module
-            elif isinstance(module, TransformerLayer):
-                # Linear attention and the like is in this place without being an Attention.
-                attention = module.self_attention
-                if not (
-                    isinstance(attention, Attention) or type(attention).__name__ in NO_ATTENTION
-                ):
-                    yield is_mtp, attention
 
 
 def gather_layers(model: list[torch.nn.Module]) -> list[LayerAttention]:
@@ -172,19 +163,20 @@ def gather_layers(model: list[torch.nn.Module]) -> list[LayerAttention]:
         parts: list[Any] = [None] * group.size()
         torch.distributed.all_gather_object(parts, layers, group=group)
         layers = [layer for part in parts for layer in part]
-    return sorted(layers, key=lambda layer: (layer.is_mtp, layer.number))
+    return sorted(layers, key=lambda layer: (layer.is_mtp, layer.symbol, layer.number))
 
 
 def describe(layers: list[LayerAttention]) -> str:
     """Return one line: which layers have which attention, and how many taps there are in all."""
-    kinds: dict[tuple[str, bool], list[int]] = {}
+    kinds: dict[tuple[str, str], list[int]] = {}
     for layer in layers:
         shift = layer.kv_shift
         kind = f"KV shifting ({shift.describe()})" if shift else f"vanilla ({layer.class_name})"
-        kinds.setdefault((kind, layer.is_mtp), []).append(layer.number)
+        which = " ".join(filter(None, ("MTP" if layer.is_mtp else "", layer.symbol)))
+        kinds.setdefault((kind, which), []).append(layer.number)
     parts = [
-        f"{kind} in {'MTP ' if is_mtp else ''}{_ranges(numbers)}"
-        for (kind, is_mtp), numbers in kinds.items()
+        " ".join(filter(None, (kind, "in", which, _ranges(numbers))))
+        for (kind, which), numbers in kinds.items()
     ]
     taps = sum(layer.taps for layer in layers)
     return f"attention: {'; '.join(parts) or 'none'}; {taps} taps"

@@ -96,7 +96,7 @@ def test_layers_of_a_model(megatron_rank, kv_shift, taps):
 
 def test_layers_of_a_vanilla_model(megatron_rank):
     model = build(None)
-    assert local_layers([model]) == [(n, "SelfAttention", None, 0, False) for n in (1, 2)]
+    assert local_layers([model]) == [(n, "SelfAttention", None, 0, False, "") for n in (1, 2)]
 
 
 def test_layers_of_a_mixed_model_come_by_number(megatron_rank):

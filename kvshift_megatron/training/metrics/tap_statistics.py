@@ -12,6 +12,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
+from kvshift_megatron.checks.attention_places import attention_places
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.taps import tap_names, taps_by_kind
 
@@ -22,7 +23,8 @@ class LayerPart(NamedTuple):
     """One rank's part of one layer's taps.
 
     Args:
-        name: Of the layer in the tags: "layer_7", or "mtp_layer_1" in multi-token prediction.
+        name: Of the layer in the tags: "layer_7", or "mtp_layer_1" in multi-token prediction, by
+            the number of attention_places, which GPT and hybrid models share.
         kv_shift: The layer's configuration.
         num_query_groups: Of the whole layer.
         first, last: The rank's query groups, last exclusive.
@@ -204,10 +206,10 @@ def _describe(taps: dict[str, Tensor]) -> dict[str, list[float]]:
 def _shifting_layers(model: list[torch.nn.Module]) -> list[tuple[str, KVShiftSelfAttention]]:
     layers = []
     for chunk in model:
-        for path, module in chunk.named_modules():
-            if isinstance(module, KVShiftSelfAttention):
-                prefix = "mtp_layer" if "mtp" in path.split(".") else "layer"
-                layers.append((f"{prefix}_{module.layer_number}", module))
+        for place in attention_places(chunk):
+            if isinstance(place.module, KVShiftSelfAttention):
+                prefix = "mtp_layer" if place.is_mtp else "layer"
+                layers.append((f"{prefix}_{place.number}", place.module))
     return layers
 
 

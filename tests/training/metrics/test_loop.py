@@ -42,6 +42,15 @@ LAYOUTS = {
          "no_kv_shift_keys": True},
         KVShiftConfig(shift_keys=False),
     ),
+    # Tags number the attentions, not the layers, of which every second one is an MLP.
+    "hybrid": (
+        {**_TP, "num_layers": None, "hybrid_layer_pattern": "*-*-"}, KVShiftConfig(),
+    ),
+    "hybrid-stages": (
+        {**_PP, "num_layers": None, "hybrid_layer_pattern": "*-|*-|*-|*-/*-",
+         "kv_shift_variant": "gate"},
+        KVShiftConfig(variant="gate"),
+    ),
 }  # fmt: skip
 _SAVED = ("tp", "overlap")
 
@@ -143,6 +152,8 @@ LAYERS = {
     "one-group": {"layer_1": 1, "layer_2": 1},
     "mtp": {"layer_1": 2, "layer_2": 2, "mtp_layer_1": 2},
     "virtual": {f"layer_{number}": 2 for number in range(1, 5)},
+    "hybrid": {"layer_1": 2, "layer_2": 2},
+    "hybrid-stages": {**{f"layer_{number}": 2 for number in range(1, 5)}, "mtp_layer_1": 2},
 }
 
 
@@ -197,7 +208,7 @@ def test_the_number_of_collectives_does_not_grow_with_the_layers(runs, directory
                 assert calls == [["all_gather_object", *gather], gather], (name, rank)
 
 
-@pytest.mark.parametrize("name", ["tp", "mtp", "overlap", "baseline"])
+@pytest.mark.parametrize("name", ["tp", "mtp", "overlap", "hybrid-stages", "baseline"])
 def test_lines_hold_what_megatron_prints(runs, directory, name):
     output = trained(runs[name])
     file = directory / name / "metrics.jsonl"
