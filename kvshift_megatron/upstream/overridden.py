@@ -49,6 +49,12 @@ def of_builders() -> list[Seam]:
             releases=">=0.19",
         ),
         Seam(
+            f"{_BUILDERS}.hybrid.HybridModelBuilder.__init__",
+            "It gets the configuration of the taps.",
+            takes="model_config",
+            releases=">=0.19",
+        ),
+        Seam(
             f"{_BUILDERS}.hybrid.HybridModelBuilder.build_model",
             "It builds the stack that the configuration names.",
             takes="pg_collection pre_process post_process vp_stage",
