@@ -34,6 +34,7 @@ from kvshift_megatron.layer_specs import (
     with_kv_shift,
 )
 from kvshift_megatron.specs.te_free import SDPACoreAttention, SequenceParallelNorm
+from tests.support import releases
 from tests.support.single_process import gpt_model, transformer_config
 
 KV_SHIFT = KVShiftConfig(window=3, seed=5)
@@ -268,7 +269,7 @@ def test_training_arguments_are_checked_if_they_are_set(monkeypatch):
     "blocked", ["kvshift_megatron.gpt_specs", "megatron.core.models.gpt.gpt_layer_specs"]
 )
 def test_an_import_error_is_not_one_that_megatron_swallows(monkeypatch, blocked):
-    """Megatron's import_module turns an ImportError into None, which means a vanilla model."""
+    """Before 0.20 Megatron turns an ImportError into None, which means a vanilla model."""
     path = ("kvshift_megatron.layer_specs", "kv_shift_layer_spec")
     assert callable(import_module(path))
     monkeypatch.delitem(sys.modules, path[0])
@@ -277,7 +278,11 @@ def test_an_import_error_is_not_one_that_megatron_swallows(monkeypatch, blocked)
         import_module(path)
     assert isinstance(caught.value.__cause__, ImportError)
     # This is what the ImportError itself would have led to.
-    assert import_module((blocked, "anything")) is None
+    if releases.failed_import_stops():
+        with pytest.raises(ImportError, match=blocked):
+            import_module((blocked, "anything"))
+    else:
+        assert import_module((blocked, "anything")) is None
 
 
 @pytest.mark.parametrize("kind", ["callable", "callable with stage", "static"])

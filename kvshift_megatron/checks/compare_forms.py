@@ -100,7 +100,8 @@ def _converter(directory: Path, form: Form) -> str:
 
 
 def _hybrid_for_gpt(directory: Path, shapes: Shapes) -> str:
-    pattern = pattern_in(shapes)
+    has_mtp = any(key.startswith("mtp.") for key in shapes)  # more layers than the pattern shows
+    pattern = None if has_mtp else pattern_in(shapes)
     shown = pattern or "of its --hybrid-layer-pattern"
     remedy = (
         f"train it with --hybrid-layer-pattern '{pattern}'" if pattern else "train it with that"

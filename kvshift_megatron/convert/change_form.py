@@ -26,11 +26,12 @@ from kvshift_megatron.convert.formats.output import (
     complete_or_absent,
 )
 from kvshift_megatron.convert.formats.tokenizer_files import SUBFOLDER
-from kvshift_megatron.convert.formats.torch_dist import TorchDistReader
+from kvshift_megatron.convert.formats.torch_dist import COMMON_KEY, TorchDistReader
 from kvshift_megatron.convert.formats.torch_dist_writer import (
     Content,
     Piece,
     empty_extra_state,
+    stored_object,
     write_checkpoint,
 )
 from kvshift_megatron.convert.hybrid_arguments import NOT_IN_HYBRID, hybrid_layers, take_form
@@ -92,11 +93,11 @@ def change_form(job: ChangeForm) -> str:
     check_target(job.target, [reader.path.parent / SUBFOLDER], job.overwrite)
     num_layers, has_experts = _layers(reader, job.form)
     common = reader.common_state()
-    content = common.get("content_metadata") or {}
-    _check_optimizer(reader, content)
+    how_saved = common.get("content_metadata") or {}
+    _check_optimizer(reader, how_saved)
     pattern = pattern_of(num_layers, has_experts)
     take_form(common["args"], job.form, num_layers, has_experts)
-    stacked = None if any(content.get(name) for name in _NUMBERED) else num_layers
+    stacked = None if any(how_saved.get(name) for name in _NUMBERED) else num_layers
     pieces, objects = _renamed(reader, job.form, stacked)
     total = sum(math.prod(piece.shape) * piece.dtype.itemsize for piece in pieces)
     check_free_space(job.target, total)
@@ -105,8 +106,11 @@ def change_form(job: ChangeForm) -> str:
     progress = WriteProgress(total, job.progress)
     iteration = RELEASE if reader.path.name == RELEASE else int(common["iteration"])
     counted = [replace(piece, read=partial(_counted, piece.read, progress)) for piece in pieces]
+    content = Content(counted, objects, common)
+    if COMMON_KEY in objects:
+        content = Content(counted, {**objects, COMMON_KEY: partial(stored_object, common)}, None)
     with complete_or_absent(job.target) as folder:
-        write_checkpoint(folder, iteration, Content(counted, objects, common))
+        write_checkpoint(folder, iteration, content)
         if (tokenizer := reader.path.parent / SUBFOLDER).is_dir():
             shutil.copytree(tokenizer, folder / SUBFOLDER)
     return pattern
@@ -158,8 +162,8 @@ def _layers(reader: TorchDistReader, form: Form) -> tuple[int, bool]:
     return found, experts
 
 
-def _check_optimizer(reader: TorchDistReader, content: dict[str, Any]) -> None:
-    sharding = content.get("distrib_optim_sharding_type")
+def _check_optimizer(reader: TorchDistReader, how_saved: dict[str, Any]) -> None:
+    sharding = how_saved.get("distrib_optim_sharding_type")
     others = (
         key for key in reader.stored() if "optimizer" in key and not _PARAMETER_STATE.match(key)
     )

@@ -210,6 +210,7 @@ def test_it_writes_what_megatron_saves_of_the_other_form(both, tmp_path):
         native = tmp_path / other / "iter_0000005"
         assert differing(tensors(iteration), tensors(native)) == []
         assert objects(iteration) == objects(native)
+        assert (iteration / "common.pt").exists() == (native / "common.pt").exists()
         ours, theirs = (TorchDistReader(path).arguments() for path in (iteration, native))
         assert ours.hybrid_layer_pattern == getattr(theirs, "hybrid_layer_pattern", None)
         del ours.hybrid_layer_pattern
@@ -278,10 +279,9 @@ def test_the_form_that_it_has_and_other_formats_of_the_optimizer_are_refused(
     assert main(["change-form", source, target, "--model-form", "gpt"]) == 1
     assert "is of a GPT model already" in capsys.readouterr().err
     folder = tmp_path / "gpt" / "iter_0000005"
-    reader = TorchDistReader(folder)
-    common = reader.common_state() | {
-        "content_metadata": {"distrib_optim_sharding_type": "dp_reshardable"}
-    }
+    content = {"distrib_optim_sharding_type": "dp_reshardable"}
+    # This file comes before the object that Megatron has stored.
+    common = TorchDistReader(folder).common_state() | {"content_metadata": content}
     torch.save(common, folder / "common.pt")
     assert main(["change-form", source, target, "--model-form", "hybrid"]) == 1
     said = capsys.readouterr().err

@@ -111,6 +111,11 @@ def imported_version() -> str:
     return package_info.__version__.partition("+")[0]
 
 
+def failed_import_stops() -> bool:
+    """Return whether Megatron raises an ImportError of the module in --spec, as from 0.20 on."""
+    return _series(imported_version()) >= (0, 20)
+
+
 def imported_from() -> list[str]:
     """Return the paths of megatron.core and megatron.training, which a release has side by side."""
     # Looked up, not imported: megatron.training takes seconds.

@@ -43,7 +43,7 @@ from kvshift_megatron.convert.formats.safetensors_header import DTYPES
 from kvshift_megatron.utils import inert_pickle
 
 _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)\.(.*)$")
-_COMMON_KEY = "common_state/shard_0_1"
+COMMON_KEY = "common_state/shard_0_1"
 # Keys that are not weights. All others have to be in the name map, or are refused.
 _NO_WEIGHT = re.compile(
     r"^(optimizer|opt_param_scheduler|rng_state|rerun_state_machine|common_state|chained_\d+)"
@@ -214,11 +214,7 @@ class TorchDistReader:
 
     def stored(self) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
         """Return everything that is stored, by key; not only weights."""
-        return {
-            key: entry
-            for key, entry in self._metadata.state_dict_metadata.items()
-            if key != _COMMON_KEY
-        }
+        return dict(self._metadata.state_dict_metadata)
 
     def read_stored(self, key: str, layer: int | None = None) -> Tensor:
         """Read a stored tensor to the CPU, or the part of it at `layer` of its first axis.
@@ -287,10 +283,10 @@ class TorchDistReader:
         file = self.path / "common.pt"
         if file.is_file():
             return load(file, str(file))
-        if _COMMON_KEY not in self._metadata.state_dict_metadata:
+        if COMMON_KEY not in self._metadata.state_dict_metadata:
             return {}
         # megatron-core 0.19 stores it as one more shard.
-        shard = load(self.read_object(_COMMON_KEY), f"{_COMMON_KEY} of {self.path}")
+        shard = load(self.read_object(COMMON_KEY), f"{COMMON_KEY} of {self.path}")
         return shard[0] if isinstance(shard, list) and shard else {}
 
     def common_state(self) -> dict[str, Any]:

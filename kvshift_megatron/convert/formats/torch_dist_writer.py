@@ -57,12 +57,12 @@ class Content:
     Args:
         pieces: All tensors, in the order in which they are read and written.
         objects: Key -> produces what is stored under it besides tensors.
-        common: Megatron's common state.
+        common: Megatron's common state, for a file of its own; None if it is among the objects.
     """
 
     pieces: list[Piece]
     objects: dict[str, Callable[[], bytes]]
-    common: dict[str, Any]
+    common: dict[str, Any] | None
 
 
 def write_torch_dist(
@@ -110,8 +110,13 @@ def write_checkpoint(root: Path, iteration: int | str, content: Content) -> None
 
 def empty_extra_state() -> bytes:
     """Return the state of a layer that has none besides its weights."""
+    return stored_object(torch.empty(0, dtype=torch.uint8))
+
+
+def stored_object(value: Any) -> bytes:
+    """Return an object as Megatron stores it under a key of its own."""
     buffer = io.BytesIO()
-    torch.save([torch.empty(0, dtype=torch.uint8)], buffer)
+    torch.save([value], buffer)
     return buffer.getvalue()
 
 
@@ -129,8 +134,9 @@ def _write(folder: Path, content: Content) -> None:
     (plan,) = writer.prepare_global_plan(plans)
     results = writer.write_data(plan, planner).wait()
     writer.finish(metadata, [results])
-    # Releases from 0.17 on read this file; 0.19 writes the same data as one more shard.
-    torch.save(content.common, folder / "common.pt")
+    if content.common is not None:
+        # Releases from 0.17 on read this file; 0.19 writes the same data as one more object.
+        torch.save(content.common, folder / "common.pt")
     (folder / "metadata.json").write_text(
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
     )
