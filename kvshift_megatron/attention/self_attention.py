@@ -130,6 +130,11 @@ class KVShiftSelfAttention(SelfAttention):
             if not tap.is_meta:
                 tap.copy_(value[self.stored_groups])
 
+    def draw_taps_of(self, number: int) -> None:
+        """Draw the taps anew, as those of attention `number` (1-based) of the model."""
+        self._attention_number = number
+        self.reset_parameters()
+
     def _initial_values(self) -> dict[str, Tensor]:
         return initial_values(
             self.kv_shift,

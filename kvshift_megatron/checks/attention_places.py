@@ -3,7 +3,7 @@
 In a GPT model it is Megatron's layer number. A layer of a GPT model is two or more layers of a
 hybrid model, where Megatron's numbers count MLP layers too; there an attention's number counts the
 layers of its kind, that is of its symbol in the pattern. So attention 3 of `*-*-*-` is number 3, as
-in the GPT model with the same layers. The decoder's first taps are drawn by this number.
+in the GPT model with the same layers. The first taps are drawn by this number.
 """
 
 from collections.abc import Iterator

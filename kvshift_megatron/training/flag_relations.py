@@ -15,7 +15,7 @@ def check_relations(args: Namespace) -> None:
     Args:
         args: Megatron's, as parsed, with what it takes from a checkpoint.
     """
-    for relations in (_given, _model, _layout, _batches, _length, _schedule):
+    for relations in (_given, _model, _hybrid, _layout, _batches, _length, _schedule):
         for sentence in relations(args):
             raise ValueError(sentence)
 
@@ -74,6 +74,22 @@ def _model(args: Namespace) -> Iterator[str]:
         yield (
             f"--moe-router-topk {args.moe_router_topk} must not be above --num-experts "
             f"{args.num_experts}"
+        )
+
+
+def _hybrid(args: Namespace) -> Iterator[str]:
+    """Yield what Megatron's GPT model does, and its hybrid model would leave out in silence."""
+    if not args.hybrid_layer_pattern:
+        return
+    if args.use_rope_scaling:
+        yield (
+            "--use-rope-scaling has no effect on a hybrid model: leave it out, or give "
+            "--num-layers in place of --hybrid-layer-pattern"
+        )
+    if args.position_embedding_type in ("mrope", "relative"):
+        yield (
+            f"--position-embedding-type {args.position_embedding_type} has no effect on a hybrid "
+            "model: use rope, yarn, learned_absolute or none"
         )
 
 

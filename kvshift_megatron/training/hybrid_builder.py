@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 
+from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
+from kvshift_megatron.checks.attention_places import attention_places
 from kvshift_megatron.config import KVShiftConfig
 from kvshift_megatron.hybrid_specs import hybrid_stack
 from kvshift_megatron.specs.te_free.norm import SequenceParallelNorm
@@ -43,4 +45,9 @@ class KVShiftHybridModelBuilder(HybridModelBuilder):
         is_local = config.transformer.transformer_impl == "local"
         rows = builder_table.local_final_norm(SequenceParallelNorm) if is_local else []
         with Applied(rows):
-            return super().build_model(*args, **kwargs)
+            model = super().build_model(*args, **kwargs)
+        for place in attention_places(model):
+            # Each depth of multi-token prediction numbers its layers from 1.
+            if place.is_mtp and isinstance(place.module, KVShiftSelfAttention):
+                place.module.draw_taps_of(place.number)
+        return model

@@ -5,6 +5,7 @@ from tests.integration.tiny_gpt import flags
 # Flags of Megatron -> values that cannot be trained with, by the other flags that they need.
 _NUMBERS = (0, -1, -8)
 _FRACTIONS = ("nan", "inf", -1)
+_HYBRID = {"num_layers": None, "hybrid_layer_pattern": "*-*-"}
 _VALUES: dict[str, tuple] = {
     **dict.fromkeys(
         (
@@ -104,6 +105,12 @@ _OTHERS: dict[str, tuple[int, dict, str]] = {
     "odd share": (1, {"rotary_percent": 0.2}, "--rotary-percent 0.2"),
     "positions": (1, {"seq_length": 64}, "--max-position-embeddings 32"),
     "experts used": (1, {"num_experts": 2, "moe_router_topk": 3}, "--moe-router-topk 3"),
+    "scaled rotation, hybrid": (1, {**_HYBRID, "use_rope_scaling": True}, "--use-rope-scaling"),
+    "multimodal rotation, hybrid": (
+        1,
+        {**_HYBRID, "position_embedding_type": "mrope"},
+        "--position-embedding-type mrope",
+    ),
     "world and TP": (3, {"tensor_model_parallel_size": 2}, "--tensor-model-parallel-size 2"),
     "world and PP": (1, {"pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size 2"),
     "world and CP": (6, {"context_parallel_size": 4}, "--context-parallel-size 4"),
