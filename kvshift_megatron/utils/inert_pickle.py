@@ -7,6 +7,8 @@ write there are created; Megatron's own classes become inert stand-ins, and the 
 import io
 import pickle
 from argparse import Namespace
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path, PosixPath
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +94,15 @@ def load_metadata(stream: io.BufferedIOBase) -> Any:
     return _MetadataUnpickler(stream).load()
 
 
+def allowed(classes: Iterable[Any]) -> AbstractContextManager:
+    """Return a context in which `torch.load` takes these classes too.
+
+    torch's own forbids all of them afterwards, also those that Megatron had allowed before.
+    """
+    known = torch.serialization.get_safe_globals()
+    return torch.serialization.safe_globals([cls for cls in classes if cls not in known])
+
+
 def load_common(source: Path | io.BytesIO, name: str) -> Any:
     """Read Megatron's common state (`common.pt`, or the shard that replaced it).
 
@@ -106,11 +117,7 @@ def load_common(source: Path | io.BytesIO, name: str) -> Any:
         needed = torch.serialization.get_unsafe_globals_in_checkpoint(source)
         _rewind(source)
         inert = [(_inert(full), full) for full in needed if full.startswith(_INERT_IN_COMMON)]
-        # Leaving the block disallows everything it was given, so give only what is new: Megatron
-        # may have allowed some of these classes before.
-        known = torch.serialization.get_safe_globals()
-        plain = [cls for cls in _COMMON_CLASSES if cls not in known]
-        with torch.serialization.safe_globals([*plain, *inert]):
+        with allowed([*_COMMON_CLASSES, *inert]):
             return torch.load(source, map_location="cpu", weights_only=True)
     except OSError:
         raise
