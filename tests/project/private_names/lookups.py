@@ -81,7 +81,8 @@ def texts(dotted: str) -> Iterator[str]:
             found = importlib.util.find_spec(module)
         except ModuleNotFoundError:  # its parent is a module, not a package
             found = importlib.util.find_spec(module.rpartition(".")[0])
-        yield Path(found.origin).read_text()
+        if found is not None:  # not every release has the one in ELSEWHERE
+            yield Path(found.origin).read_text()
 
 
 def _looked_up(function: ast.FunctionDef) -> Iterator[str]:
