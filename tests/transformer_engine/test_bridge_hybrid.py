@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider
+from megatron.core.transformer.enums import AttnBackend
 
 from kvshift_megatron import KVShiftConfig
 from kvshift_megatron.attention.self_attention import KVShiftSelfAttention
@@ -13,7 +14,7 @@ from tests.support.fake_ranks import Layout, constructing_on, fake_rank
 from tests.transformer_engine.against_stock import differences, tap_problems
 from tests.transformer_engine.models import transformer_config
 
-_KV_SHIFT = KVShiftConfig(variant="gate", seed=3)
+_KV_SHIFT = KVShiftConfig(seed=3)
 
 
 def provider(layout, **overrides) -> HybridModelProvider:
@@ -23,6 +24,8 @@ def provider(layout, **overrides) -> HybridModelProvider:
         "vocab_size": 512,
         "seq_length": 64,
         "position_embedding_type": "rope",
+        # Flash, the provider's default, would set the environment of all later tests.
+        "attention_backend": AttnBackend.auto,
         # Off: its kernels need a GPU's libraries even to be constructed.
         "gradient_accumulation_fusion": False,
     }
