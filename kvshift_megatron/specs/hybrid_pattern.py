@@ -1,5 +1,7 @@
 """Read Megatron's hybrid layer patterns, such as `*-*-|*E*E/*-`."""
 
+from argparse import Namespace
+
 from kvshift_megatron.arguments import megatron_args
 from kvshift_megatron.specs.hybrid_names import Symbols, parse_hybrid_pattern
 
@@ -18,10 +20,13 @@ def attention_numbers(pattern: str | None) -> dict[int, int]:
 
 def attention_numbers_of_the_run() -> dict[int, int]:
     """Return `attention_numbers` of the pattern in Megatron's arguments; empty without one."""
-    args = megatron_args()
-    names = ("hybrid_layer_pattern", "hybrid_override_pattern")  # the latter before 0.18
-    pattern = next(filter(None, (getattr(args, name, None) for name in names)), None)
-    return attention_numbers(pattern)
+    return attention_numbers(pattern_in(megatron_args()))
+
+
+def pattern_in(args: Namespace | None) -> str | None:
+    """Return the pattern in Megatron's arguments, under its name or the older one."""
+    names = ("hybrid_layer_pattern", "hybrid_override_pattern")
+    return next(filter(None, (getattr(args, name, None) for name in names)), None)
 
 
 def num_layers(pattern: str | None) -> int:

@@ -106,7 +106,7 @@ def _check_model(args: Namespace) -> None:
         args: Megatron's, with what it takes from a checkpoint.
     """
     from kvshift_megatron.attention.validation import check_args, check_transformer_config
-    from kvshift_megatron.specs.hybrid_pattern import num_layers
+    from kvshift_megatron.specs.hybrid_pattern import num_layers, pattern_in
     from kvshift_megatron.training.megatron_answers import in_one_sentence
 
     if args.use_cpu_initialization and not (cpu.is_enabled() or args.use_torch_fsdp2):
@@ -114,11 +114,10 @@ def _check_model(args: Namespace) -> None:
             "use_cpu_initialization: Megatron leaves a model that it builds on the CPU there: drop "
             "--use-cpu-initialization"
         )
-    pattern = args.hybrid_layer_pattern or args.hybrid_override_pattern
-    if pattern is not None:
+    if pattern := pattern_in(args):
         with in_one_sentence():
             layers = num_layers(pattern)
-        args = Namespace(**{**vars(args), "num_layers": layers})
+        args = Namespace(**{**vars(args), "num_layers": layers, "hybrid_layer_pattern": pattern})
     check_args(args)
     check_ranges(args)
     if kv_shift_config_from_args(args) is not None:

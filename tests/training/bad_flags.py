@@ -106,6 +106,11 @@ _OTHERS: dict[str, tuple[int, dict, str]] = {
     "positions": (1, {"seq_length": 64}, "--max-position-embeddings 32"),
     "experts used": (1, {"num_experts": 2, "moe_router_topk": 3}, "--moe-router-topk 3"),
     "scaled rotation, hybrid": (1, {**_HYBRID, "use_rope_scaling": True}, "--use-rope-scaling"),
+    "scaled rotation, older name": (
+        1,
+        {"num_layers": None, "hybrid_override_pattern": "*-*-", "use_rope_scaling": True},
+        "--use-rope-scaling",
+    ),
     "multimodal rotation, hybrid": (
         1,
         {**_HYBRID, "position_embedding_type": "mrope"},
