@@ -53,6 +53,16 @@ _DENSE = {
 _LOCAL = {"transformer_impl": ("local", "transformer_engine"), "fp8": _OFF, "fp4": _OFF}
 _TE = {"transformer_impl": ("transformer_engine",)}
 
+# What runs without Transformer Engine.
+_LOCAL_LAYER = (
+    "kvshift_megatron.static_specs local_layer_spec or local_qk_layernorm_layer_spec "
+    "(with --transformer-impl local)"
+)
+_LOCAL_HYBRID = (
+    "python -m kvshift_megatron.pretrain --hybrid-layer-pattern with --transformer-impl local "
+    "(megatron-core 0.19)"
+)
+
 
 def _local(name: str, qk_layernorm: bool) -> Any:
     spec = get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm")
@@ -62,7 +72,7 @@ def _local(name: str, qk_layernorm: bool) -> Any:
 
 def _te(name: str, qk_layernorm: bool) -> Any:
     if not HAVE_TE:
-        return ModuleSpec(_NeedsTransformerEngine, params={"spec_name": name})
+        return _needs_te(name, _LOCAL_LAYER)
     spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
     made_for = {"qk_layernorm": (qk_layernorm,), **_SELF_ATTENTION, **_DENSE, **_TE}
     return with_kv_shift(spec, static=LayerSpec(name=name, only=made_for))
@@ -70,7 +80,7 @@ def _te(name: str, qk_layernorm: bool) -> Any:
 
 def _hybrid(name: str) -> Any:
     if not HAVE_TE:
-        return ModuleSpec(_NeedsTransformerEngine, params={"spec_name": name})
+        return _needs_te(name, _LOCAL_HYBRID)
     try:
         from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as stack
     except ImportError:  # before 0.18
@@ -80,6 +90,10 @@ def _hybrid(name: str) -> Any:
     return with_kv_shift(stack, static=static)
 
 
+def _needs_te(name: str, instead: str) -> ModuleSpec:
+    return ModuleSpec(_NeedsTransformerEngine, params={"spec_name": name, "instead": instead})
+
+
 class _NeedsTransformerEngine(TransformerLayer):
     """The layer of a spec that cannot be made here: building it raises.
 
@@ -87,11 +101,10 @@ class _NeedsTransformerEngine(TransformerLayer):
         ValueError: Always.
     """
 
-    def __init__(self, *args: Any, spec_name: str, **kwargs: Any) -> NoReturn:
+    def __init__(self, *args: Any, spec_name: str, instead: str, **kwargs: Any) -> NoReturn:
         raise ValueError(
             f"{spec_name} needs Transformer Engine, which is not installed or cannot be imported: "
-            "use kvshift_megatron.static_specs local_layer_spec or local_qk_layernorm_layer_spec "
-            "(with --transformer-impl local), or install it"
+            f"use {instead}, or install it"
         )
 
 

@@ -49,8 +49,9 @@ def test_specs_of_transformer_engine_can_be_built_only_with_it(megatron_rank, na
         assert isinstance(spec_option(name), ModuleSpec)
         return
     # There to be found, but not to be built: Megatron takes None for a vanilla model.
+    instead = "--hybrid-layer-pattern" if name.startswith("hybrid") else "local_layer_spec"
     for model in (gpt_model, lambda config, spec: build_module(spec, config=config)):
-        with pytest.raises(ValueError, match=rf"{name} needs Transformer Engine.*local_layer_spec"):
+        with pytest.raises(ValueError, match=rf"{name} needs Transformer Engine.* {instead} "):
             model(transformer_config(), spec_option(name))
 
 
