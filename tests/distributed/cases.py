@@ -86,10 +86,12 @@ VANILLA = Model("vanilla", kv_shift=None)
 # bf16 runs that differ only in rounding need more steps to diverge.
 BF16 = Model("bf16-gqa2", num_query_groups=2, bf16=True, steps=5)
 
-# Layers 1 and 3 have the window, or no rotary embedding; 2 and 4 are ordinary.
+# Layers 1 and 3 have the window, or no rotary embedding; 2 and 4 are ordinary. With 16 tokens the
+# gradients of the alphas of layer 1 cancel so far that some CPUs' rounding exceeds the tolerance.
 SLIDING = Model(
     "sliding-window",
     num_query_groups=2,
+    seq_length=32,
     transformer={"window_size": (4, 0), "window_attn_skip_freq": 2},
 )
 SCALED = Model("softmax-scale", num_query_groups=2, transformer={"softmax_scale": 0.3})
