@@ -90,6 +90,8 @@ _GROUPS = {
     "tests/planning/": "ranks",
     "tests/training/faults/": "ranks",
     "tests/training/metrics/test_loop.py": "ranks",
+    "tests/integration/test_model_forms.py": "forms",  # one rank at a time
+    "tests/integration/test_stored_settings.py": "settings",  # likewise
     "tests/integration/": "ranks",
     "tests/packaging/": "packaging",  # one build for all
     "tests/convert/": "convert",  # one process group for all
