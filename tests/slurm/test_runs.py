@@ -177,15 +177,19 @@ def test_the_time_limit_saves_and_attempts_are_bounded(jobs, limited):
     assert "attention: vanilla" in limited.said()
 
 
-def test_an_array_trains_three_seeds(jobs, cluster):
-    array = jobs.submit("array", slurm=("--array=1-3", "--nodes=1"), steps=10, tp=1)
+def test_an_array_trains_three_seeds_of_a_hybrid_model(jobs, cluster):
+    slurm = ("--array=1-3", "--nodes=1")
+    array = jobs.submit("array", "--hybrid", slurm=slurm, steps=10, tp=1)
     for seed in (1, 2, 3):
         fields = cluster.wait(f"{array.number}_{seed}", {"COMPLETED", "FAILED"}, 150)
         assert fields["JobState"] == "COMPLETED", array.said()[-5000:]
     runs = [array.run / f"seed-{seed}" for seed in (1, 2, 3)]
     trained = [tensors(run / "checkpoints/iter_0000010") for run in runs]
     for run, seed in zip(runs, "123"):
-        assert f"--seed {seed}" in (run / "attempts/001/flags.txt").read_text().splitlines()
+        flags = (run / "attempts/001/flags.txt").read_text().splitlines()
+        assert {f"--seed {seed}", "--hybrid-layer-pattern *-*-"} <= set(flags)
+        (log,) = run.glob("attempts/001/logs/node-0/*/attempt_0/0/stdout.log")
+        assert "attention: KV shifting" in log.read_text(errors="replace")
         assert json.loads((run / "status.json").read_text())["attempts"][0]["state"] == "completed"
     # Different seeds give different weights.
     weights = [key for key in trained[0] if key.endswith("linear_fc1.weight")]
