@@ -21,6 +21,10 @@ ELSEWHERE = {
     "megatron.core.jit.jit_fuser": "megatron.core.fusions.fused_bias_swiglu",
     # Only 0.17 has its row; what the module was is there since.
     "megatron.core.ssm.mamba_block.TENorm": "megatron.core.models.hybrid.hybrid_block",
+    # Only from 0.20 on.
+    "megatron.core.tensor_parallel.inference_layers.is_inference_column_parallel_linear": (
+        "megatron.core.transformer.multi_token_prediction"
+    ),
     "megatron.training.arguments.parse_args": "megatron.training.initialize",
     "megatron.training.initialize.initialize_megatron": "megatron.training.training",
     "megatron.training.initialize.set_jit_fusion_options": "megatron.training.training",
