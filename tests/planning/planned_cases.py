@@ -3,7 +3,7 @@
 Files in FOLDER afterwards
     counted.json   {case: [what the dry runs of its first and last rank counted]}, and under
                    "baseline" rank 0 of one case without KV shifting
-    forms.json     {case: [[GPT, hybrid] of its first and last rank]}, some recipes' first ranks
+    forms.json     {case: [[GPT, hybrid] of its first and last rank]}, the recipes' first ranks
                    too, and under "each layer" one case whose hybrid form recomputes otherwise
     lines.json     a step of many micro-batches: {"exact": counted, "extrapolated": from two short}
     plan.txt, plan.json, plan.png and search.txt: the output of tools/plan_cluster.py; also
@@ -28,8 +28,9 @@ from tests.planning.cases import CASES, ONLY_PLANNED
 
 MANY = 12  # micro-batches
 SEARCH = ["10m", "8x80gb", "--nproc", "4", "--search", "--gpu-set", "node=2"]
-# The smallest and the largest model of the paper, on their numbers of GPUs, and the one of 10M.
-RECIPES = [("1.5b", "64x80gb"), ("19b", "240x80gb"), ("10m", "8x80gb")]
+# Every model of the paper, on its number of GPUs.
+RECIPES = [("1.5b", "64x80gb"), ("2.9b", "512x80gb"), ("6.7b", "64x80gb"), ("13b", "128x80gb"),
+           ("19b", "240x80gb"), ("10m", "8x80gb")]  # fmt: skip
 PIPELINE = ["10m", "8x80gb", "--set", "pipeline-model-parallel-size=2"]
 
 
@@ -52,7 +53,7 @@ def count_cases() -> dict[str, list[dict]]:
 
 
 def count_forms(counted: dict[str, list[dict]]) -> dict[str, list[list[dict]]]:
-    """Count the hybrid forms of the cases, and some recipes in both.
+    """Count the hybrid forms of the cases, and the recipes in both.
 
     Args:
         counted: What `count_cases` returned.

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 HIDDEN = 64
 HIDDEN_STATE = 2 * 32 * HIDDEN * 2  # micro-batch x tokens x hidden size, bf16
 _EQUAL = {*CASES, *ONLY_PLANNED, *(model for model, _ in RECIPES)} - {"mtp"}
-_SEQUENCE_PARALLEL = ("tp2-pp2", "tp2-cp2", "19b")
+_SEQUENCE_PARALLEL = ("tp2-pp2", "tp2-cp2", "13b", "19b")
 
 
 @pytest.fixture(scope="module")
